@@ -1,0 +1,16 @@
+"""The data-free loop, its hooks and data set, and what turns a stanza into a runner. Knows mmengine."""
+from .checkpoint import CheckpointError, read_checkpoint, save_quantized
+from .config import data_free_config, evaluation_gap, float_config, test_config
+from .hooks import QuantizationHook, QuantizedCheckpointHook, SyntheticImageHook
+from .loop import DataFreeLoop
+from .noise_dataset import NoiseDataset
+from .pipeline import evaluate, quantize, with_stanza, write_json
+from .report import comparison_table, markdown, result_table
+from .runner import QuantizationRunner
+
+__all__ = [
+    'CheckpointError', 'DataFreeLoop', 'NoiseDataset', 'QuantizationHook', 'QuantizationRunner',
+    'QuantizedCheckpointHook', 'SyntheticImageHook', 'comparison_table', 'data_free_config', 'evaluate',
+    'evaluation_gap', 'float_config', 'markdown', 'quantize', 'read_checkpoint', 'result_table', 'save_quantized',
+    'test_config', 'with_stanza', 'write_json'
+]

@@ -1,0 +1,164 @@
+"""Reading full-precision checkpoints with all questions asked, writing quantized ones."""
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..quantization import quantizers
+from ..version import __version__
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged, or not the model's."""
+
+
+def local_path(source: str) -> Path:
+    """A file for a path or an http(s) address; the address is fetched into torch's hub folder, once.
+
+    Raises:
+        CheckpointError: If it isn't there.
+    """
+    if re.match(r'https?://', source):
+        path = Path(torch.hub.get_dir()) / 'checkpoints' / os.path.basename(source)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            print(f'fetching {source} to {path}')
+            try:
+                torch.hub.download_url_to_file(source, str(path))
+            except Exception as error:
+                raise CheckpointError(
+                    f'cannot fetch the checkpoint {source} ({error}). Download it elsewhere and pass it with '
+                    f'--checkpoint FILE, or place it at {path}') from None
+        return path
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise CheckpointError(f'the checkpoint {source} does not exist: correct load_from in the config, '
+                              'or pass --checkpoint FILE')
+    return path
+
+
+def read_checkpoint(source: str) -> dict:
+    """Loads a checkpoint safely (``weights_only=True``) onto the CPU.
+
+    Args:
+        source (str): Path or http(s) address.
+
+    Returns:
+        dict: ``state_dict`` without 'module.' prefixes, and ``meta``.
+
+    Raises:
+        CheckpointError: If it is missing, damaged, holds code, or holds no weights.
+    """
+    path = local_path(source)
+    try:
+        content = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f'{path} is no readable checkpoint ({type(error).__name__}: {reason}). It may be '
+                              'truncated, or hold objects other than weights, which psaq_mm does not load') from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f'{path} holds a {type(content).__name__}, not a dict of weights')
+    state = content.get('state_dict', content.get('model', content))
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: 'state_dict' is a {type(state).__name__}, not a dict of weights")
+    state = {re.sub(r'^module\.', '', str(k)): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    if not state:
+        raise CheckpointError(f'{path} holds no weights')
+    meta = content.get('meta')
+    return dict(state_dict=state, meta=meta if isinstance(meta, dict) else {}, path=str(path))
+
+
+def _listing(items):
+    return ', '.join(items[:3]) + (f' and {len(items) - 3} more' if len(items) > 3 else '')
+
+
+def load_float(model: nn.Module, checkpoint: dict, targets=('backbone', 'neck')) -> None:
+    """Loads full-precision weights into a float or a converted model, or says why they don't fit.
+
+    Args:
+        model (nn.Module): The model.
+        checkpoint (dict): From :func:`read_checkpoint`.
+        targets (Sequence[str]): Submodules in which the checkpoint may hold nothing the model lacks.
+
+    Raises:
+        CheckpointError: If parameters are missing, have other shapes, are not finite, or the checkpoint belongs to
+            another architecture, or is quantized already.
+    """
+    state, path = checkpoint['state_dict'], checkpoint['path']
+    if any(key.endswith('_quantizer.scale') for key in state):
+        raise CheckpointError(f'{path} is quantized already: pass the full-precision checkpoint')
+    quantizer_keys = tuple(f'{name}.' for name in quantizers(model))
+    own = {k: v for k, v in model.state_dict().items() if not (quantizer_keys and k.startswith(quantizer_keys))}
+    shapes = [
+        f'{k} is {tuple(state[k].shape)} in the checkpoint, {tuple(v.shape)} in the model' for k, v in own.items()
+        if k in state and state[k].shape != v.shape
+    ]
+    if shapes:
+        classes = any(re.search(r'fc_cls|conv_logits|conv_seg|head\.weight|cls', text) for text in shapes)
+        hint = ('The number of classes differs: set num_classes in the model config to the checkpoint\'s.'
+                if classes else 'The checkpoint belongs to another architecture.')
+        raise CheckpointError(f'{path} does not fit the model: {_listing(shapes)}. {hint}')
+    parameters = {name for name, _ in model.named_parameters()}
+    missing = sorted(k for k in parameters if k not in state)
+    if missing:
+        raise CheckpointError(f'{path} does not fit the model: it lacks {_listing(missing)} '
+                              f'({len(missing)} of {len(parameters)} parameters). The checkpoint belongs to another '
+                              f'architecture; its keys look like {_listing(sorted(state))}')
+    prefixes = tuple(f'{t}.' for t in targets)
+    extra = sorted(k for k in state if k not in own and k.startswith(prefixes) and 'num_batches_tracked' not in k
+                   and not k.endswith(('relative_position_index', 'attn_mask')))
+    if extra:
+        raise CheckpointError(f'{path} does not fit the model: it holds {_listing(extra)}, which the model lacks. The '
+                              'checkpoint belongs to another (deeper?) architecture')
+    broken = sorted(k for k in own if k in state and not torch.isfinite(state[k].float()).all())
+    if broken:
+        raise CheckpointError(f'{path} holds NaN or infinite values in {_listing(broken)}')
+    model.load_state_dict({k: state[k] for k in own if k in state}, strict=False)
+
+
+def plain(value):
+    """A copy made of plain Python values and tensors, so that a file of it loads anywhere with weights_only."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return (tuple if isinstance(value, tuple) else list)(plain(v) for v in value)
+    if isinstance(value, (str, int, float, bool, torch.Tensor)) or value is None:
+        return value
+    return value.tolist() if hasattr(value, 'tolist') else str(value)
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything the result depends on."""
+    import mmcv
+    import mmdet
+    import mmengine
+    return dict(psaq_mm=__version__, torch=str(torch.__version__), mmengine=mmengine.__version__,
+                mmcv=mmcv.__version__, mmdet=mmdet.__version__)
+
+
+def write_atomically(content, path: Path) -> None:
+    """``torch.save`` that leaves either the old file or the whole new one."""
+    temporary = path.with_suffix('.tmp')
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def save_quantized(model: nn.Module, path: Path, quantization, dataset_meta: dict, **meta) -> None:
+    """Writes the quantized checkpoint: weights, scales, zero points, the stanza and versions.
+
+    Args:
+        model (nn.Module): Converted and calibrated.
+        path (Path): Where to.
+        quantization (QuantizationConfig): The stanza.
+        dataset_meta (dict): Classes and palette, as mm* checkpoints carry them.
+        **meta: More entries for ``meta``.
+    """
+    meta = dict(quantization=quantization.to_dict(), versions=versions(), dataset_meta=dataset_meta,
+                mmengine_version=versions()['mmengine'], **meta)
+    state = {k: v.detach().cpu() for k, v in model.state_dict().items()}
+    write_atomically(dict(meta=plain(meta), state_dict=state), Path(path))

@@ -1,0 +1,164 @@
+"""From a config with a stanza to the configs of a run: full precision, data-free, test."""
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Optional
+
+from mmengine.config import Config, ConfigDict
+from mmengine.dist import get_world_size
+from mmengine.registry import DATASETS, DefaultScope
+
+from ..errors import UserError
+from ..models import quantize_model_config
+from ..stanza import QuantizationConfig
+
+# Default hooks of mmdet and mmseg that make sense without data.
+KEPT_HOOKS = ('timer', 'logger', 'param_scheduler', 'sampler_seed', 'runtime_info')
+OWN_KEYS = ('quantization', 'calib_dataloader', 'runner_type')
+TRAINING_KEYS = ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'auto_scale_lr', 'custom_hooks')
+
+
+def without_pretrained(model):
+    """A model config that fetches nothing: ``init_cfg`` of type Pretrained and ``pretrained`` become None."""
+    if isinstance(model, dict):
+        for key, value in model.items():
+            if key == 'pretrained' and isinstance(value, str):
+                model[key] = None
+            elif key == 'init_cfg' and isinstance(value, dict) and value.get('type') == 'Pretrained':
+                model[key] = None
+            else:
+                without_pretrained(value)
+    elif isinstance(model, (list, tuple)):
+        for item in model:
+            without_pretrained(item)
+    return model
+
+
+def float_config(cfg: Config) -> Config:
+    """The config without the stanza and without training: what evaluates the full-precision model."""
+    cfg = copy.deepcopy(cfg)
+    for key in (*OWN_KEYS, *TRAINING_KEYS):
+        cfg.pop(key, None)
+    for split in ('dataloader', 'cfg', 'evaluator'):  # one evaluation is enough: test stays
+        cfg.pop(f'val_{split}', None)
+    cfg.resume = False
+    without_pretrained(cfg.model)
+    return cfg
+
+
+def test_config(cfg: Config, quantization: QuantizationConfig) -> Config:
+    """The config with which the ecosystem's own tools build, load and evaluate the quantized model."""
+    cfg = float_config(cfg)
+    cfg.model = ConfigDict(quantize_model_config(cfg.model, quantization))
+    imports = cfg.get('custom_imports') or dict(imports=[], allow_failed_imports=False)
+    if 'psaq_mm' not in imports['imports']:
+        imports = dict(imports, imports=[*imports['imports'], 'psaq_mm'])
+    cfg.custom_imports = imports
+    cfg.load_from = None
+    return cfg
+
+
+def dataset_meta(cfg: Config, checkpoint_meta: dict) -> dict:
+    """Classes and palette: the checkpoint's if it has them, otherwise those of the test data set."""
+    if checkpoint_meta.get('dataset_meta'):
+        return dict(checkpoint_meta['dataset_meta'])
+    if checkpoint_meta.get('CLASSES'):
+        return dict(classes=checkpoint_meta['CLASSES'], **(
+            dict(palette=checkpoint_meta['PALETTE']) if checkpoint_meta.get('PALETTE') else {}))
+    for key in ('test_dataloader', 'val_dataloader'):
+        if cfg.get(key):
+            dataset = copy.deepcopy(cfg[key]['dataset'])
+            dataset['lazy_init'] = True
+            return dict(DATASETS.build(dataset).metainfo)
+    return dict(cfg.get('metainfo') or {})
+
+
+def _paths(dataset):
+    """Annotation file and image folder of a (possibly wrapped) data set config."""
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    root = dataset.get('data_root') or ''
+    parts = [dataset.get('ann_file'), *(dataset.get('data_prefix') or {}).values()]
+    return [p if Path(p).is_absolute() else str(Path(root) / p) for p in parts if isinstance(p, str) and p]
+
+
+def evaluation_gap(cfg: Config) -> Optional[str]:
+    """Why the config cannot be evaluated here, naming the path that is missing, or None if it can."""
+    if not cfg.get('test_dataloader') or not cfg.get('test_evaluator'):
+        return 'the config has no test_dataloader and test_evaluator'
+    evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, (list, tuple)) else [cfg.test_evaluator]
+    wanted = _paths(cfg.test_dataloader.dataset) + [e['ann_file'] for e in evaluators if e.get('ann_file')]
+    missing = [p for p in dict.fromkeys(wanted) if '://' not in p and not Path(p).exists()]
+    return f'{missing[0]} does not exist' if missing else None
+
+
+def data_free_config(cfg: Config,
+                     quantization: QuantizationConfig,
+                     checkpoint: str,
+                     meta: dict,
+                     amp: bool = False,
+                     resume_from: Optional[str] = None) -> Config:
+    """The config of the data-free run itself.
+
+    Args:
+        cfg (Config): The user's, with ``work_dir`` set.
+        quantization (QuantizationConfig): Its stanza, parsed.
+        checkpoint (str): Full-precision weights, a local file.
+        meta (dict): Classes and palette.
+        amp (bool): bfloat16 features. Defaults to False.
+        resume_from (str, optional): Checkpoint of an interrupted run.
+
+    Raises:
+        UserError: If method 'real' has no ``calib_dataloader`` to take images from.
+    """
+    stanza, synthesis, game = quantization.to_dict(), quantization.synthesis, quantization.game
+    seed = (cfg.get('randomness') or {}).get('seed')
+    seed = 0 if seed is None else seed
+    run = copy.deepcopy(cfg)
+    for key in (*OWN_KEYS, *TRAINING_KEYS, *(f'{s}_{k}' for s in ('val', 'test')
+                                             for k in ('dataloader', 'cfg', 'evaluator'))):
+        run.pop(key, None)
+    without_pretrained(run.model)
+    batch = min(synthesis.batch_size, synthesis.num_images)
+    if synthesis.method == 'real':
+        if not cfg.get('calib_dataloader'):
+            raise UserError("quantization.synthesis.method = 'real' needs calib_dataloader in the config: a data "
+                             'loader of real images that are not evaluated on')
+        run.train_dataloader = copy.deepcopy(cfg.calib_dataloader)
+    else:
+        run.train_dataloader = dict(
+            batch_size=batch, num_workers=0, persistent_workers=False, drop_last=False,
+            sampler=dict(type='DefaultSampler', shuffle=False), collate_fn=dict(type='default_collate'),
+            dataset=dict(type='psaq_mm.NoiseDataset', num_images=synthesis.num_images, sizes=synthesis.size,
+                         group=batch * get_world_size(), seed=seed, metainfo=meta))
+    run.train_cfg = dict(type='psaq_mm.DataFreeLoop', quantization=stanza, checkpoint=checkpoint, amp=amp)
+    run.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='Adam', lr=game.student_lr))
+    loop_start = -(-synthesis.num_images // batch) * synthesis.steps
+    if synthesis.method == 'psaq_v2' and game.steps:
+        run.param_scheduler = [
+            dict(type='CosineAnnealingLR', by_epoch=False, begin=loop_start, end=loop_start + game.steps,
+                 eta_min_ratio=0.01)
+        ]
+    hooks = {k: v for k, v in (cfg.get('default_hooks') or {}).items() if k in KEPT_HOOKS}
+    hooks.setdefault('logger', dict(type='LoggerHook', interval=50))
+    hooks['logger'] = dict(hooks['logger'], interval=min(hooks['logger'].get('interval', 50), 50))
+    hooks['checkpoint'] = dict(type='CheckpointHook', by_epoch=False, interval=100, max_keep_ckpts=2, save_last=False)
+    run.default_hooks = hooks
+    run.custom_hooks = [
+        dict(type='psaq_mm.QuantizationHook', quantization=stanza),
+        dict(type='psaq_mm.SyntheticImageHook'),
+        dict(type='psaq_mm.QuantizedCheckpointHook', dataset_meta=meta)
+    ]
+    run.log_processor = dict(type='LogProcessor', window_size=20, by_epoch=False)
+    run.randomness = dict(cfg.get('randomness') or {}, seed=seed)
+    run.load_from, run.resume = resume_from or checkpoint, resume_from is not None
+    return run
+
+
+def default_scope(cfg: Config) -> None:
+    """Makes the config's scope the current one, as the ecosystem's tools do."""
+    from mmengine.registry import init_default_scope
+    if DefaultScope.get_current_instance() is None or \
+            DefaultScope.get_current_instance().scope_name != cfg.get('default_scope', 'mmdet'):
+        init_default_scope(cfg.get('default_scope', 'mmdet'))

@@ -1,0 +1,144 @@
+"""What happens around the loop: conversion, pictures, the quantized checkpoint."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.dist import master_only
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from PIL import Image
+
+from ..models import quantize_model
+from ..quantization import quantized_layers
+from ..registry import HOOKS
+from ..stanza import QuantizationConfig
+from .checkpoint import save_quantized
+
+
+def bare(model):
+    """The model inside a distributed wrapper, or the model."""
+    return model.module if is_model_wrapper(model) else model
+
+
+@HOOKS.register_module()
+class QuantizationHook(Hook):
+    """Converts the runner's model before the run, so that checkpoints load into quantized layers.
+
+    Also carries the loop's state through checkpoints.
+
+    Args:
+        quantization (dict): The stanza.
+    """
+    priority = 'VERY_HIGH'
+
+    def __init__(self, quantization):
+        self.quantization = QuantizationConfig.parse(quantization)
+
+    def before_run(self, runner):
+        model = quantize_model(bare(runner.model), self.quantization)
+        runner.logger.info(f'{len(quantized_layers(model))} layers of {", ".join(self.quantization.targets)} are '
+                           f'quantized: W{self.quantization.weight.bits}A{self.quantization.activation.bits}')
+
+    def before_save_checkpoint(self, runner, checkpoint):
+        if hasattr(runner.train_loop, 'state_dict'):
+            checkpoint['data_free'] = runner.train_loop.state_dict()
+
+    def after_load_checkpoint(self, runner, checkpoint):
+        if 'data_free' in checkpoint and hasattr(runner.train_loop, 'load_state_dict'):
+            runner.train_loop.load_state_dict(checkpoint['data_free'])
+
+
+def to_pixels(images: torch.Tensor, low: torch.Tensor, high: torch.Tensor, bgr: bool) -> np.ndarray:
+    """Images in the model's input space as RGB, (B, H, W, 3) uint8 from (B, 3, H, W)."""
+    pixels = ((images - low) / (high - low) * 255).round().clamp(0, 255).to(torch.uint8)
+    if bgr:
+        pixels = pixels.flip(1)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def grid(pictures: list[np.ndarray], columns: int = 8, gap: int = 4) -> np.ndarray:
+    """Pictures side by side on white, (H, W, 3) uint8."""
+    columns = min(columns, len(pictures))
+    height, width = max(p.shape[0] for p in pictures) + gap, max(p.shape[1] for p in pictures) + gap
+    rows = -(-len(pictures) // columns)
+    canvas = np.full((rows * height + gap, columns * width + gap, 3), 255, np.uint8)
+    for index, picture in enumerate(pictures):
+        y, x = index // columns * height + gap, index % columns * width + gap
+        canvas[y:y + picture.shape[0], x:x + picture.shape[1]] = picture
+    return canvas
+
+
+@HOOKS.register_module()
+class SyntheticImageHook(Hook):
+    """Shows the images as they evolve, through the Visualizer, and writes them out at the end.
+
+    Writes ``synthetic.png`` (a grid, the noise they came from in a second grid below) and ``synthetic/*.png``.
+
+    Args:
+        interval (int): Iterations between pictures. Defaults to 100.
+    """
+    priority = 'LOW'
+
+    def __init__(self, interval=100):
+        self.interval = interval
+
+    @staticmethod
+    def pictures(runner, batches):
+        loop = runner.train_loop
+        # The data preprocessor turns the files' BGR into the model's order: without that, the model's order is BGR.
+        bgr = not getattr(loop.student.data_preprocessor, '_channel_conversion', True)
+        return [picture for batch in batches for picture in to_pixels(batch, loop.low, loop.high, bgr)]
+
+    @staticmethod
+    def current(loop):
+        """The image batches as they are at this moment."""
+        batches = list(loop.images)
+        if loop.game is not None:
+            batches = [o.images.detach() for o in loop.game.optimizers] + list(loop.game.holdout)
+        elif loop.optimizer is not None:
+            batches[loop.iter // loop.quantization.synthesis.steps] = loop.optimizer.images.detach()
+        return batches
+
+    @master_only
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if self.every_n_train_iters(runner, self.interval):
+            pictures = self.pictures(runner, self.current(runner.train_loop))
+            runner.visualizer.add_image('synthetic', grid(pictures), step=runner.iter + 1)
+
+    @master_only
+    def after_train(self, runner):
+        loop, out = runner.train_loop, Path(runner.work_dir)
+        if loop.quantization.synthesis.method == 'real':
+            return
+        pictures = self.pictures(runner, self.current(loop))
+        folder = out / 'synthetic'
+        folder.mkdir(exist_ok=True)
+        for index, picture in enumerate(pictures):
+            Image.fromarray(picture).save(folder / f'{index:04d}.png')
+        noise = self.pictures(runner, loop.noise)
+        both = [grid(pictures)] if not loop.synthesized else [grid(pictures), grid(noise)]
+        Image.fromarray(np.concatenate(both)).save(out / 'synthetic.png')
+        runner.logger.info(f'{len(pictures)} images are in {folder}, all at a glance in {out / "synthetic.png"}')
+
+
+@HOOKS.register_module()
+class QuantizedCheckpointHook(Hook):
+    """Writes ``quantized.pth`` when the loop is done: weights, scales, zero points, stanza, versions.
+
+    Args:
+        dataset_meta (dict): Classes and palette for the tools that load it.
+    """
+    priority = 'VERY_LOW'
+
+    def __init__(self, dataset_meta):
+        self.dataset_meta = dataset_meta
+
+    @master_only
+    def after_train(self, runner):
+        loop = runner.train_loop
+        path = Path(runner.work_dir) / 'quantized.pth'
+        game = loop.game and dict(initial=loop.game.initial, best=loop.game.best, turns=loop.game.turns)
+        save_quantized(bare(runner.model), path, loop.quantization, self.dataset_meta, seed=runner.seed, game=game)
+        runner.logger.info(f'The quantized checkpoint is {path}')

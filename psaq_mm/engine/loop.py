@@ -1,0 +1,270 @@
+"""The data-free loop: noise -> images -> calibration -> game -> quantized model, one mmengine iteration an update.
+
+Read :meth:`DataFreeLoop.run` from top to bottom for the whole method.
+"""
+from __future__ import annotations
+
+import copy
+import random
+from contextlib import nullcontext
+
+import torch
+from mmengine import dist
+from mmengine.model import is_model_wrapper
+from mmengine.runner import BaseLoop
+
+from ..models import attention_taps, extract_features
+from ..quantization import Mode, calibrate, quantizers, set_mode
+from ..registry import LOOPS
+from ..stanza import QuantizationConfig
+from ..synthesis import Game, ImageOptimizer, PatchSimilarityTap, augment, learning_rate, prior_loss, valid_range
+from .checkpoint import load_float, read_checkpoint
+
+
+def reduce_range(low, high, merge):
+    """Joins the ranges that the processes observed: their extremes or their mean."""
+    if dist.get_world_size() == 1:
+        return low, high
+    low, high = low.clone(), high.clone()
+    dist.all_reduce(low, 'min' if merge == 'extreme' else 'mean')
+    dist.all_reduce(high, 'max' if merge == 'extreme' else 'mean')
+    return low, high
+
+
+def mean_over_processes(value: float) -> float:
+    """The mean of a number over all processes."""
+    if dist.get_world_size() == 1:
+        return value
+    value = torch.tensor(value, device=dist.get_comm_device() if hasattr(dist, 'get_comm_device') else 'cpu')
+    dist.all_reduce(value, 'mean')
+    return value.item()
+
+
+@LOOPS.register_module()
+class DataFreeLoop(BaseLoop):
+    """Quantizes the runner's model without data, as ``runner.train()``.
+
+    Needs :class:`QuantizationHook` (converts the model before the run). Iterations: first ``steps`` for each batch of
+    images, then those of the game.
+
+    Args:
+        runner (Runner): The runner.
+        dataloader (DataLoader | dict): Of :class:`NoiseDataset`; with method 'real', of images to calibrate on.
+        quantization (dict): The stanza.
+        checkpoint (str): Full-precision weights.
+        amp (bool): Run features in bfloat16. Defaults to False.
+    """
+
+    def __init__(self, runner, dataloader, quantization, checkpoint, amp=False):
+        super().__init__(runner, dataloader)
+        self.quantization = QuantizationConfig.parse(quantization)
+        self.checkpoint = checkpoint
+        self.amp = amp
+        self._epoch = self._iter = 0
+        synthesis = self.quantization.synthesis
+        self.synthesized = synthesis.method.startswith('psaq')
+        self.synthesis_iters = len(self.dataloader) * synthesis.steps if self.synthesized else 0
+        self.game_iters = self.quantization.game.steps if synthesis.method == 'psaq_v2' else 0
+        self.images, self.noise = [], []
+        self.optimizer = self.game = self.restored = None
+
+    epoch = property(lambda self: self._epoch)
+    iter = property(lambda self: self._iter)
+    max_epochs = property(lambda self: 1)
+    max_iters = property(lambda self: self.synthesis_iters + self.game_iters)
+
+    # -- the method ------------------------------------------------------------------------------------------------
+
+    def run(self):
+        """Runs what is left of all stages.
+
+        Returns:
+            nn.Module: The quantized model.
+        """
+        self.prepare()
+        self.runner.call_hook('before_train')
+        self.runner.call_hook('before_train_epoch')
+        if self.synthesized:
+            self.announce(f'synthesis of {sum(map(len, self.images))} images in {len(self.images)} batches', 1)
+            while self._iter < self.synthesis_iters:
+                self.iteration(self.synthesis_step)
+        if not self.is_calibrated():
+            self.announce(f'calibration on {sum(map(len, self.images))} images', 2)
+            self.calibrate()
+        if self.game_iters:
+            self.start_game()
+            while self._iter < self.max_iters:
+                self.iteration(self.game_step)
+            self.finish_game()
+        self.runner.call_hook('after_train_epoch')
+        self.runner.call_hook('after_train')
+        return self.runner.model
+
+    def announce(self, what, stage):
+        if self._iter < (self.synthesis_iters if stage == 1 else self.max_iters) or stage == 2:
+            self.runner.logger.info(f'Stage {stage}/3: {what}')
+
+    def iteration(self, step):
+        """One update, between mmengine's hooks."""
+        self.runner.call_hook('before_train_iter', batch_idx=self._iter, data_batch=None)
+        rng = random.Random(f'{self.runner.seed}-{dist.get_rank()}-{self._iter}')
+        outputs = step(rng)
+        self.runner.call_hook('after_train_iter', batch_idx=self._iter, data_batch=None, outputs=outputs)
+        self._iter += 1
+
+    def prepare(self):
+        """Student in place, teacher beside it, images at their start or where the interrupted run left them."""
+        model = self.runner.model
+        self.student = model.module if is_model_wrapper(model) else model
+        if not quantizers(self.student):
+            raise RuntimeError('the model is not converted: DataFreeLoop needs psaq_mm.QuantizationHook among the hooks')
+        self.student.eval()
+        self.teacher = copy.deepcopy(self.student)
+        load_float(self.teacher, read_checkpoint(self.checkpoint), self.quantization.targets)
+        set_mode(self.teacher, Mode.FLOAT)
+        self.teacher.requires_grad_(False)
+        self.device = next(self.student.parameters()).device
+        preprocessor = self.student.data_preprocessor
+        channels = next(p for p in self.student.parameters() if p.dim() == 4).shape[1]
+        self.low, self.high = (v.to(self.device) for v in valid_range(
+            getattr(preprocessor, 'mean', torch.zeros(channels)).flatten().cpu(),
+            getattr(preprocessor, 'std', torch.ones(channels)).flatten().cpu()))
+        self.tap = None
+        if self.synthesized:
+            self.tap = PatchSimilarityTap(*attention_taps(self.teacher.backbone))
+        self.load_images()
+        if self.restored is not None:
+            for image, saved in zip(self.images, self.restored['images']):
+                image.copy_(saved)
+
+    def load_images(self):
+        """Noise from the data set, or with method 'real' the images of the calibration data loader."""
+        if self.quantization.synthesis.method == 'real':
+            for data in self.dataloader:
+                inputs = self.student.data_preprocessor(data, False)['inputs']
+                self.images.append(inputs)
+            return
+        for data in self.dataloader:
+            batch = data['inputs'].to(self.device)
+            self.images.append(batch.maximum(self.low).minimum(self.high))
+        self.noise = [batch.clone() for batch in self.images]
+
+    def features(self, model):
+        """A feature extractor on a model, in bfloat16 where asked for."""
+
+        def extract(images):
+            with torch.autocast(self.device.type, torch.bfloat16) if self.amp else nullcontext():
+                return extract_features(model, images)
+
+        return extract
+
+    def synthesis_step(self, rng):
+        """One update of one batch of images towards higher patch-similarity entropy."""
+        config = self.quantization.synthesis
+        index, step = divmod(self._iter, config.steps)
+        if self.optimizer is None:
+            self.optimizer = ImageOptimizer(self.images[index], self.low, self.high, config.lr)
+            if self.restored is not None and self.restored['optimizer'] is not None:
+                self.optimizer.load_state_dict(self.restored['optimizer'])
+                self.restored['optimizer'] = None
+        log = {}
+
+        def objective(images):
+            view = augment(images, config, rng)
+            with torch.autocast(self.device.type, torch.bfloat16) if self.amp else nullcontext():
+                self.teacher.backbone(view)
+            entropy, prior = self.tap.entropy(len(view), config.bandwidth), prior_loss(view, config)
+            log.update(entropy=entropy.mean().item() / self.blocks, prior=prior.mean().item())
+            return (prior - entropy).mean()
+
+        self.optimizer.step(objective, learning_rate(step, config))
+        if step == config.steps - 1:
+            self.images[index] = self.optimizer.images.detach()
+            self.optimizer = None
+        return log
+
+    @property
+    def blocks(self):
+        """Number of attention blocks whose entropy is summed."""
+        return len(self.tap.handles)
+
+    def is_calibrated(self):
+        return all(q.calibrated for q in quantizers(self.student).values())
+
+    def calibrate(self):
+        """Chooses all scales from the images, as the float student sees them."""
+
+        def run():
+            extract = self.features(self.student)
+            for batch in self.images:
+                extract(batch)
+
+        calibrate(self.student, run, reduce_range)
+
+    def start_game(self):
+        """Sets the players up; a resumed run takes its seat where it left."""
+        config, synthesis = self.quantization.game, self.quantization.synthesis
+        evolving, held = self.split(config.holdout)
+        names = tuple(f'{t}.' for t in self.quantization.targets)
+        parameters = {n: p for n, p in self.student.named_parameters() if n.startswith(names) and p.requires_grad}
+        for name, parameter in self.student.named_parameters():
+            parameter.requires_grad_(name in parameters)
+        self.game = Game(config, synthesis, self.features(self.teacher), self.features(self.student), self.tap,
+                         parameters, self.update_student, evolving, held, self.low, self.high, mean_over_processes)
+        if self.restored is not None and self.restored['game'] is not None:
+            self.game.load_state_dict(self.restored['game'])
+        else:
+            self.game.start()
+            self.announce(f'game, discrepancy of the plain calibration {self.game.initial:.4f} on held-back images', 3)
+
+    def split(self, holdout):
+        """Divides the images into evolving and held-back batches."""
+        hold = max(1, round(holdout * sum(map(len, self.images))))
+        evolving, held = [], []
+        for batch in reversed(self.images):
+            take = min(hold, len(batch))
+            hold -= take
+            if take:
+                held.insert(0, batch[len(batch) - take:])
+            if take < len(batch):
+                evolving.insert(0, batch[:len(batch) - take])
+        return evolving, held
+
+    def update_student(self, loss):
+        """One optimiser step on the student, gradients averaged over processes."""
+        wrapper = self.runner.optim_wrapper
+        wrapper.backward(loss)
+        if dist.get_world_size() > 1:
+            for parameter in self.game.parameters.values():
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad, 'mean')
+        wrapper.step()
+        wrapper.zero_grad()
+
+    def game_step(self, rng):
+        log = self.game.step(rng)
+        if 'entropy' in log:
+            log['entropy'] /= self.blocks
+        return log
+
+    def finish_game(self):
+        """Keeps the best student."""
+        game = self.game
+        game.finish()
+        self.runner.logger.info(
+            f'Game over after {game.turns} turns, {game.student_updates} student and '
+            f'{game.updates - game.student_updates} image updates: discrepancy on held-back images '
+            f'{game.initial:.4f} -> {game.best:.4f}')
+
+    # -- resume ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self):
+        """All that the model's and the optimiser's state don't hold."""
+        return dict(
+            images=[batch.detach().cpu() for batch in self.images],
+            optimizer=self.optimizer and self.optimizer.state_dict(),
+            game=self.game and self.game.state_dict())
+
+    def load_state_dict(self, state):
+        """Takes the state in; :meth:`prepare` and the stages put it in place."""
+        self.restored = state

@@ -1,0 +1,151 @@
+"""The whole job, for scripts: check everything, quantize, write, evaluate."""
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from pathlib import Path
+from typing import Optional
+
+from mmengine.config import Config, ConfigDict
+from mmengine.dist import is_main_process
+from mmengine.registry import MODELS
+from mmengine.runner import Runner, find_latest_checkpoint
+
+from ..errors import UserError
+from ..models import quantize_model
+from ..quantization import model_bits
+from ..stanza import QuantizationConfig
+from .checkpoint import CheckpointError, load_float, read_checkpoint, versions
+from .config import data_free_config, dataset_meta, default_scope, evaluation_gap, float_config, test_config, \
+    without_pretrained
+
+MEGABYTE = 8e6  # bits
+
+
+def evaluate(cfg: Config, checkpoint: str, work_dir: str, name: str) -> dict[str, float]:
+    """Metrics of a model on the config's test data, by mmengine's own test loop.
+
+    Args:
+        cfg (Config): A float or test config.
+        checkpoint (str): Weights.
+        work_dir (str): For the log.
+        name (str): Tells this evaluation's log from others.
+
+    Returns:
+        dict[str, float]: As the evaluator names them, e.g. 'coco/bbox_mAP'.
+    """
+    cfg = copy.deepcopy(cfg)
+    cfg.load_from, cfg.work_dir, cfg.experiment_name = checkpoint, work_dir, f'{name}_{time.time_ns()}'
+    runner = Runner.from_cfg(cfg)
+    return {key: float(value) for key, value in runner.test().items()}
+
+
+def check(cfg: Config, checkpoint: Optional[str] = None):
+    """Everything that can be wrong with a config and its checkpoint, found before any work.
+
+    Args:
+        cfg (Config): With a ``quantization`` stanza.
+        checkpoint (str, optional): Instead of the config's ``load_from``.
+
+    Returns:
+        tuple: The parsed stanza, the checkpoint's content, size of the float and of the quantized model in MB.
+
+    Raises:
+        StanzaError, PatternError, CheckpointError: Each naming what to change.
+    """
+    if 'quantization' not in cfg:
+        raise UserError(f"{cfg.filename} has no 'quantization' stanza: add quantization = dict() for W8A8, or inherit "
+                         'from configs/_base_/dfq.py')
+    quantization = QuantizationConfig.parse(cfg.quantization)
+    source = checkpoint or cfg.get('load_from')
+    if not source:
+        raise CheckpointError('no full-precision checkpoint: set load_from in the config, or pass --checkpoint FILE')
+    default_scope(cfg)
+    model = MODELS.build(without_pretrained(copy.deepcopy(cfg.model)))
+    float_size = model_bits(model) / MEGABYTE
+    quantize_model(model, quantization)
+    content = read_checkpoint(source)
+    load_float(model, content, quantization.targets)
+    return quantization, content, float_size, model_bits(model) / MEGABYTE
+
+
+def quantize(cfg: Config,
+             checkpoint: Optional[str] = None,
+             resume: bool = False,
+             amp: bool = False,
+             eval_float: bool = True,
+             eval_quantized: bool = True) -> dict:
+    """Quantizes the model of a config without data and evaluates it if its test data is there.
+
+    Writes to ``cfg.work_dir``: ``quantized.pth``, ``test_config.py``, ``synthetic.png``, ``synthetic/``,
+    ``metrics.json`` and mmengine's log.
+
+    Args:
+        cfg (Config): With a stanza and ``work_dir``.
+        checkpoint (str, optional): Full-precision weights instead of ``load_from``.
+        resume (bool): Go on where an interrupted run stopped. Defaults to False.
+        amp (bool): bfloat16 features. Defaults to False.
+        eval_float, eval_quantized (bool): What to evaluate. Both default to True.
+
+    Returns:
+        dict: What ``metrics.json`` holds: ``full_precision`` and ``quantized`` metrics, ``size_mb``, ``minutes``,
+        ``scope``, ``versions``, paths, and ``not_evaluated`` with the reason where evaluation was impossible.
+
+    Raises:
+        StanzaError, PatternError, CheckpointError: Before any work.
+    """
+    work_dir = Path(cfg.work_dir)
+    quantization, content, float_size, quantized_size = check(cfg, checkpoint)
+    meta = dataset_meta(cfg, content['meta'])
+    resume_from = find_latest_checkpoint(str(work_dir)) if resume else None
+    run = data_free_config(cfg, quantization, content['path'], meta, amp, resume_from)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    test_path = work_dir / 'test_config.py'
+    tested = test_config(cfg, quantization)
+
+    started = time.perf_counter()
+    runner = Runner.from_cfg(run)
+    if is_main_process():
+        tested.dump(test_path)
+    runner.train()
+    minutes = (time.perf_counter() - started) / 60
+    logger = runner.logger
+
+    result = dict(
+        full_precision={}, quantized={}, size_mb=dict(full_precision=round(float_size, 2),
+                                                      quantized=round(quantized_size, 2)),
+        minutes=round(minutes, 2), scope=list(quantization.targets),
+        bits=dict(weight=quantization.weight.bits, activation=quantization.activation.bits),
+        method=quantization.synthesis.method, seed=runner.seed, checkpoint=str(work_dir / 'quantized.pth'),
+        test_config=str(test_path), versions=versions())
+    gap = evaluation_gap(cfg)
+    if gap and (eval_float or eval_quantized):
+        result['not_evaluated'] = gap
+        logger.warning(f'Not evaluated: {gap}. The quantized checkpoint is written all the same.')
+    else:
+        if eval_float:
+            result['full_precision'] = evaluate(float_config(cfg), content['path'], str(work_dir), 'full_precision')
+        if eval_quantized:
+            result['quantized'] = evaluate(Config.fromfile(test_path), result['checkpoint'], str(work_dir), 'quantized')
+    if is_main_process():
+        write_json(result, work_dir / 'metrics.json')
+    return result
+
+
+def write_json(content, path) -> None:
+    """Indented JSON, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(path.suffix + '.tmp')
+    temporary.write_text(json.dumps(content, indent=2) + '\n')
+    os.replace(temporary, path)
+
+
+def with_stanza(cfg: Config, **changes) -> Config:
+    """A copy of a config whose stanza is merged with some changes (nested dicts merge, as in mmengine)."""
+    cfg = copy.deepcopy(cfg)
+    stanza = ConfigDict(cfg.get('quantization') or {})
+    cfg.quantization = Config._merge_a_into_b(changes, stanza)
+    return cfg

@@ -1,0 +1,57 @@
+"""The two doors to conversion share one function: :func:`quantize_model`.
+
+Door one is a hook (:class:`psaq_mm.engine.QuantizationHook`), for whatever a Runner drives. Door two is a type in the
+model registry, for ``init_detector``, the Inferencers and every other tool that only builds ``cfg.model``.
+"""
+from __future__ import annotations
+
+import copy
+
+from mmengine.registry import MODELS as ROOT_MODELS
+from torch import nn
+
+from ..quantization import convert, quantizable, quantizers
+from ..registry import MODELS
+from ..stanza import QuantizationConfig
+from .attention import attention_types, layer_types
+
+
+def quantize_model(model: nn.Module, quantization) -> nn.Module:
+    """Converts backbone and neck (or whatever the stanza targets) in place; a converted model is left as it is.
+
+    Args:
+        model (nn.Module): With float weights, loaded or not.
+        quantization (dict | QuantizationConfig): The stanza.
+
+    Raises:
+        StanzaError: If the stanza is wrong.
+        PatternError: If a target or a pattern matches nothing.
+    """
+    if quantizers(model):
+        return model
+    quantization = QuantizationConfig.parse(quantization)
+    targets = [t for t in quantization.targets if t != 'neck' or getattr(model, 'with_neck', True)]
+    kinds = layer_types()
+    layers = quantizable(model, targets, attention_types(), kinds)
+    return convert(model, layers, quantization.layer_configs(layers), kinds)
+
+
+@MODELS.register_module('QuantizedModel')
+def build_quantized_model(float_type: str, quantization: dict, **model) -> nn.Module:
+    """Builds the float model and converts it; what comes out is an instance of the float type.
+
+    Args:
+        float_type (str): Registered name of the float model, e.g. 'MaskRCNN'.
+        quantization (dict): The stanza.
+        **model: The float model's own config.
+    """
+    return quantize_model(ROOT_MODELS.build(dict(type=float_type, **model)), quantization)
+
+
+def quantize_model_config(model: dict, quantization: QuantizationConfig) -> dict:
+    """The config from which any tool builds the quantized model: the float one with another type and the stanza."""
+    model = copy.deepcopy(model)
+    model['float_type'] = model['type']
+    model['type'] = 'psaq_mm.QuantizedModel'
+    model['quantization'] = quantization.to_dict()
+    return model

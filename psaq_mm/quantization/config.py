@@ -1,0 +1,47 @@
+"""How one tensor is quantized, as frozen objects checked once when they are made."""
+from __future__ import annotations
+
+from typing import Literal, Optional
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Observer = Literal['minmax', 'moving_average_minmax', 'percentile', 'mse']
+Granularity = Literal['per_tensor', 'per_channel']
+
+# 99.99 clips one value in ten thousand: the usual choice of post-training quantization toolkits.
+PERCENTILE = 99.99
+# Weight of the newest batch in the moving average; torch.ao uses 0.01 over hundreds of batches, a calibration here
+# sees tens. Our choice.
+MOMENTUM = 0.1
+
+
+class FrozenConfig(BaseModel):
+    """Base of all settings: immutable, no unknown keys, no silent conversion of types."""
+    model_config = ConfigDict(frozen=True, extra='forbid', strict=True)
+
+
+class WeightConfig(FrozenConfig):
+    """Quantization of weights. Default: the paper's naive quantizer (min-max per output channel, symmetric)."""
+    bits: int = Field(8, ge=2, le=8, description='bit-width')
+    granularity: Granularity = Field('per_channel', description='one scale a tensor, or one an output channel')
+    symmetric: bool = Field(True, description='zero point fixed at 0')
+    observer: Observer = Field('minmax', description='how the range is chosen')
+    percentile: float = Field(PERCENTILE, gt=50, le=100, description="share of values inside, for 'percentile', in %")
+    momentum: float = Field(MOMENTUM, gt=0, le=1, description="weight of the newest batch, 'moving_average_minmax'")
+
+
+class ActivationConfig(WeightConfig):
+    """Quantization of activations. Default: the paper's naive quantizer (per tensor, asymmetric, moving average).
+
+    ``per_channel`` means one scale an input channel for Linear and Conv2d; operands of attention products, which have
+    no channel axis of their own, stay per tensor.
+    """
+    granularity: Granularity = Field('per_tensor', description='one scale a tensor, or one an input channel')
+    symmetric: bool = Field(False, description='zero point fixed at 0')
+    observer: Observer = Field('moving_average_minmax', description='how the range is chosen')
+
+
+class LayerConfig(FrozenConfig):
+    """What one layer gets: both parts set, or None to keep that side in floating point."""
+    weight: Optional[WeightConfig]
+    activation: Optional[ActivationConfig]

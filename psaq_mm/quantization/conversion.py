@@ -1,0 +1,181 @@
+"""Swaps the layers of a model for quantized ones, in place and by rule; calibrates them."""
+from __future__ import annotations
+
+import difflib
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Callable, Iterable, Iterator, Mapping
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from .config import LayerConfig
+from .layers import CONTEXT, SCORES, QuantizedConv2d, QuantizedLayer, QuantizedLinear, QuantizedMatMul, \
+    quantize_attention
+from .quantizer import FakeQuantizer, Mode
+
+# A layer is what its forward computes: subclasses that inherit it are the same layer.
+LAYERS = {nn.Linear.forward: QuantizedLinear, nn.Conv2d.forward: QuantizedConv2d}
+FloatLayers = Mapping[Callable, type]
+
+
+class PatternError(UserError):
+    """A name pattern or a target of the settings matches nothing in the model."""
+
+
+def quantizable(model: nn.Module,
+                targets: Iterable[str],
+                attentions: tuple[type, ...] = (),
+                layers: FloatLayers = LAYERS) -> dict[str, nn.Module]:
+    """All layers that can be quantized inside the targets, by name.
+
+    The two products of an attention module ``m`` are named ``m.matmul_scores`` and ``m.matmul_context`` and map to the
+    attention module itself.
+
+    Args:
+        model (nn.Module): Not converted yet.
+        targets (Iterable[str]): Names of submodules.
+        attentions (tuple[type, ...]): Classes whose forward makes exactly two matrix products.
+        layers (Mapping[Callable, type]): Quantized counterpart by the forward function of the float layer.
+
+    Returns:
+        dict[str, nn.Module]: In order of definition.
+
+    Raises:
+        PatternError: If a target is no submodule of the model.
+    """
+    modules = dict(model.named_modules())
+    found = {}
+    for target in targets:
+        if target not in modules or not target:
+            hint = difflib.get_close_matches(target, modules, 1)
+            children = ', '.join(name for name, _ in model.named_children())
+            raise PatternError(f"target '{target}' is no submodule of {type(model).__name__}" +
+                               (f", did you mean '{hint[0]}'?" if hint else '') + f' (top level: {children})')
+        for name, module in modules[target].named_modules(prefix=target):
+            if type(module).forward in layers:
+                found[name] = module
+            elif isinstance(module, attentions):
+                found[f'{name}.{SCORES}'] = module
+                found[f'{name}.{CONTEXT}'] = module
+    return found
+
+
+def match(pattern: str, names: Iterable[str]) -> list[str]:
+    """Names that a shell-style pattern matches.
+
+    Raises:
+        PatternError: If there are none.
+    """
+    names = list(names)
+    matched = [name for name in names if fnmatchcase(name, pattern)]
+    if not matched:
+        hint = difflib.get_close_matches(pattern, names, 1, 0.3)
+        raise PatternError(f"pattern '{pattern}' matches none of the {len(names)} quantizable layers" +
+                           (f", the closest name is '{hint[0]}'" if hint else ''))
+    return matched
+
+
+def convert(model: nn.Module,
+            layers: dict[str, nn.Module],
+            configs: dict[str, LayerConfig],
+            counterparts: FloatLayers = LAYERS) -> nn.Module:
+    """Replaces layers by their quantized counterparts, in place; parameters stay the same objects.
+
+    Args:
+        model (nn.Module): The model to change.
+        layers (dict[str, nn.Module]): From :func:`quantizable`.
+        configs (dict[str, LayerConfig]): What each layer gets; one that is not in here stays in float.
+        counterparts (Mapping[Callable, type]): As ``layers`` of :func:`quantizable`.
+
+    Returns:
+        nn.Module: The same model.
+    """
+    converted = {}  # a layer that is used in two places is converted once
+    float_layer = LayerConfig(weight=None, activation=None)
+    for name, module in layers.items():
+        if name not in configs:
+            continue
+        owner_name, _, attribute = name.rpartition('.')
+        if attribute in (SCORES, CONTEXT):
+            if id(module) not in converted:
+                converted[id(module)] = quantize_attention(module,
+                                                           *(configs.get(f'{owner_name}.{product}', float_layer)
+                                                             for product in (SCORES, CONTEXT)))
+            continue
+        if id(module) not in converted:
+            converted[id(module)] = counterparts[type(module).forward].from_float(module, configs[name])
+        setattr(model.get_submodule(owner_name), attribute, converted[id(module)])
+    for name, quantizer in quantizers(model).items():
+        quantizer.name = name
+        device = next(model.parameters()).device
+        quantizer.to(device)
+    return model
+
+
+def quantizers(model: nn.Module) -> dict[str, FakeQuantizer]:
+    """All fake-quantizers of a model by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, FakeQuantizer)}
+
+
+def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All quantized Linear, Conv2d and matrix products of a model by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, (QuantizedLayer, QuantizedMatMul))}
+
+
+def set_mode(model: nn.Module, mode: Mode) -> None:
+    """Sets what every quantizer of the model does from now on."""
+    for quantizer in quantizers(model).values():
+        quantizer.mode = mode
+
+
+@contextmanager
+def quantizer_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
+    """Sets the mode of all quantizers and restores each one's own afterwards."""
+    before = {quantizer: quantizer.mode for quantizer in quantizers(model).values()}
+    set_mode(model, mode)
+    try:
+        yield
+    finally:
+        for quantizer, old in before.items():
+            quantizer.mode = old
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, run: Callable[[], None], reduce=None) -> None:
+    """Chooses every scale: weights from the weights, activations from what flows through the float model.
+
+    Args:
+        model (nn.Module): A converted model.
+        run (Callable): Feeds the calibration images through the model.
+        reduce (callable, optional): See :meth:`FakeQuantizer.calibrate`.
+
+    Raises:
+        UserError: If the images never reached one of the layers.
+        UserError: If the model produced NaN or infinite values.
+    """
+    with quantizer_mode(model, Mode.OBSERVE):
+        for layer in quantized_layers(model).values():
+            weight_quantizer = getattr(layer, 'weight_quantizer', None)
+            if weight_quantizer is not None:  # seen once: it does not change from batch to batch
+                weight_quantizer.mode = Mode.FLOAT
+                weight_quantizer.observe(layer.weight)
+        run()
+    for name, quantizer in quantizers(model).items():
+        if not quantizer.calibrate(reduce):
+            raise UserError(f"'{name}' saw no data during calibration: the layer is not used when features are "
+                               'extracted. Keep it in float (keep_float) or take it out of the targets.')
+
+
+def model_bits(model: nn.Module) -> int:
+    """Bits that the parameters take when quantized weights are stored as integers, the rest as float32.
+
+    Scales and zero points count as 32 bits each.
+    """
+    bits = 32 * sum(p.numel() for p in model.parameters())
+    for layer in quantized_layers(model).values():
+        quantizer = getattr(layer, 'weight_quantizer', None)
+        if quantizer is not None:
+            bits -= (32 - quantizer.config.bits) * layer.weight.numel()
+    return bits + 32 * sum(q.scale.numel() + q.zero_point.numel() for q in quantizers(model).values())

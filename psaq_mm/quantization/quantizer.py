@@ -1,0 +1,141 @@
+"""The fake-quantizer: rounds a tensor to an integer grid in the forward pass, lets gradients through inside it."""
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .observers import affine_parameters, build_observer, quantization_grid
+
+
+class UncalibratedError(UserError):
+    """A quantizer was asked to quantize before it knew its scale."""
+
+
+class QuantizerMismatchError(UserError):
+    """A checkpoint's quantizers are not the ones the model was built with."""
+
+
+class Mode(Enum):
+    """What a quantizer does with a tensor."""
+    FLOAT = 'float'  # nothing: the full-precision model
+    OBSERVE = 'observe'  # nothing, but its observer looks on
+    QUANTIZE = 'quantize'  # round to the grid
+
+
+class FakeQuantizer(nn.Module):
+    """Simulates integers of 2 to 8 bits on torch's fused ``fake_quantize_*`` ops.
+
+    ``forward(x) == scale * (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point)``, with gradient 1
+    for x inside the grid and 0 outside (straight-through estimator).
+
+    Args:
+        config (WeightConfig | ActivationConfig): Bits, granularity, symmetry, observer.
+        channels (int): Number of scales: 1 for per-tensor.
+        axis (int): The axis that scales run along when ``channels > 1``. Defaults to 0.
+
+    State: ``scale`` (channels,) float32, NaN until calibrated; ``zero_point`` (channels,) int32; ``bits`` () uint8.
+    """
+
+    def __init__(self, config, channels: int = 1, axis: int = 0):
+        super().__init__()
+        self.config = config
+        self.axis = axis
+        self.per_channel = config.granularity == 'per_channel' and channels > 1
+        self.quant_min, self.quant_max = quantization_grid(config.bits, config.symmetric)
+        self.mode = Mode.QUANTIZE
+        self.name = ''  # the quantizer's path in the model, for errors; set by the conversion
+        self.observer = None
+        self.calibrated = False
+        count = channels if self.per_channel else 1
+        self.register_buffer('scale', torch.full((count, ), float('nan')))
+        self.register_buffer('zero_point', torch.zeros(count, dtype=torch.int32))
+        self.register_buffer('bits', torch.tensor(config.bits, dtype=torch.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape to the same shape.
+
+        Raises:
+            UncalibratedError: In mode QUANTIZE without a scale.
+        """
+        if self.mode is Mode.FLOAT:
+            return x
+        if self.mode is Mode.OBSERVE:
+            self.observe(x)
+            return x
+        if not self.calibrated:
+            raise UncalibratedError(
+                f"'{self.name}' is quantized but not calibrated: its scale is unknown, so predictions would be "
+                'meaningless. Run tools/dfq.py on the config and load the quantized checkpoint it writes '
+                '(a full-precision checkpoint has no scales).')
+        value = x.float()  # the fused kernels want float32; under autocast x may be bfloat16
+        if self.per_channel:
+            value = torch.fake_quantize_per_channel_affine(value, self.scale, self.zero_point, self.axis % x.dim(),
+                                                           self.quant_min, self.quant_max)
+        else:
+            value = torch.fake_quantize_per_tensor_affine(value, self.scale, self.zero_point, self.quant_min,
+                                                          self.quant_max)
+        return value.to(x.dtype)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Shows the observer one batch, any shape."""
+        if self.observer is None:
+            self.observer = build_observer(self.config)
+        x = x.detach()
+        rows = x.movedim(self.axis % x.dim(), 0).flatten(1) if self.per_channel else x.reshape(1, -1)
+        self.observer.update(rows)
+
+    @torch.no_grad()
+    def calibrate(self, reduce=None) -> bool:
+        """Turns what the observer saw into scale and zero point, and forgets it.
+
+        Args:
+            reduce (callable, optional): ``reduce(low, high, merge) -> (low, high)`` joins the ranges of several
+                processes; ``merge`` is the observer's 'extreme' or 'mean'.
+
+        Returns:
+            bool: Whether there was anything to turn.
+
+        Raises:
+            UserError: If the range is not finite.
+        """
+        if self.observer is None:
+            return False
+        low, high = self.observer.range()
+        if reduce is not None:
+            low, high = reduce(low, high, self.observer.merge)
+        if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+            raise UserError(f"'{self.name}' saw NaN or infinite values during calibration: the full-precision model "
+                             'produces them on the calibration images. Check the checkpoint.')
+        scale, zero_point = affine_parameters(low, high, self.config.bits, self.config.symmetric)
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+        self.observer = None
+        self.calibrated = True
+        return True
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
+                              error_msgs):
+        # A full-precision checkpoint has none of these keys: it loads cleanly and leaves the quantizer uncalibrated.
+        keys = [prefix + name for name in ('scale', 'zero_point', 'bits')]
+        if not any(key in state_dict for key in keys):
+            return
+        missing = [key for key in keys if key not in state_dict]
+        if missing:
+            raise QuantizerMismatchError(f'the checkpoint is damaged: it lacks {missing[0]}')
+        bits, scale = int(state_dict[keys[2]]), state_dict[keys[0]]
+        if bits != self.config.bits or scale.shape != self.scale.shape:
+            raise QuantizerMismatchError(
+                f"the checkpoint quantizes '{self.name or prefix[:-1]}' with {bits} bits and {scale.numel()} scale(s), "
+                f'the config says {self.config.bits} bits and {self.scale.numel()} scale(s): '
+                "use the test config written beside the checkpoint, or correct 'quantization'.")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
+                                      error_msgs)
+        self.calibrated = bool(torch.isfinite(self.scale).all())
+
+    def extra_repr(self):
+        kind = 'symmetric' if self.config.symmetric else 'asymmetric'
+        return f'bits={self.config.bits}, {self.config.granularity}, {kind}, calibrated={self.calibrated}'

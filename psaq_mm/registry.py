@@ -1,0 +1,13 @@
+"""psaq_mm's nodes in mmengine's registry tree: types are named ``psaq_mm.X`` in configs, no import needed."""
+from mmengine.registry import DATASETS as MMENGINE_DATASETS
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import LOOPS as MMENGINE_LOOPS
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import RUNNERS as MMENGINE_RUNNERS
+from mmengine.registry import Registry
+
+MODELS = Registry('model', parent=MMENGINE_MODELS, scope='psaq_mm', locations=['psaq_mm.models'])
+DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='psaq_mm', locations=['psaq_mm.engine'])
+HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='psaq_mm', locations=['psaq_mm.engine'])
+LOOPS = Registry('loop', parent=MMENGINE_LOOPS, scope='psaq_mm', locations=['psaq_mm.engine'])
+RUNNERS = Registry('runner', parent=MMENGINE_RUNNERS, scope='psaq_mm', locations=['psaq_mm.engine'])

@@ -1,0 +1,153 @@
+"""The ``quantization = dict(...)`` stanza of a config, parsed once into a frozen object."""
+from __future__ import annotations
+
+import difflib
+import typing
+from typing import Optional
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from .errors import UserError
+from .quantization import ActivationConfig, FrozenConfig, LayerConfig, WeightConfig
+from .quantization.conversion import match
+from .synthesis import GameConfig, SynthesisConfig
+
+ROOT = 'quantization'
+
+
+class StanzaError(UserError):
+    """The stanza has an unknown key, a wrong type or an impossible value; the message names it and what is allowed."""
+
+
+class LayerOverride(FrozenConfig):
+    """Other settings for the layers whose name matches a shell-style pattern."""
+    pattern: str = Field(description="e.g. 'backbone.stages.0.*', '*.ffn.layers.1'")
+    weight: Optional[dict] = Field(None, description='keys of quantization.weight to change')
+    activation: Optional[dict] = Field(None, description='keys of quantization.activation to change')
+
+
+class QuantizationConfig(FrozenConfig):
+    """The whole stanza. ``quantization = dict()`` is W8A8, PSAQ-ViT V2, backbone and neck."""
+    weight: WeightConfig = WeightConfig()
+    activation: ActivationConfig = ActivationConfig()
+    targets: tuple[str, ...] = Field(('backbone', 'neck'), strict=False, min_length=1, description='submodules')
+    patch_embed_bits: int = Field(8, ge=2, le=8, description='of convolutions that read the pixels, weight and input')
+    keep_float: tuple[str, ...] = Field((), strict=False, description='name patterns of layers left in float')
+    overrides: tuple[LayerOverride, ...] = Field((), strict=False, description='later ones win')
+    synthesis: SynthesisConfig = SynthesisConfig()
+    game: GameConfig = GameConfig()
+
+    @model_validator(mode='after')
+    def _check_overrides(self):
+        for index, override in enumerate(self.overrides):
+            for side, base in (('weight', self.weight), ('activation', self.activation)):
+                try:
+                    _changed(base, getattr(override, side))
+                except ValidationError as error:
+                    raise StanzaError(_explain(error, type(base), f'{ROOT}.overrides.{index}.{side}')) from None
+        return self
+
+    @classmethod
+    def parse(cls, raw) -> 'QuantizationConfig':
+        """Checks the raw stanza.
+
+        Args:
+            raw (dict | ConfigDict | QuantizationConfig): From the config file.
+
+        Raises:
+            StanzaError: Naming key, value and what is allowed, one line for each mistake.
+        """
+        if isinstance(raw, cls):
+            return raw
+        if not isinstance(raw, dict):
+            raise StanzaError(f'{ROOT} = {raw!r}: must be a dict, e.g. quantization = dict(weight=dict(bits=4))')
+        try:
+            return cls.model_validate(_plain(raw))
+        except ValidationError as error:
+            raise StanzaError(_explain(error, cls, ROOT)) from None
+
+    def layer_configs(self, layers) -> dict[str, LayerConfig]:
+        """What each quantizable layer gets.
+
+        Args:
+            layers (dict[str, nn.Module]): From :func:`psaq_mm.quantization.quantizable`.
+
+        Returns:
+            dict[str, LayerConfig]: Layers kept in float are left out.
+
+        Raises:
+            PatternError: If a pattern matches no layer.
+        """
+        configs = {}
+        for name, module in layers.items():
+            weight, activation = self.weight, self.activation
+            if getattr(module, 'in_channels', None) == 3:  # reads the pixels: the patch embedding
+                weight = _changed(weight, dict(bits=self.patch_embed_bits))
+                activation = _changed(activation, dict(bits=self.patch_embed_bits))
+            configs[name] = LayerConfig(weight=weight, activation=activation)
+        for override in self.overrides:
+            for name in match(override.pattern, layers):
+                old = configs[name]
+                configs[name] = LayerConfig(
+                    weight=_changed(old.weight, override.weight),
+                    activation=_changed(old.activation, override.activation))
+        for pattern in self.keep_float:
+            for name in match(pattern, layers):
+                configs.pop(name, None)
+        return configs
+
+    def to_dict(self) -> dict:
+        """The complete stanza, defaults spelled out, as plain lists and dicts that a config file can hold."""
+        return self.model_dump(mode='json')
+
+
+def _changed(config, changes):
+    return type(config).model_validate({**config.model_dump(), **changes}) if changes else config
+
+
+def _plain(value):
+    """Dicts and lists of plain Python types, whatever subclass of them the config file gave."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(item) for item in value) if type(value) in (list, tuple) else list(value)
+    return value
+
+
+def _model_at(cls, location):
+    """The settings class that a pydantic error location leads into, or None."""
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = cls.model_fields.get(part)
+        kinds = [field.annotation, *typing.get_args(field.annotation)] if field else []
+        cls = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+        if cls is None:
+            return None
+    return cls
+
+
+def _explain(error: ValidationError, cls, root: str) -> str:
+    lines = []
+    for item in error.errors(include_url=False):
+        location = item['loc']
+        path = '.'.join([root, *map(str, location)])
+        if item['type'] == 'extra_forbidden':
+            owner = _model_at(cls, location[:-1])
+            allowed = sorted(owner.model_fields)
+            hint = difflib.get_close_matches(str(location[-1]), allowed, 1, 0.5)
+            lines.append(f"{path} = {item['input']!r}: unknown key" + (f", did you mean '{hint[0]}'?" if hint else '') +
+                         f" (allowed: {', '.join(allowed)})")
+            continue
+        text = item['msg'].removeprefix('Value error, ')
+        if text.startswith(f'{ROOT}.'):  # explained already, by a nested check
+            lines.append(text)
+            continue
+        text = text[0].lower() + text[1:]
+        if item['type'] == 'literal_error':
+            expected = item['ctx']['expected']
+            words = expected.replace("'", '').replace(' or ', ', ').split(', ')
+            hint = difflib.get_close_matches(str(item['input']), words, 1, 0.5)
+            text = (f"did you mean '{hint[0]}'? " if hint else '') + f'(allowed: {expected})'
+        lines.append(f"{path} = {item['input']!r}: {text}")
+    return '\n'.join(dict.fromkeys(lines))

@@ -1,0 +1,61 @@
+"""Settings of image synthesis and of the game."""
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from ..quantization.config import FrozenConfig
+
+Method = Literal['noise', 'psaq_v1', 'psaq_v2', 'real']
+
+
+class SynthesisConfig(FrozenConfig):
+    """Where calibration images come from."""
+    method: Method = Field(
+        'psaq_v2', description="'noise': Gaussian noise; 'psaq_v1': entropy and priors; 'psaq_v2': the same, then the "
+        "game; 'real': the config's calib_dataloader, a baseline")
+    num_images: int = Field(32, ge=1, description='images in all; 32 as in V1')
+    batch_size: int = Field(8, ge=1, description='images optimised at a time, on each process')
+    size: tuple[tuple[int, int], ...] = Field(
+        ((224, 224), ), description='(height, width) in pixels, or several: batches take turns')
+    steps: int = Field(200, ge=1, description='optimisation steps for each batch')
+    lr: float = Field(0.25, gt=0, description="Adam's peak learning rate, in units of normalised pixels; V1 uses "
+                      '0.20 to 0.25')
+    warmup: float = Field(0.2, ge=0, lt=1, description='share of the steps with a rising learning rate; V1: 100 of 500')
+    bandwidth: float = Field(0.01, ge=0.001, le=0.5, description='of the similarity density; 0.01 as in V1')
+    tv_weight: float = Field(1.0, ge=0, description='weight of the total-variation prior')
+    tv_target: float = Field(
+        0.31, ge=0, description='root-mean-square difference of neighbouring normalised pixels the prior pulls '
+        'towards; V1 draws its total from 2500 to 3000 for 32 images of 224 x 224, which is 0.28 to 0.34')
+    jitter: int = Field(30, ge=0, description='images are rolled by up to so many pixels; V1: 15, then 30')
+    flip: bool = Field(True, description='images are mirrored in every other step')
+
+    @field_validator('size', mode='before')
+    @classmethod
+    def _sizes(cls, value):
+        pairs = [value] if isinstance(value, (list, tuple)) and value and isinstance(value[0], int) else value
+        if not isinstance(pairs, (list, tuple)) or not pairs or not all(
+                isinstance(p, (list, tuple)) and len(p) == 2 and all(type(v) is int and v >= 32 for v in p)
+                for p in pairs):
+            raise ValueError('must be (height, width) or a list of such pairs, each number a whole one of at least 32')
+        return tuple(tuple(p) for p in pairs)
+
+
+class GameConfig(FrozenConfig):
+    """The teacher-student game of V2. All values are our choice: the paper's text was not available to us."""
+    steps: int = Field(300, ge=0, description='updates in all, of images and student together')
+    student_lr: float = Field(2e-5, gt=0, description="learning rate of the student's Adam")
+    image_lr: float = Field(0.05, gt=0, description="learning rate of the images' Adam, normalised pixels")
+    weight: float = Field(1.0, ge=0, description='weight of the discrepancy in the image objective, beside the entropy')
+    bound: float = Field(
+        2.0, gt=1, description="images gain nothing by a discrepancy above so many times the plain calibration's")
+    lower: float = Field(
+        0.7, gt=0, le=1, description="the images' turn begins when the discrepancy falls below so many times the "
+        "plain calibration's")
+    upper: float = Field(1.3, ge=1, description="the student's turn begins when it rises above so many times that")
+    patience: int = Field(20, ge=1, description='a turn is over after so many updates at the latest')
+    holdout: float = Field(0.25, gt=0, lt=1, description='share of the images held back to choose the best student')
+    evaluate_every: int = Field(20, ge=1, description='student updates between looks at the held-back images')
+
+

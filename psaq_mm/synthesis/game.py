@@ -1,0 +1,171 @@
+"""The teacher-student game of PSAQ-ViT V2: images and quantized student evolve against each other.
+
+Facts (abstract and published description): the discrepancy is the mean absolute error between the features of the
+full-precision teacher and the quantized student; images raise it, the student lowers it, in adaptive alternation.
+Ours: everything that makes this concrete. The discrepancy is taken relative to the teacher's features and to its
+value for the plainly calibrated student; turns change on a hysteresis of its moving average; what images can gain by
+it is capped, so that they stay images; the student that wins is the best on held-back images that never evolve.
+"""
+from __future__ import annotations
+
+import random
+from typing import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .config import GameConfig, SynthesisConfig
+from .entropy import PatchSimilarityTap
+from .images import ImageOptimizer, augment, prior_loss
+
+Features = Sequence[Tensor]
+IMAGES, STUDENT = 'images', 'student'
+SMOOTHING = 0.3  # weight of the newest discrepancy in the average that turns are decided on
+
+
+def discrepancy(teacher: Features, student: Features) -> Tensor:
+    """Mean absolute error between two lists of feature maps, relative to the teacher's mean magnitude.
+
+    Args:
+        teacher, student (Sequence[Tensor]): Maps (B, C, H_i, W_i), the same shapes pairwise.
+
+    Returns:
+        Tensor: (B,), mean over the maps.
+    """
+    terms = []
+    for p, q in zip(teacher, student):
+        p, q = p.float(), q.float()
+        terms.append((p - q).abs().flatten(1).mean(1) / p.abs().mean().clamp(min=1e-12))
+    return torch.stack(terms).mean(0)
+
+
+class Game:
+    """Plays update by update; all of its state can be saved and restored.
+
+    Args:
+        config (GameConfig): Rules.
+        synthesis (SynthesisConfig): Priors and augmentation of the images.
+        teacher, student (Callable): Feature extractors, (B, C, H, W) to a list of maps.
+        tap (PatchSimilarityTap): On the teacher.
+        parameters (dict[str, Tensor]): What the student may change, by name.
+        update (Callable): ``update(loss)`` takes one optimiser step on the student.
+        images (list[Tensor]): Batches that evolve, (B, C, H, W).
+        holdout (list[Tensor]): Batches that don't, to choose the best student by.
+        low, high (Tensor): Valid pixel range.
+        mean (Callable, optional): Averages a float over processes.
+    """
+
+    def __init__(self, config: GameConfig, synthesis: SynthesisConfig, teacher: Callable[[Tensor], Features],
+                 student: Callable[[Tensor], Features], tap: PatchSimilarityTap, parameters: dict[str, Tensor],
+                 update: Callable[[Tensor], None], images: list[Tensor], holdout: list[Tensor], low: Tensor,
+                 high: Tensor, mean: Callable[[float], float] = float):
+        self.config, self.synthesis = config, synthesis
+        self.teacher, self.student, self.tap = teacher, student, tap
+        self.parameters, self.update, self.mean = parameters, update, mean
+        self.optimizers = [ImageOptimizer(batch, low, high, config.image_lr) for batch in images]
+        self.holdout = holdout
+        self.turn, self.turn_updates, self.updates, self.student_updates = STUDENT, 0, 0, 0
+        self.turns = 1
+        self.reference = self.average = None
+
+    def start(self) -> None:
+        """Measures the plainly calibrated student: the reference of the game and the first candidate for the best."""
+        self.reference = self.mean(
+            sum(self.measure(o.images) for o in self.optimizers) / len(self.optimizers)) or 1e-12
+        self.average = 1.0
+        self.best = self.initial = self.evaluate()
+        self.best_parameters = self._copy()
+
+    def _copy(self):
+        return {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def measure(self, images: Tensor) -> float:
+        """Mean discrepancy on a batch."""
+        teacher = self.teacher(images)
+        self.tap.tokens.clear()
+        return discrepancy(teacher, self.student(images)).mean().item()
+
+    def evaluate(self) -> float:
+        """Mean discrepancy on the held-back images."""
+        return self.mean(sum(self.measure(batch) for batch in self.holdout) / len(self.holdout))
+
+    def step(self, rng: random.Random) -> dict:
+        """One update of the side whose turn it is; then decides whose turn is next.
+
+        Returns:
+            dict: Numbers for the log: ``discrepancy`` (relative to the teacher's magnitude), ``ratio`` (to the plain
+            calibration), ``entropy`` when images moved, ``holdout`` when it was measured.
+        """
+        optimizer = self.optimizers[self.updates % len(self.optimizers)]
+        log = self._image_update(optimizer, rng) if self.turn == IMAGES else self._student_update(optimizer, rng)
+        ratio = self.mean(log['discrepancy']) / self.reference
+        self.average += SMOOTHING * (ratio - self.average)
+        self.updates += 1
+        self.turn_updates += 1
+        if self.turn == STUDENT:
+            self.student_updates += 1
+            if self.student_updates % self.config.evaluate_every == 0:
+                log['holdout'] = self._keep_best()
+        over = self.turn_updates >= self.config.patience
+        if self.turn == IMAGES and (over or self.average > self.config.upper):
+            self._switch(STUDENT)
+        elif self.turn == STUDENT and (over or self.average < self.config.lower):
+            self._switch(IMAGES)
+        log['ratio'] = ratio
+        return log
+
+    def _switch(self, turn):
+        self.turn, self.turn_updates = turn, 0
+        self.turns += 1
+
+    def _image_update(self, optimizer, rng):
+        log = {}
+
+        def objective(images):
+            view = augment(images, self.synthesis, rng)
+            teacher = self.teacher(view)
+            entropy = self.tap.entropy(len(view), self.synthesis.bandwidth)
+            gap = discrepancy(teacher, self.student(view))
+            log.update(discrepancy=gap.mean().item(), entropy=entropy.mean().item())
+            gain = (gap / self.reference).clamp(max=self.config.bound)
+            return (prior_loss(view, self.synthesis) - entropy - self.config.weight * gain).mean()
+
+        optimizer.step(objective)
+        return log
+
+    def _student_update(self, optimizer, rng):
+        view = augment(optimizer.images.detach(), self.synthesis, rng)
+        with torch.no_grad():
+            teacher = self.teacher(view)
+            self.tap.tokens.clear()
+        gap = discrepancy(teacher, self.student(view)).mean()
+        self.update(gap / self.reference)
+        return dict(discrepancy=gap.item())
+
+    def _keep_best(self):
+        value = self.evaluate()
+        if value < self.best:
+            self.best, self.best_parameters = value, self._copy()
+        return value
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Leaves the student with the best parameters seen; the plain calibration's count among them."""
+        if self.student_updates % self.config.evaluate_every:
+            self._keep_best()
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.best_parameters[name])
+
+    PLAIN = ('turn', 'turn_updates', 'updates', 'student_updates', 'turns', 'reference', 'average', 'best', 'initial',
+             'best_parameters')
+
+    def state_dict(self):
+        return dict({name: getattr(self, name) for name in self.PLAIN},
+                    optimizers=[o.state_dict() for o in self.optimizers])
+
+    def load_state_dict(self, state):
+        for name in self.PLAIN:
+            setattr(self, name, state[name])
+        for optimizer, saved in zip(self.optimizers, state['optimizers']):
+            optimizer.load_state_dict(saved)

@@ -1,0 +1,110 @@
+"""Images as something to optimise: priors, augmentation, and Adam on pixels."""
+from __future__ import annotations
+
+import math
+import random
+from typing import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .config import SynthesisConfig
+
+BETAS = (0.5, 0.9)  # V1 code
+
+
+def valid_range(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """What black and white become in the model's input space.
+
+    Args:
+        mean, std (Sequence[float]): Of the data preprocessor, in 0..255, one a channel.
+
+    Returns:
+        tuple[Tensor, Tensor]: low and high, each (1, channels, 1, 1).
+    """
+    mean, std = (torch.as_tensor(v, dtype=torch.float32).view(1, -1, 1, 1) for v in (mean, std))
+    return -mean / std, (255 - mean) / std
+
+
+def total_variation(images: Tensor) -> Tensor:
+    """Root-mean-square difference between neighbours, summed over the four directions V1 uses and divided by four.
+
+    Args:
+        images (Tensor): (B, C, H, W).
+
+    Returns:
+        Tensor: (B,), in the unit of the pixels: independent of image size and batch, unlike V1's norm over the batch.
+    """
+    differences = (images[..., :, :-1] - images[..., :, 1:], images[..., :-1, :] - images[..., 1:, :],
+                   images[..., 1:, :-1] - images[..., :-1, 1:], images[..., :-1, :-1] - images[..., 1:, 1:])
+    return torch.stack([d.flatten(1).square().mean(1).clamp(min=1e-12).sqrt() for d in differences]).mean(0)
+
+
+def prior_loss(images: Tensor, config: SynthesisConfig) -> Tensor:
+    """Weighted distance of the total variation from its target, (B,) from (B, C, H, W)."""
+    return config.tv_weight * (total_variation(images) - config.tv_target).abs()
+
+
+def augment(images: Tensor, config: SynthesisConfig, rng: random.Random) -> Tensor:
+    """Rolls by a random offset and mirrors every other time: (B, C, H, W) to the same."""
+    offsets = [rng.randint(-config.jitter, config.jitter) for _ in range(2)]
+    images = torch.roll(images, offsets, (2, 3))
+    if config.flip and rng.random() < 0.5:
+        images = images.flip(3)
+    return images
+
+
+def learning_rate(step: int, config: SynthesisConfig) -> float:
+    """Linear warm-up, then half a cosine down to zero (V1's schedule, of which V1 runs two)."""
+    warmup = int(config.warmup * config.steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.steps - warmup)))
+
+
+class ImageOptimizer:
+    """Adam on one batch of images, kept inside the valid pixel range.
+
+    Args:
+        images (Tensor): Where to start, (B, C, H, W), in the model's input space.
+        low, high (Tensor): Valid range, (1, C, 1, 1).
+        lr (float): Learning rate.
+    """
+
+    def __init__(self, images: Tensor, low: Tensor, high: Tensor, lr: float):
+        self.images = images.detach().clone().requires_grad_()
+        self.low, self.high = low.to(images.device), high.to(images.device)
+        self.adam = torch.optim.Adam([self.images], lr=lr, betas=BETAS)
+        self._clip()
+
+    @torch.no_grad()
+    def _clip(self):
+        self.images.copy_(self.images.maximum(self.low).minimum(self.high))
+
+    def step(self, objective: Callable[[Tensor], Tensor], lr: float | None = None) -> float:
+        """One update that lowers ``objective(images)``, a scalar.
+
+        Raises:
+            UserError: If the objective is not finite.
+        """
+        if lr is not None:
+            self.adam.param_groups[0]['lr'] = lr
+        loss = objective(self.images)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise UserError(f'the synthesis objective became {value}: the full-precision model produces NaN '
+                                     'or infinite features. Check the checkpoint, or lower quantization.synthesis.lr.')
+        self.adam.zero_grad()
+        self.images.grad, = torch.autograd.grad(loss, self.images)
+        self.adam.step()
+        self._clip()
+        return value
+
+    def state_dict(self):
+        return dict(images=self.images.detach(), adam=self.adam.state_dict())
+
+    def load_state_dict(self, state):
+        with torch.no_grad():
+            self.images.copy_(state['images'])
+        self.adam.load_state_dict(state['adam'])

@@ -1,0 +1,37 @@
+"""Packaging of psaq_mm: ``pip install -e .`` for users, ``make`` for everything else (see README.md)."""
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+
+def read_version():
+    namespace = {}
+    exec((HERE / 'psaq_mm' / 'version.py').read_text(encoding='utf-8'), namespace)
+    return namespace['__version__']
+
+
+setup(
+    name='psaq_mm',
+    version=read_version(),
+    description='Data-free quantization of OpenMMLab detectors (PSAQ-ViT V2)',
+    long_description=(HERE / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    packages=find_packages(include=['psaq_mm', 'psaq_mm.*']),
+    python_requires='>=3.9',
+    install_requires=[
+        'torch>=2.0',
+        'mmengine>=0.10.4,<0.11',
+        'mmcv>=2.0.0,<2.2.0',
+        'mmdet>=3.3.0,<3.4',
+        'numpy',
+        'six',  # mmdet 3.3.0 imports it without declaring it
+        'rich',
+        'Pillow',
+    ],
+    extras_require={
+        'dev': ['pytest', 'pytest-timeout', 'ruff', 'scipy'],
+    },
+)
