@@ -22,7 +22,8 @@ setup(
     packages=find_packages(include=['psaq_mm', 'psaq_mm.*']),
     python_requires='>=3.9',
     install_requires=[
-        'torch>=2.0',
+        'torch>=2.6',  # torch.load is safe by default from here on
+        'pydantic>=2.7',
         'mmengine>=0.10.4,<0.11',
         'mmcv>=2.0.0,<2.2.0',
         'mmdet>=3.3.0,<3.4',

@@ -13,10 +13,10 @@ model = dict(
         bbox_roi_extractor=dict(out_channels=64),
         bbox_head=dict(in_channels=64, fc_out_channels=256, num_classes=6),
         mask_roi_extractor=dict(out_channels=64),
-        mask_head=dict(in_channels=64, conv_out_channels=64, num_convs=3, num_classes=6)),
+        mask_head=dict(in_channels=64, conv_out_channels=64, num_convs=2, num_classes=6)),
     train_cfg=dict(
-        rpn=dict(sampler=dict(num=128)), rpn_proposal=dict(nms_pre=600, max_per_img=300),
-        rcnn=dict(sampler=dict(num=128))),
+        rpn=dict(sampler=dict(num=64)), rpn_proposal=dict(nms_pre=300, max_per_img=150),
+        rcnn=dict(sampler=dict(num=64))),
     test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=150)))
 
 metainfo = dict(classes=('disk', 'square', 'triangle', 'star', 'ring', 'cross'))
@@ -49,8 +49,8 @@ calib_dataloader = dict(
 val_evaluator = dict(type='CocoMetric', ann_file=data_root + 'val.json', metric=['bbox', 'segm'])
 test_evaluator = val_evaluator
 
-max_epochs = 14
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=7)
+max_epochs = 8
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=4)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import difflib
 import typing
-from typing import Optional
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -22,8 +21,8 @@ class StanzaError(UserError):
 class LayerOverride(FrozenConfig):
     """Other settings for the layers whose name matches a shell-style pattern."""
     pattern: str = Field(description="e.g. 'backbone.stages.0.*', '*.ffn.layers.1'")
-    weight: Optional[dict] = Field(None, description='keys of quantization.weight to change')
-    activation: Optional[dict] = Field(None, description='keys of quantization.activation to change')
+    weight: dict | None = Field(None, description='keys of quantization.weight to change')
+    activation: dict | None = Field(None, description='keys of quantization.activation to change')
 
 
 class QuantizationConfig(FrozenConfig):
@@ -47,8 +46,15 @@ class QuantizationConfig(FrozenConfig):
                     raise StanzaError(_explain(error, type(base), f'{ROOT}.overrides.{index}.{side}')) from None
         return self
 
+    @model_validator(mode='after')
+    def _check_players(self):
+        if self.synthesis.method == 'psaq_v2' and self.game.steps and self.synthesis.num_images < 2:
+            raise StanzaError(f'{ROOT}.synthesis.num_images = {self.synthesis.num_images}: at least 2 for '
+                              "method 'psaq_v2', one evolves and one is held back")
+        return self
+
     @classmethod
-    def parse(cls, raw) -> 'QuantizationConfig':
+    def parse(cls, raw) -> QuantizationConfig:
         """Checks the raw stanza.
 
         Args:

@@ -30,6 +30,7 @@ def parse_args():
 def load_config(args):
     """The config with the command line merged into it."""
     from mmengine.config import Config, DictAction
+
     from psaq_mm.errors import UserError
     if not Path(args.config).is_file():
         raise UserError(f'the config {args.config} does not exist')
@@ -53,10 +54,11 @@ def main():
     if args.device == 'cpu':
         os.environ['CUDA_VISIBLE_DEVICES'] = ''
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    from psaq_mm.engine import quantize, result_table, write_json
-    from psaq_mm.errors import UserError
     import torch
     from rich.console import Console
+
+    from psaq_mm.engine import quantize, result_table, write_json
+    from psaq_mm.errors import UserError
     try:
         if args.device == 'cuda' and not torch.cuda.is_available():
             raise UserError('--device cuda: torch sees no CUDA device here, use --device cpu')

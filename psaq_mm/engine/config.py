@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Optional
 
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import get_world_size
@@ -83,7 +82,7 @@ def _paths(dataset):
     return [p if Path(p).is_absolute() else str(Path(root) / p) for p in parts if isinstance(p, str) and p]
 
 
-def evaluation_gap(cfg: Config) -> Optional[str]:
+def evaluation_gap(cfg: Config) -> str | None:
     """Why the config cannot be evaluated here, naming the path that is missing, or None if it can."""
     if not cfg.get('test_dataloader') or not cfg.get('test_evaluator'):
         return 'the config has no test_dataloader and test_evaluator'
@@ -98,7 +97,7 @@ def data_free_config(cfg: Config,
                      checkpoint: str,
                      meta: dict,
                      amp: bool = False,
-                     resume_from: Optional[str] = None) -> Config:
+                     resume_from: str | None = None) -> Config:
     """The config of the data-free run itself.
 
     Args:

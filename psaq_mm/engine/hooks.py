@@ -14,7 +14,7 @@ from ..models import quantize_model
 from ..quantization import quantized_layers
 from ..registry import HOOKS
 from ..stanza import QuantizationConfig
-from .checkpoint import save_quantized
+from .checkpoint import save_quantized, write_atomically
 
 
 def bare(model):
@@ -74,7 +74,8 @@ def grid(pictures: list[np.ndarray], columns: int = 8, gap: int = 4) -> np.ndarr
 class SyntheticImageHook(Hook):
     """Shows the images as they evolve, through the Visualizer, and writes them out at the end.
 
-    Writes ``synthetic.png`` (a grid, the noise they came from in a second grid below) and ``synthetic/*.png``.
+    Writes ``synthetic.png`` (a grid, the noise they came from in a second grid below), ``synthetic/*.png``, and
+    ``synthetic.pt``, the images before the game as tensors (see ``quantization.synthesis.reuse``).
 
     Args:
         interval (int): Iterations between pictures. Defaults to 100.
@@ -113,6 +114,7 @@ class SyntheticImageHook(Hook):
         if loop.quantization.synthesis.method == 'real':
             return
         pictures = self.pictures(runner, self.current(loop))
+        write_atomically(dict(images=[batch.cpu() for batch in loop.images]), out / 'synthetic.pt')
         folder = out / 'synthetic'
         folder.mkdir(exist_ok=True)
         for index, picture in enumerate(pictures):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import random
+import time
 from contextlib import nullcontext
 
 import torch
@@ -13,10 +14,11 @@ from mmengine import dist
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop
 
+from ..errors import UserError
 from ..models import attention_taps, extract_features
 from ..quantization import Mode, calibrate, quantizers, set_mode
 from ..registry import LOOPS
-from ..stanza import QuantizationConfig
+from ..stanza import ROOT, QuantizationConfig
 from ..synthesis import Game, ImageOptimizer, PatchSimilarityTap, augment, learning_rate, prior_loss, valid_range
 from .checkpoint import load_float, read_checkpoint
 
@@ -38,6 +40,22 @@ def mean_over_processes(value: float) -> float:
     value = torch.tensor(value, device=dist.get_comm_device() if hasattr(dist, 'get_comm_device') else 'cpu')
     dist.all_reduce(value, 'mean')
     return value.item()
+
+
+def read_images(path: str) -> list[torch.Tensor]:
+    """Image batches of an earlier run, (B, 3, H, W) each.
+
+    Raises:
+        UserError: If the file is not there or is none of ours.
+    """
+    try:
+        images = torch.load(path, map_location='cpu', weights_only=True)['images']
+        if all(torch.is_tensor(b) and b.dim() == 4 and torch.isfinite(b).all() for b in images) and images:
+            return images
+    except Exception as error:
+        raise UserError(f'{ROOT}.synthesis.reuse = {path!r} cannot be read ({type(error).__name__}: {error}): it must '
+                        "be the 'synthetic.pt' of an earlier run") from None
+    raise UserError(f"{ROOT}.synthesis.reuse = {path!r} holds no images: it must be an earlier run's 'synthetic.pt'")
 
 
 @LOOPS.register_module()
@@ -63,10 +81,12 @@ class DataFreeLoop(BaseLoop):
         self._epoch = self._iter = 0
         synthesis = self.quantization.synthesis
         self.synthesized = synthesis.method.startswith('psaq')
-        self.synthesis_iters = len(self.dataloader) * synthesis.steps if self.synthesized else 0
+        wanted = self.synthesized and not synthesis.reuse
+        self.synthesis_iters = len(self.dataloader) * synthesis.steps if wanted else 0
         self.game_iters = self.quantization.game.steps if synthesis.method == 'psaq_v2' else 0
         self.images, self.noise = [], []
         self.optimizer = self.game = self.restored = None
+        self.minutes = dict(synthesis=0.0, calibration=0.0, game=0.0)
 
     epoch = property(lambda self: self._epoch)
     iter = property(lambda self: self._iter)
@@ -84,7 +104,7 @@ class DataFreeLoop(BaseLoop):
         self.prepare()
         self.runner.call_hook('before_train')
         self.runner.call_hook('before_train_epoch')
-        if self.synthesized:
+        if self.synthesis_iters:
             self.announce(f'synthesis of {sum(map(len, self.images))} images in {len(self.images)} batches', 1)
             while self._iter < self.synthesis_iters:
                 self.iteration(self.synthesis_step)
@@ -108,7 +128,10 @@ class DataFreeLoop(BaseLoop):
         """One update, between mmengine's hooks."""
         self.runner.call_hook('before_train_iter', batch_idx=self._iter, data_batch=None)
         rng = random.Random(f'{self.runner.seed}-{dist.get_rank()}-{self._iter}')
+        started = time.perf_counter()
         outputs = step(rng)
+        stage = 'synthesis' if self._iter < self.synthesis_iters else 'game'
+        self.minutes[stage] += (time.perf_counter() - started) / 60
         self.runner.call_hook('after_train_iter', batch_idx=self._iter, data_batch=None, outputs=outputs)
         self._iter += 1
 
@@ -148,6 +171,8 @@ class DataFreeLoop(BaseLoop):
             batch = data['inputs'].to(self.device)
             self.images.append(batch.maximum(self.low).minimum(self.high))
         self.noise = [batch.clone() for batch in self.images]
+        if self.quantization.synthesis.reuse:
+            self.images = [batch.to(self.device) for batch in read_images(self.quantization.synthesis.reuse)]
 
     def features(self, model):
         """A feature extractor on a model, in bfloat16 where asked for."""
@@ -199,7 +224,9 @@ class DataFreeLoop(BaseLoop):
             for batch in self.images:
                 extract(batch)
 
+        started = time.perf_counter()
         calibrate(self.student, run, reduce_range)
+        self.minutes['calibration'] = (time.perf_counter() - started) / 60
 
     def start_game(self):
         """Sets the players up; a resumed run takes its seat where it left."""
@@ -263,8 +290,10 @@ class DataFreeLoop(BaseLoop):
         return dict(
             images=[batch.detach().cpu() for batch in self.images],
             optimizer=self.optimizer and self.optimizer.state_dict(),
-            game=self.game and self.game.state_dict())
+            game=self.game and self.game.state_dict(),
+            minutes=dict(self.minutes))
 
     def load_state_dict(self, state):
         """Takes the state in; :meth:`prepare` and the stages put it in place."""
         self.restored = state
+        self.minutes = dict(state['minutes'])

@@ -6,7 +6,6 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Optional
 
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
@@ -18,8 +17,15 @@ from ..models import quantize_model
 from ..quantization import model_bits
 from ..stanza import QuantizationConfig
 from .checkpoint import CheckpointError, load_float, read_checkpoint, versions
-from .config import data_free_config, dataset_meta, default_scope, evaluation_gap, float_config, test_config, \
-    without_pretrained
+from .config import (
+    data_free_config,
+    dataset_meta,
+    default_scope,
+    evaluation_gap,
+    float_config,
+    test_config,
+    without_pretrained,
+)
 
 MEGABYTE = 8e6  # bits
 
@@ -42,7 +48,7 @@ def evaluate(cfg: Config, checkpoint: str, work_dir: str, name: str) -> dict[str
     return {key: float(value) for key, value in runner.test().items()}
 
 
-def check(cfg: Config, checkpoint: Optional[str] = None):
+def check(cfg: Config, checkpoint: str | None = None):
     """Everything that can be wrong with a config and its checkpoint, found before any work.
 
     Args:
@@ -72,7 +78,7 @@ def check(cfg: Config, checkpoint: Optional[str] = None):
 
 
 def quantize(cfg: Config,
-             checkpoint: Optional[str] = None,
+             checkpoint: str | None = None,
              resume: bool = False,
              amp: bool = False,
              eval_float: bool = True,
@@ -105,18 +111,17 @@ def quantize(cfg: Config,
     test_path = work_dir / 'test_config.py'
     tested = test_config(cfg, quantization)
 
-    started = time.perf_counter()
     runner = Runner.from_cfg(run)
     if is_main_process():
         tested.dump(test_path)
     runner.train()
-    minutes = (time.perf_counter() - started) / 60
+    minutes = runner.train_loop.minutes  # over all sessions of a run that was interrupted
     logger = runner.logger
 
     result = dict(
         full_precision={}, quantized={}, size_mb=dict(full_precision=round(float_size, 2),
                                                       quantized=round(quantized_size, 2)),
-        minutes=round(minutes, 2), scope=list(quantization.targets),
+        minutes=round(sum(minutes.values()), 2), synthesis_minutes=round(minutes['synthesis'], 2), scope=list(quantization.targets),
         bits=dict(weight=quantization.weight.bits, activation=quantization.activation.bits),
         method=quantization.synthesis.method, seed=runner.seed, checkpoint=str(work_dir / 'quantized.pth'),
         test_config=str(test_path), versions=versions())

@@ -1,7 +1,18 @@
 """Quantizers, observers, quantized layers and the conversion that swaps them in. Knows only torch."""
 from .config import ActivationConfig, FrozenConfig, LayerConfig, WeightConfig
-from .conversion import LAYERS, PatternError, calibrate, convert, match, model_bits, quantizable, quantized_layers, \
-    quantizer_mode, quantizers, set_mode
+from .conversion import (
+    LAYERS,
+    PatternError,
+    calibrate,
+    convert,
+    match,
+    model_bits,
+    quantizable,
+    quantized_layers,
+    quantizer_mode,
+    quantizers,
+    set_mode,
+)
 from .layers import CONTEXT, SCORES, QuantizedConv2d, QuantizedLinear, QuantizedMatMul
 from .quantizer import FakeQuantizer, Mode, QuantizerMismatchError, UncalibratedError
 

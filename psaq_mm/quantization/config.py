@@ -1,7 +1,7 @@
 """How one tensor is quantized, as frozen objects checked once when they are made."""
 from __future__ import annotations
 
-from typing import Literal, Optional
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -43,5 +43,5 @@ class ActivationConfig(WeightConfig):
 
 class LayerConfig(FrozenConfig):
     """What one layer gets: both parts set, or None to keep that side in floating point."""
-    weight: Optional[WeightConfig]
-    activation: Optional[ActivationConfig]
+    weight: WeightConfig | None
+    activation: ActivationConfig | None

@@ -2,17 +2,24 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
 
 from ..errors import UserError
 from .config import LayerConfig
-from .layers import CONTEXT, SCORES, QuantizedConv2d, QuantizedLayer, QuantizedLinear, QuantizedMatMul, \
-    quantize_attention
+from .layers import (
+    CONTEXT,
+    SCORES,
+    QuantizedConv2d,
+    QuantizedLayer,
+    QuantizedLinear,
+    QuantizedMatMul,
+    quantize_attention,
+)
 from .quantizer import FakeQuantizer, Mode
 
 # A layer is what its forward computes: subclasses that inherit it are the same layer.
@@ -53,7 +60,7 @@ def quantizable(model: nn.Module,
             children = ', '.join(name for name, _ in model.named_children())
             raise PatternError(f"target '{target}' is no submodule of {type(model).__name__}" +
                                (f", did you mean '{hint[0]}'?" if hint else '') + f' (top level: {children})')
-        for name, module in modules[target].named_modules(prefix=target):
+        for name, module in modules[target].named_modules(prefix=target, remove_duplicate=False):
             if type(module).forward in layers:
                 found[name] = module
             elif isinstance(module, attentions):

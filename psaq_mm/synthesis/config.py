@@ -15,6 +15,8 @@ class SynthesisConfig(FrozenConfig):
     method: Method = Field(
         'psaq_v2', description="'noise': Gaussian noise; 'psaq_v1': entropy and priors; 'psaq_v2': the same, then the "
         "game; 'real': the config's calib_dataloader, a baseline")
+    reuse: str | None = Field(None, description="'synthetic.pt' of an earlier run on the same model: take its images, before "
+                                 'the game, instead of synthesising again (for another bit-width, say)')
     num_images: int = Field(32, ge=1, description='images in all; 32 as in V1')
     batch_size: int = Field(8, ge=1, description='images optimised at a time, on each process')
     size: tuple[tuple[int, int], ...] = Field(

@@ -23,26 +23,34 @@ FLOOR = 1e-8  # density below which log() is not followed; moves the entropy by 
 
 @functools.lru_cache(maxsize=8)
 def _grid(bandwidth: float, device: torch.device):
-    """Grid start, spacing, and the kernel matrix (points, points) in float32."""
+    """Grid start, spacing, the kernel (points, points) and its derivative by the second point, in float32."""
     spacing = bandwidth / POINTS_PER_BANDWIDTH
     start = -1 - MARGIN * bandwidth
     count = int(round((2 + 2 * MARGIN * bandwidth) / spacing)) + 1
     at = torch.arange(count, dtype=torch.float64) * spacing
-    kernel = torch.exp(-0.5 * ((at[:, None] - at[None, :]) / bandwidth)**2) / (bandwidth * (2 * torch.pi)**0.5)
-    return start, spacing, kernel.float().to(device)
+    offset = (at[:, None] - at[None, :]) / bandwidth
+    kernel = torch.exp(-0.5 * offset**2) / (bandwidth * (2 * torch.pi)**0.5)
+    derivative = kernel * offset / bandwidth
+    return start, spacing, kernel.float().to(device), derivative.float().to(device)
+
+
+def _place(values: Tensor, start: float, spacing: float, points: int):
+    """Each value's grid cell (int64) and how far into it the value lies (0..1)."""
+    position = (values - start) / spacing
+    index = position.floor().clamp_(0, points - 2)  # clamp: rounding may leave [-1, 1] by an ulp
+    return index.long(), position.sub_(index)
 
 
 class _DensityEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, values, bandwidth):
-        start, spacing, kernel = _grid(bandwidth, values.device)
+        values = values.detach()
+        start, spacing, kernel, derivative = _grid(bandwidth, values.device)
         images, entries = values.shape
         points = kernel.shape[0]
-        position = (values.detach() - start) / spacing
-        index = position.floor_().clamp_(0, points - 2).long()  # clamp: rounding may leave [-1, 1] by an ulp
-        share = (values.detach() - start) / spacing - index
-        flat = (index + torch.arange(images, device=values.device)[:, None] * points).flatten()
+        index, share = _place(values, start, spacing, points)
+        flat = index.add_(torch.arange(images, device=values.device)[:, None] * points).flatten()
         whole = torch.bincount(flat, minlength=images * points).view(images, points).to(values.dtype)
         right = torch.bincount(flat, share.flatten(), minlength=images * points).view(images, points).to(values.dtype)
         mass = whole - right
@@ -51,14 +59,19 @@ class _DensityEntropy(torch.autograd.Function):
         log_density = density.clamp(min=FLOOR).log()
         # The density vanishes at both ends, so the trapezoid rule is the plain sum.
         entropy = -(density * log_density).sum(1) * spacing
-        slope = -((log_density + 1) * spacing) @ kernel / entries  # d entropy / d mass
-        ctx.save_for_backward(index.to(torch.int16) if points < 2**15 else index, slope.diff(dim=1) / spacing)
+        # What moving one entry at each grid point changes; between points it is interpolated.
+        slope = -((log_density + 1) @ derivative) * spacing / entries
+        ctx.save_for_backward(values, slope)
+        ctx.grid = start, spacing, points
         return entropy
 
     @staticmethod
     def backward(ctx, grad):
-        index, slope = ctx.saved_tensors
-        return slope.gather(1, index.long()) * grad[:, None], None
+        values, slope = ctx.saved_tensors
+        index, share = _place(values, *ctx.grid)
+        left = slope.gather(1, index)
+        right = slope.gather(1, index.add_(1))
+        return left.lerp_(right, share).mul_(grad[:, None]), None
 
 
 def density_entropy(values: Tensor, bandwidth: float = BANDWIDTH) -> Tensor:

@@ -9,7 +9,7 @@ it is capped, so that they stay images; the student that wins is the best on hel
 from __future__ import annotations
 
 import random
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor

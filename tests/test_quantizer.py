@@ -1,0 +1,159 @@
+"""Fake-quantization against integer arithmetic written out, observers against their definitions."""
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from psaq_mm.errors import UserError
+from psaq_mm.quantization import (
+    ActivationConfig,
+    FakeQuantizer,
+    Mode,
+    QuantizerMismatchError,
+    UncalibratedError,
+    WeightConfig,
+)
+
+
+def calibrated(config, *batches, channels=1, axis=0):
+    quantizer = FakeQuantizer(config, channels, axis)
+    for batch in batches:
+        quantizer.observe(batch)
+    assert quantizer.calibrate()
+    return quantizer
+
+
+def integer_reference(x, low, high, bits, symmetric):
+    """Quantizes one channel with NumPy integers, from the textbook definition."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    if symmetric:
+        quant_min, quant_max = -2**(bits - 1), 2**(bits - 1) - 1
+        scale, zero_point = np.float32(max(-low, high)) / np.float32(quant_max), 0
+    else:
+        quant_min, quant_max = 0, 2**bits - 1
+        scale = np.float32(np.float32(high) - np.float32(low)) / np.float32(quant_max)
+        zero_point = int(np.clip(np.rint(np.float32(-low) / scale), quant_min, quant_max))
+    integers = np.clip(np.rint(x / scale).astype(np.int64) + zero_point, quant_min, quant_max)
+    return integers, zero_point, scale
+
+
+@pytest.mark.parametrize('bits', range(2, 9))
+@pytest.mark.parametrize('symmetric', [True, False])
+def test_equals_integer_arithmetic_per_tensor(bits, symmetric):
+    x = torch.randn(4, 7, 5) * 3 + 0.7
+    config = ActivationConfig(bits=bits, symmetric=symmetric, observer='minmax')
+    quantizer = calibrated(config, x)
+    wider = torch.cat([x.flatten(), x.flatten() * 1.5])  # some values outside the range
+    out = quantizer(wider).numpy()
+    integers, zero_point, scale = integer_reference(wider.numpy(), x.min().item(), x.max().item(), bits, symmetric)
+    assert quantizer.zero_point.item() == zero_point
+    np.testing.assert_allclose(quantizer.scale.item(), scale, rtol=1e-6)
+    # A value half-way between two integers may go either way in the last bit of float32: one step at most, rarely.
+    steps = np.abs(out - (integers - zero_point) * scale) / scale
+    assert steps.max() < 1.01 and (steps > 1e-3).mean() < 0.01
+    assert len(np.unique(out)) <= 2**bits
+
+
+@pytest.mark.parametrize('bits', [2, 4, 8])
+@pytest.mark.parametrize('axis,shape', [(0, (6, 5, 3)), (1, (2, 6, 4, 3)), (-1, (3, 5, 6))])
+def test_equals_integer_arithmetic_per_channel(bits, axis, shape):
+    x = torch.randn(shape) * torch.logspace(-3, 2, 6).view([6 if s == axis % len(shape) else 1
+                                                             for s in range(len(shape))])
+    quantizer = calibrated(WeightConfig(bits=bits), x, channels=6, axis=axis)
+    out = quantizer(x).movedim(axis, 0).numpy()
+    for channel, values in enumerate(x.movedim(axis, 0).numpy()):
+        integers, zero, scale = integer_reference(values, values.min(), values.max(), bits, True)
+        assert zero == 0
+        steps = np.abs(out[channel] - integers * scale) / scale
+        assert steps.max() < 1.01 and (steps > 1e-3).mean() < 0.1
+
+
+def test_zero_is_exact_whatever_the_range():
+    for data in (torch.rand(100) + 5, -torch.rand(100) - 5, torch.randn(100)):
+        quantizer = calibrated(ActivationConfig(bits=3), data)
+        assert quantizer(torch.zeros(1)).item() == 0
+
+
+def test_a_constant_tensor_does_not_divide_by_zero():
+    quantizer = calibrated(ActivationConfig(), torch.zeros(10))
+    assert torch.equal(quantizer(torch.zeros(3)), torch.zeros(3))
+    quantizer = calibrated(WeightConfig(), torch.stack([torch.zeros(4), torch.ones(4)]), channels=2)
+    assert torch.isfinite(quantizer(torch.ones(2, 4))).all()
+
+
+def test_gradient_is_straight_through_inside_and_zero_outside():
+    quantizer = calibrated(ActivationConfig(bits=4, observer='minmax'), torch.tensor([-1.0, 2.0]))
+    x = torch.tensor([-3.0, -0.9, 0.0, 0.33, 1.9, 5.0], requires_grad=True)
+    quantizer(x).sum().backward()
+    assert x.grad.tolist() == [0, 1, 1, 1, 1, 0]
+
+
+def test_minmax_and_moving_average():
+    first, second = torch.tensor([-1.0, 3.0]), torch.tensor([-2.0, 1.0])
+    quantizer = FakeQuantizer(ActivationConfig(observer='minmax'))
+    quantizer.observe(first), quantizer.observe(second)
+    assert [v.item() for v in quantizer.observer.range()] == [-2, 3]
+    quantizer = FakeQuantizer(ActivationConfig(observer='moving_average_minmax', momentum=0.25))
+    quantizer.observe(first), quantizer.observe(second)
+    assert [v.item() for v in quantizer.observer.range()] == [-1.25, 2.5]
+
+
+def test_percentile_agrees_with_numpy_and_cuts_an_outlier():
+    x = torch.randn(20000)
+    x[7] = 1000
+    quantizer = FakeQuantizer(ActivationConfig(observer='percentile', percentile=99.0))
+    quantizer.observe(x)
+    low, high = (v.item() for v in quantizer.observer.range())
+    expected = np.percentile(x.numpy(), [0.5, 99.5])
+    np.testing.assert_allclose([low, high], expected, rtol=1e-4)
+    assert high < 10
+
+
+@pytest.mark.parametrize('bits', [2, 3, 4, 8])
+@pytest.mark.parametrize('config', [WeightConfig, ActivationConfig])
+def test_mse_observer_is_never_worse_than_minmax_and_better_with_outliers(bits, config):
+    x = torch.randn(8, 2000)
+    x[:, 0] = 15
+    errors = {}
+    for observer in ('minmax', 'mse'):
+        quantizer = calibrated(config(bits=bits, observer=observer), x, channels=8)
+        errors[observer] = (quantizer(x) - x).square().mean().item()
+    assert errors['mse'] <= errors['minmax'] * 1.0001
+    if bits <= 4:
+        assert errors['mse'] < 0.8 * errors['minmax']
+
+
+def test_uncalibrated_refuses_and_says_what_to_do():
+    quantizer = FakeQuantizer(WeightConfig())
+    quantizer.name = 'backbone.x.weight_quantizer'
+    with pytest.raises(UncalibratedError, match=r'backbone\.x\.weight_quantizer.*tools/dfq.py'):
+        quantizer(torch.ones(2))
+    quantizer.mode = Mode.FLOAT
+    assert torch.equal(quantizer(torch.ones(2)), torch.ones(2))
+
+
+def test_nan_during_calibration_is_refused():
+    quantizer = FakeQuantizer(ActivationConfig())
+    quantizer.observe(torch.tensor([1.0, float('nan')]))
+    with pytest.raises(UserError, match='NaN'):
+        quantizer.calibrate()
+
+
+def test_state_round_trip_and_mismatch():
+    quantizer = calibrated(ActivationConfig(), torch.randn(100))
+    state = copy.deepcopy(quantizer.state_dict())
+    assert set(state) == {'scale', 'zero_point', 'bits'}
+    fresh = FakeQuantizer(ActivationConfig())
+    fresh.load_state_dict(state)
+    x = torch.randn(50)
+    assert torch.equal(fresh(x), quantizer(x))
+    with pytest.raises(QuantizerMismatchError, match='8 bits.*config says 4 bits'):
+        FakeQuantizer(ActivationConfig(bits=4)).load_state_dict(state)
+    with pytest.raises(QuantizerMismatchError, match='lacks.*zero_point'):
+        FakeQuantizer(ActivationConfig()).load_state_dict({k: v for k, v in state.items() if k != 'zero_point'})
+
+
+def test_bfloat16_goes_in_and_out():
+    quantizer = calibrated(ActivationConfig(), torch.randn(100))
+    assert quantizer(torch.randn(3).bfloat16()).dtype is torch.bfloat16

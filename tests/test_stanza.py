@@ -1,0 +1,101 @@
+"""The stanza: defaults, round trip, and one clear error for every mistake."""
+import pydantic
+import pytest
+import torch
+from mmengine.config import Config, ConfigDict
+
+from psaq_mm.quantization import PatternError, quantizable
+from psaq_mm.stanza import QuantizationConfig, StanzaError
+
+
+def test_empty_stanza_is_w8a8_v2_of_backbone_and_neck():
+    config = QuantizationConfig.parse({})
+    assert (config.weight.bits, config.activation.bits) == (8, 8)
+    assert config.synthesis.method == 'psaq_v2'
+    assert config.targets == ('backbone', 'neck')
+    assert config.weight.symmetric and config.weight.granularity == 'per_channel'
+    assert not config.activation.symmetric and config.activation.granularity == 'per_tensor'
+
+
+def test_frozen():
+    with pytest.raises(pydantic.ValidationError):
+        QuantizationConfig.parse({}).weight.bits = 4
+
+
+def test_survives_a_config_file(tmp_path):
+    raw = dict(weight=dict(bits=4), keep_float=['neck.*'], overrides=[dict(pattern='*.qkv', weight=dict(bits=6))],
+               synthesis=dict(size=[(64, 96), (32, 32)]))
+    parsed = QuantizationConfig.parse(raw)
+    path = tmp_path / 'c.py'
+    Config(dict(quantization=parsed.to_dict())).dump(path)
+    assert QuantizationConfig.parse(Config.fromfile(path).quantization) == parsed
+    assert QuantizationConfig.parse(ConfigDict(raw)) == parsed
+
+
+@pytest.mark.parametrize('raw,words', [
+    (dict(wieght=dict(bits=4)), ['quantization.wieght', "did you mean 'weight'", 'activation']),
+    (dict(weight=dict(bit=4)), ['quantization.weight.bit = 4', "did you mean 'bits'", 'observer']),
+    (dict(weight=dict(bits=9)), ['quantization.weight.bits = 9', 'less than or equal to 8']),
+    (dict(activation=dict(bits=1)), ['quantization.activation.bits = 1', 'greater than or equal to 2']),
+    (dict(weight=dict(bits='8')), ["quantization.weight.bits = '8'", 'integer']),
+    (dict(weight=dict(bits=4.0)), ['quantization.weight.bits = 4.0', 'integer']),
+    (dict(weight=dict(symmetric=1)), ['quantization.weight.symmetric = 1', 'boolean']),
+    (dict(activation=dict(observer='min_max')), ["'min_max'", "did you mean 'minmax'", "'percentile'", "'mse'"]),
+    (dict(activation=dict(percentile=120.0)), ['quantization.activation.percentile = 120.0', '100']),
+    (dict(weight=8), ['quantization.weight = 8']),
+    (dict(targets='backbone'), ["quantization.targets = 'backbone'"]),
+    (dict(targets=[]), ['quantization.targets']),
+    (dict(synthesis=dict(method='psaqv2')), ["did you mean 'psaq_v2'", "'noise'"]),
+    (dict(synthesis=dict(size=224)), ['quantization.synthesis.size = 224', '(height, width)']),
+    (dict(synthesis=dict(size=(8, 224))), ['at least 32']),
+    (dict(synthesis=dict(lr=-1.0)), ['quantization.synthesis.lr = -1.0', 'greater than 0']),
+    (dict(synthesis=dict(steps=0)), ['quantization.synthesis.steps = 0']),
+    (dict(synthesis=dict(num_images=1)), ['quantization.synthesis.num_images = 1', 'at least 2', 'psaq_v2']),
+    (dict(game=dict(holdout=1.0)), ['quantization.game.holdout = 1.0', 'less than 1']),
+    (dict(overrides=[dict(pattern='*', weight=dict(bits=1))]), ['quantization.overrides.0.weight.bits = 1']),
+    (dict(overrides=[dict(pattern='*', weight=dict(bitz=4))]), ['overrides.0.weight.bitz', "did you mean 'bits'"]),
+    (dict(overrides=[dict(patern='*')]), ['overrides.0.patern', "did you mean 'pattern'"]),
+    (3, ['quantization = 3', 'must be a dict']),
+])
+def test_mistakes_are_named(raw, words):
+    with pytest.raises(StanzaError) as caught:
+        QuantizationConfig.parse(raw)
+    for word in words:
+        assert word in str(caught.value)
+    assert 'Traceback' not in str(caught.value) and 'pydantic' not in str(caught.value)
+
+
+def test_several_mistakes_are_all_named():
+    with pytest.raises(StanzaError) as caught:
+        QuantizationConfig.parse(dict(weight=dict(bits=0), activation=dict(observer='x')))
+    assert len(str(caught.value).splitlines()) == 2
+
+
+class Net(torch.nn.Module):
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 4, 4), torch.nn.Conv2d(4, 4, 1))
+        self.head = torch.nn.Linear(4, 2)
+
+
+def test_layers_get_what_the_stanza_says():
+    layers = quantizable(Net(), ['backbone', 'head'])
+    config = QuantizationConfig.parse(
+        dict(weight=dict(bits=4), activation=dict(bits=6), targets=['backbone', 'head'], keep_float=['head'],
+             overrides=[dict(pattern='backbone.1', activation=dict(bits=3)),
+                        dict(pattern='backbone.*', weight=dict(observer='mse'))]))
+    result = config.layer_configs(layers)
+    assert list(result) == ['backbone.0', 'backbone.1']
+    assert (result['backbone.0'].weight.bits, result['backbone.0'].activation.bits) == (8, 8)  # reads pixels
+    assert (result['backbone.1'].weight.bits, result['backbone.1'].activation.bits) == (4, 3)
+    assert result['backbone.1'].weight.observer == 'mse'
+
+
+def test_patterns_and_targets_that_match_nothing():
+    layers = quantizable(Net(), ['backbone'])
+    for raw in (dict(keep_float=['backbone.2']), dict(overrides=[dict(pattern='backbone.2*')])):
+        with pytest.raises(PatternError, match=r"'backbone\.2\*?' matches none of the 2 .*backbone"):
+            QuantizationConfig.parse(raw).layer_configs(layers)
+    with pytest.raises(PatternError, match="target 'bakbone' is no submodule of Net, did you mean 'backbone'"):
+        quantizable(Net(), ['bakbone'])
