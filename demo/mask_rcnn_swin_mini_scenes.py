@@ -6,7 +6,8 @@ data_root = demo_root + 'data/'
 model = dict(
     backbone=dict(
         _delete_=True, type='SwinTransformer', embed_dims=32, depths=[2, 2, 4, 2], num_heads=[2, 4, 8, 16],
-        window_size=7, mlp_ratio=4, drop_path_rate=0.05, out_indices=(0, 1, 2, 3), convert_weights=False, init_cfg=None),
+        window_size=7, mlp_ratio=4, drop_path_rate=0.05, out_indices=(0, 1, 2, 3), convert_weights=False,
+        init_cfg=None),
     neck=dict(in_channels=[32, 64, 128, 256], out_channels=64),
     rpn_head=dict(in_channels=64, feat_channels=64, anchor_generator=dict(scales=[5])),
     roi_head=dict(
@@ -63,5 +64,7 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=300),
     dict(type='CosineAnnealingLR', by_epoch=True, T_max=max_epochs, eta_min=6e-6, convert_to_iter_based=True)
 ]
-default_hooks = dict(logger=dict(type='LoggerHook', interval=50), checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=1))
+default_hooks = dict(
+    logger=dict(type='LoggerHook', interval=50),
+    checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=1))
 randomness = dict(seed=0)

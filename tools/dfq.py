@@ -12,7 +12,7 @@ def parse_args():
     parser = argparse.ArgumentParser(
         description='Data-free quantization of the model of an mmdet config that has a quantization stanza.')
     parser.add_argument('config', help='config file with quantization = dict(...)')
-    parser.add_argument('--checkpoint', metavar='FILE', help="full-precision weights, instead of the config's load_from")
+    parser.add_argument('--checkpoint', metavar='FILE', help="full-precision weights instead of load_from")
     parser.add_argument('--work-dir', metavar='DIR', help='where results go (default: work_dirs/<config name>)')
     parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override settings of the config, '
                         "e.g. quantization.weight.bits=4 quantization.synthesis.size='(256,256)'")

@@ -121,7 +121,8 @@ def quantize(cfg: Config,
     result = dict(
         full_precision={}, quantized={}, size_mb=dict(full_precision=round(float_size, 2),
                                                       quantized=round(quantized_size, 2)),
-        minutes=round(sum(minutes.values()), 2), synthesis_minutes=round(minutes['synthesis'], 2), scope=list(quantization.targets),
+        minutes=round(sum(minutes.values()), 2), synthesis_minutes=round(minutes['synthesis'], 2),
+        scope=list(quantization.targets),
         bits=dict(weight=quantization.weight.bits, activation=quantization.activation.bits),
         method=quantization.synthesis.method, seed=runner.seed, checkpoint=str(work_dir / 'quantized.pth'),
         test_config=str(test_path), versions=versions())

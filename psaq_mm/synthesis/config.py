@@ -1,7 +1,7 @@
 """Settings of image synthesis and of the game."""
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Optional
 
 from pydantic import Field, field_validator
 
@@ -15,8 +15,9 @@ class SynthesisConfig(FrozenConfig):
     method: Method = Field(
         'psaq_v2', description="'noise': Gaussian noise; 'psaq_v1': entropy and priors; 'psaq_v2': the same, then the "
         "game; 'real': the config's calib_dataloader, a baseline")
-    reuse: str | None = Field(None, description="'synthetic.pt' of an earlier run on the same model: take its images, before "
-                                 'the game, instead of synthesising again (for another bit-width, say)')
+    reuse: Optional[str] = Field(
+        None, description="'synthetic.pt' of an earlier run on the same model: take its images, as they were before "
+        'the game, instead of synthesising again (for another bit-width, say)')
     num_images: int = Field(32, ge=1, description='images in all; 32 as in V1')
     batch_size: int = Field(8, ge=1, description='images optimised at a time, on each process')
     size: tuple[tuple[int, int], ...] = Field(
@@ -53,10 +54,11 @@ class GameConfig(FrozenConfig):
     bound: float = Field(
         2.0, gt=1, description="images gain nothing by a discrepancy above so many times the plain calibration's")
     lower: float = Field(
-        0.7, gt=0, le=1, description="the images' turn begins when the discrepancy falls below so many times the "
-        "plain calibration's")
-    upper: float = Field(1.3, ge=1, description="the student's turn begins when it rises above so many times that")
-    patience: int = Field(20, ge=1, description='a turn is over after so many updates at the latest')
+        0.8, gt=0, lt=1, description="the student's turn ends when the discrepancy has fallen to so many times what "
+        'it was when the turn began')
+    upper: float = Field(1.25, gt=1, description="the images' turn ends when it has risen to so many times that")
+    student_patience: int = Field(20, ge=1, description="the student's turn ends after so many updates at the latest")
+    image_patience: int = Field(5, ge=1, description="the images' turn ends after so many updates at the latest")
     holdout: float = Field(0.25, gt=0, lt=1, description='share of the images held back to choose the best student')
     evaluate_every: int = Field(20, ge=1, description='student updates between looks at the held-back images')
 

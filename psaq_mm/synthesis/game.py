@@ -3,8 +3,8 @@
 Facts (abstract and published description): the discrepancy is the mean absolute error between the features of the
 full-precision teacher and the quantized student; images raise it, the student lowers it, in adaptive alternation.
 Ours: everything that makes this concrete. The discrepancy is taken relative to the teacher's features and to its
-value for the plainly calibrated student; turns change on a hysteresis of its moving average; what images can gain by
-it is capped, so that they stay images; the student that wins is the best on held-back images that never evolve.
+value for the plainly calibrated student; a turn ends when its moving average has fallen (student) or risen (images) by
+a set factor since the turn began, or when patience ends; what images can gain by it is capped, so that they stay images; the student that wins is the best on held-back images that never evolve.
 """
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Game:
         """Measures the plainly calibrated student: the reference of the game and the first candidate for the best."""
         self.reference = self.mean(
             sum(self.measure(o.images) for o in self.optimizers) / len(self.optimizers)) or 1e-12
-        self.average = 1.0
+        self.average = self.turn_start = 1.0
         self.best = self.initial = self.evaluate()
         self.best_parameters = self._copy()
 
@@ -107,16 +107,17 @@ class Game:
             self.student_updates += 1
             if self.student_updates % self.config.evaluate_every == 0:
                 log['holdout'] = self._keep_best()
-        over = self.turn_updates >= self.config.patience
-        if self.turn == IMAGES and (over or self.average > self.config.upper):
+        if self.turn == IMAGES and (self.turn_updates >= self.config.image_patience
+                                    or self.average > self.config.upper * self.turn_start):
             self._switch(STUDENT)
-        elif self.turn == STUDENT and (over or self.average < self.config.lower):
+        elif self.turn == STUDENT and (self.turn_updates >= self.config.student_patience
+                                       or self.average < self.config.lower * self.turn_start):
             self._switch(IMAGES)
         log['ratio'] = ratio
         return log
 
     def _switch(self, turn):
-        self.turn, self.turn_updates = turn, 0
+        self.turn, self.turn_updates, self.turn_start = turn, 0, self.average
         self.turns += 1
 
     def _image_update(self, optimizer, rng):
@@ -157,7 +158,7 @@ class Game:
         for name, parameter in self.parameters.items():
             parameter.copy_(self.best_parameters[name])
 
-    PLAIN = ('turn', 'turn_updates', 'updates', 'student_updates', 'turns', 'reference', 'average', 'best', 'initial',
+    PLAIN = ('turn', 'turn_updates', 'turn_start', 'updates', 'student_updates', 'turns', 'reference', 'average', 'best', 'initial',
              'best_parameters')
 
     def state_dict(self):

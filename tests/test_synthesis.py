@@ -1,0 +1,193 @@
+"""Priors, the image optimiser and the rules of the game, on models of a few numbers."""
+import copy
+import random
+
+import pytest
+import torch
+from psaq_mm.errors import UserError
+from psaq_mm.synthesis import Game, GameConfig, ImageOptimizer, PatchSimilarityTap, SynthesisConfig, augment, \
+    discrepancy, learning_rate, prior_loss, total_variation, valid_range
+
+LOW, HIGH = valid_range([120.0, 110.0, 100.0], [60.0, 55.0, 50.0])
+
+
+def test_valid_range_is_black_and_white():
+    pixels = torch.tensor([0.0, 255.0])
+    for low, high, mean, std in zip(LOW.flatten(), HIGH.flatten(), (120, 110, 100), (60, 55, 50)):
+        assert torch.allclose((pixels - mean) / std, torch.stack([low, high]))
+
+
+def test_total_variation_of_known_images():
+    ramp = torch.arange(8.0).expand(1, 3, 8, 8)  # neighbours differ by 1 across, 0 down, 1 along both diagonals
+    assert total_variation(ramp).item() == pytest.approx(0.75, abs=1e-5)
+    assert total_variation(torch.ones(2, 3, 9, 7)).max() < 1e-5
+    doubled = torch.cat([ramp, 2 * ramp])
+    assert torch.allclose(total_variation(doubled), torch.tensor([0.75, 1.5]), atol=1e-5)  # images are independent
+
+
+def test_prior_pulls_from_both_sides():
+    config = SynthesisConfig(tv_target=0.75, tv_weight=2.0)
+    ramp = torch.arange(8.0).expand(1, 3, 8, 8)
+    assert prior_loss(ramp, config).item() == pytest.approx(0, abs=1e-4)
+    assert prior_loss(2 * ramp, config).item() == pytest.approx(1.5, abs=1e-4)
+    assert prior_loss(0 * ramp, config).item() == pytest.approx(1.5, abs=1e-4)
+
+
+def test_augmentation_only_moves_pixels_and_follows_the_seed():
+    images = torch.randn(2, 3, 20, 30)
+    config = SynthesisConfig(jitter=7)
+    views = [augment(images, config, random.Random(seed)) for seed in range(6)]
+    for view in views:
+        assert torch.equal(view.flatten(1).sort().values, images.flatten(1).sort().values)
+    assert torch.equal(views[3], augment(images, config, random.Random(3)))
+    assert len({v[0, 0, 0, 0].item() for v in views}) > 3
+
+
+def test_learning_rate_warms_up_and_falls_to_nearly_zero():
+    config = SynthesisConfig(steps=100, lr=0.25, warmup=0.2)
+    rates = [learning_rate(step, config) for step in range(100)]
+    assert max(rates) == 0.25 and rates.index(0.25) == 19
+    assert rates[:20] == sorted(rates[:20]) and rates[20:] == sorted(rates[20:], reverse=True)
+    assert rates[-1] < 0.001
+
+
+def test_optimizer_lowers_the_objective_inside_the_valid_range():
+    images = torch.randn(2, 3, 8, 8) * 10
+    optimizer = ImageOptimizer(images, LOW, HIGH, 0.5)
+    values = [optimizer.step(lambda x: -(x**2).mean()) for _ in range(30)]
+    assert values[-1] < values[0]
+    assert (optimizer.images >= LOW).all() and (optimizer.images <= HIGH).all()
+
+
+def test_nan_objective_is_an_error_that_says_so():
+    optimizer = ImageOptimizer(torch.randn(1, 3, 8, 8), LOW, HIGH, 0.5)
+    with pytest.raises(UserError, match='nan.*checkpoint'):
+        optimizer.step(lambda x: x.sum() * float('nan'))
+
+
+def test_discrepancy_is_relative_and_per_image():
+    teacher = [torch.ones(2, 3, 4, 4), 10 * torch.ones(2, 5, 2, 2)]
+    student = [teacher[0] * torch.tensor([1.0, 1.2]).view(2, 1, 1, 1), teacher[1]]
+    assert torch.allclose(discrepancy(teacher, student), torch.tensor([0.0, 0.1]), atol=1e-6)
+
+
+class Tokens(torch.nn.Module):
+    """A backbone in miniature: patches, one 'attention product', a feature map."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Conv2d(3, 8, 4, 4)
+        self.product = torch.nn.Identity()
+
+    def forward(self, x):
+        y = self.embed(x)
+        return [self.product(y.flatten(2).transpose(1, 2)[:, None])]
+
+
+def game(**rules):
+    teacher = Tokens().requires_grad_(False)
+    student = copy.deepcopy(teacher).requires_grad_()
+    with torch.no_grad():
+        student.embed.weight += 0.02 * torch.randn_like(student.embed.weight)
+    adam = torch.optim.Adam(student.parameters(), lr=2e-3)
+
+    def update(loss):
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+
+    images = [torch.randn(2, 3, 16, 16) for _ in range(3)]
+    made = Game(GameConfig(**rules), SynthesisConfig(jitter=2), teacher, student,
+                PatchSimilarityTap([teacher.product], [0]), dict(student.named_parameters()), update, images[:2],
+                images[2:], LOW, HIGH)
+    made.start()
+    return made, student
+
+
+def test_turns_follow_the_discrepancy():
+    played, _ = game(lower=0.7, upper=1.1, weight=20.0, bound=9.0, student_patience=1000, image_patience=1000)
+    turns = []
+    for number in range(150):
+        before, start, student = played.turn, played.turn_start, played.student_updates
+        log = played.step(random.Random(number))
+        assert (played.student_updates > student) == (before == 'student')
+        if played.turn != before:
+            assert played.average < 0.7 * start if before == 'student' else played.average > 1.1 * start
+            turns.append(before)
+        assert log['discrepancy'] >= 0
+    assert len(turns) >= 2 and set(turns) == {'student', 'images'}
+
+
+def test_patience_ends_a_turn():
+    played, _ = game(lower=1e-9, upper=1e9, student_patience=5, image_patience=3)
+    turns = []
+    for number in range(20):
+        turns.append(played.turn)
+        played.step(random.Random(number))
+    assert turns == (['student'] * 5 + ['images'] * 3) * 2 + ['student'] * 4
+
+
+def test_images_gain_nothing_beyond_the_bound():
+    """Far over the bound the objective's gradient is the entropy's and the priors' alone."""
+    gradients = []
+    for weight in (0.0, 5.0):
+        torch.manual_seed(3)
+        played, student = game(bound=1.01, weight=weight)
+        with torch.no_grad():
+            student.embed.weight += 1.0  # a hopeless student
+        played.turn = 'images'
+        played.step(random.Random(0))
+        gradients.append(played.optimizers[0].images.grad.clone())
+    assert torch.equal(*gradients)
+    gradients.clear()
+    for weight in (0.0, 5.0):
+        torch.manual_seed(3)
+        played, _ = game(bound=10.0, weight=weight)
+        played.turn = 'images'
+        played.step(random.Random(0))
+        gradients.append(played.optimizers[0].images.grad.clone())
+    assert not torch.equal(*gradients)
+
+
+def test_student_learns_and_the_best_is_kept():
+    played, student = game(student_patience=10)
+    for number in range(120):
+        played.step(random.Random(number))
+    with torch.no_grad():
+        student.embed.weight += 1.0  # ruined at the last moment
+    played.finish()
+    assert played.best < 0.8 * played.initial
+    assert played.evaluate() == pytest.approx(played.best)
+
+
+def test_student_never_ends_worse_than_its_plain_calibration():
+    played, student = game(evaluate_every=1, student_patience=1000, lower=1e-9)
+    start = [p.detach().clone() for p in student.parameters()]
+
+    def ruin(loss):
+        with torch.no_grad():
+            student.embed.weight += 0.5
+
+    played.update = ruin
+    for number in range(5):
+        played.step(random.Random(number))
+    assert played.evaluate() > played.initial
+    played.finish()
+    assert all(torch.equal(a, b) for a, b in zip(start, student.parameters()))
+
+
+def test_state_carries_the_game_on():
+    first, student = game(student_patience=3, evaluate_every=2)
+    for number in range(7):
+        first.step(random.Random(number))
+    state, weights = copy.deepcopy(first.state_dict()), copy.deepcopy(student.state_dict())
+    torch.manual_seed(0)
+    second, other = game(student_patience=3, evaluate_every=2)
+    second.teacher.load_state_dict(first.teacher.state_dict())
+    other.load_state_dict(weights)
+    second.load_state_dict(state)
+    second.holdout = first.holdout
+    assert second.turn == first.turn and second.best == first.best
+    second.turn = first.turn = 'images'  # the student's Adam is the runner's to restore
+    a, b = first.step(random.Random(9)), second.step(random.Random(9))
+    assert a == b
