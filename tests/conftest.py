@@ -49,6 +49,7 @@ load_from = '{DEMO_CHECKPOINT}'
 quantization = dict(
     synthesis=dict(num_images=6, batch_size=3, size=(64, 96), steps=4),
     game=dict(steps=8, evaluate_every=2, student_patience=3, image_patience=2))
+default_hooks = dict(logger=dict(interval=2))
 val_dataloader = dict(dataset=dict(data_root='{scenes}/'))
 test_dataloader = dict(dataset=dict(data_root='{scenes}/'))
 calib_dataloader = dict(dataset=dict(data_root='{scenes}/'))

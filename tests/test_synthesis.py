@@ -4,9 +4,21 @@ import random
 
 import pytest
 import torch
+
 from psaq_mm.errors import UserError
-from psaq_mm.synthesis import Game, GameConfig, ImageOptimizer, PatchSimilarityTap, SynthesisConfig, augment, \
-    discrepancy, learning_rate, prior_loss, total_variation, valid_range
+from psaq_mm.synthesis import (
+    Game,
+    GameConfig,
+    ImageOptimizer,
+    PatchSimilarityTap,
+    SynthesisConfig,
+    augment,
+    discrepancy,
+    learning_rate,
+    prior_loss,
+    total_variation,
+    valid_range,
+)
 
 LOW, HIGH = valid_range([120.0, 110.0, 100.0], [60.0, 55.0, 50.0])
 

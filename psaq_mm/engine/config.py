@@ -16,6 +16,8 @@ from ..stanza import QuantizationConfig
 KEPT_HOOKS = ('timer', 'logger', 'param_scheduler', 'sampler_seed', 'runtime_info')
 OWN_KEYS = ('quantization', 'calib_dataloader', 'runner_type')
 TRAINING_KEYS = ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'auto_scale_lr', 'custom_hooks')
+# mmengine's default names a GPU for each process; without device_ids the same wrapper serves GPU and CPU.
+MODEL_WRAPPER = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
 
 
 def without_pretrained(model):
@@ -42,6 +44,7 @@ def float_config(cfg: Config) -> Config:
     for split in ('dataloader', 'cfg', 'evaluator'):  # one evaluation is enough: test stays
         cfg.pop(f'val_{split}', None)
     cfg.resume = False
+    cfg.model_wrapper_cfg = MODEL_WRAPPER
     without_pretrained(cfg.model)
     return cfg
 
@@ -149,6 +152,7 @@ def data_free_config(cfg: Config,
         dict(type='psaq_mm.SyntheticImageHook'),
         dict(type='psaq_mm.QuantizedCheckpointHook', dataset_meta=meta)
     ]
+    run.model_wrapper_cfg = MODEL_WRAPPER
     run.log_processor = dict(type='LogProcessor', window_size=20, by_epoch=False)
     run.randomness = dict(cfg.get('randomness') or {}, seed=seed)
     run.load_from, run.resume = resume_from or checkpoint, resume_from is not None

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from mmengine import dist
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
@@ -90,7 +91,8 @@ class SyntheticImageHook(Hook):
         loop = runner.train_loop
         # The data preprocessor turns the files' BGR into the model's order: without that, the model's order is BGR.
         bgr = not getattr(loop.student.data_preprocessor, '_channel_conversion', True)
-        return [picture for batch in batches for picture in to_pixels(batch, loop.low, loop.high, bgr)]
+        low, high = loop.low.cpu(), loop.high.cpu()
+        return [picture for batch in batches for picture in to_pixels(batch.cpu(), low, high, bgr)]
 
     @staticmethod
     def current(loop):
@@ -108,18 +110,26 @@ class SyntheticImageHook(Hook):
             pictures = self.pictures(runner, self.current(runner.train_loop))
             runner.visualizer.add_image('synthetic', grid(pictures), step=runner.iter + 1)
 
-    @master_only
     def after_train(self, runner):
-        loop, out = runner.train_loop, Path(runner.work_dir)
+        loop = runner.train_loop
         if loop.quantization.synthesis.method == 'real':
             return
-        pictures = self.pictures(runner, self.current(loop))
-        write_atomically(dict(images=[batch.cpu() for batch in loop.images]), out / 'synthetic.pt')
+        shards = dist.all_gather_object([[b.cpu() for b in batches]
+                                         for batches in (self.current(loop), loop.noise, loop.images)])
+        self.write(runner, *([batch for shard in shards for batch in shard[kind]] for kind in range(3)))
+
+    @master_only
+    def write(self, runner, final, noise, before_game):
+        """Writes the pictures and tensors of all processes."""
+        loop, out = runner.train_loop, Path(runner.work_dir)
+        pictures = self.pictures(runner, final)
+        write_atomically(dict(images=before_game), out / 'synthetic.pt')
         folder = out / 'synthetic'
         folder.mkdir(exist_ok=True)
         for index, picture in enumerate(pictures):
             Image.fromarray(picture).save(folder / f'{index:04d}.png')
-        noise = self.pictures(runner, loop.noise)
+        runner.visualizer.add_image('synthetic', grid(pictures), step=runner.iter)
+        noise = self.pictures(runner, noise)
         both = [grid(pictures)] if not loop.synthesized else [grid(pictures), grid(noise)]
         Image.fromarray(np.concatenate(both)).save(out / 'synthetic.png')
         runner.logger.info(f'{len(pictures)} images are in {folder}, all at a glance in {out / "synthetic.png"}')

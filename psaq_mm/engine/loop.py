@@ -37,7 +37,7 @@ def mean_over_processes(value: float) -> float:
     """The mean of a number over all processes."""
     if dist.get_world_size() == 1:
         return value
-    value = torch.tensor(value, device=dist.get_comm_device() if hasattr(dist, 'get_comm_device') else 'cpu')
+    value = torch.tensor(value, device=dist.get_comm_device())
     dist.all_reduce(value, 'mean')
     return value.item()
 
@@ -140,7 +140,7 @@ class DataFreeLoop(BaseLoop):
         model = self.runner.model
         self.student = model.module if is_model_wrapper(model) else model
         if not quantizers(self.student):
-            raise RuntimeError('the model is not converted: DataFreeLoop needs psaq_mm.QuantizationHook among the hooks')
+            raise RuntimeError('the model is not converted: DataFreeLoop needs psaq_mm.QuantizationHook')
         self.student.eval()
         self.teacher = copy.deepcopy(self.student)
         load_float(self.teacher, read_checkpoint(self.checkpoint), self.quantization.targets)

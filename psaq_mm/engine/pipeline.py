@@ -7,8 +7,9 @@ import os
 import time
 from pathlib import Path
 
+import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.dist import is_main_process
+from mmengine.dist import init_dist, is_distributed, is_main_process
 from mmengine.registry import MODELS
 from mmengine.runner import Runner, find_latest_checkpoint
 
@@ -28,6 +29,24 @@ from .config import (
 )
 
 MEGABYTE = 8e6  # bits
+
+
+def init_distributed(cfg: Config) -> None:
+    """Joins the other processes, with gloo where there is no GPU (mmengine's own set-up needs one).
+
+    Raises:
+        UserError: If the launcher cannot work here.
+    """
+    launcher = cfg.get('launcher', 'none')
+    if launcher == 'none' or is_distributed():
+        return
+    if torch.cuda.is_available():
+        init_dist(launcher, **(cfg.get('env_cfg') or {}).get('dist_cfg', dict(backend='nccl')))
+    elif launcher == 'pytorch' and 'RANK' in os.environ:
+        torch.distributed.init_process_group('gloo')
+    else:
+        raise UserError(f'--launcher {launcher}: without a GPU only torchrun works, torchrun --nproc_per_node=N '
+                        'tools/dfq.py CONFIG --launcher pytorch')
 
 
 def evaluate(cfg: Config, checkpoint: str, work_dir: str, name: str) -> dict[str, float]:
@@ -103,6 +122,7 @@ def quantize(cfg: Config,
         StanzaError, PatternError, CheckpointError: Before any work.
     """
     work_dir = Path(cfg.work_dir)
+    init_distributed(cfg)
     quantization, content, float_size, quantized_size = check(cfg, checkpoint)
     meta = dataset_meta(cfg, content['meta'])
     resume_from = find_latest_checkpoint(str(work_dir)) if resume else None

@@ -1,7 +1,7 @@
 """Settings of image synthesis and of the game."""
 from __future__ import annotations
 
-from typing import Literal, Optional
+from typing import Literal
 
 from pydantic import Field, field_validator
 
@@ -15,7 +15,7 @@ class SynthesisConfig(FrozenConfig):
     method: Method = Field(
         'psaq_v2', description="'noise': Gaussian noise; 'psaq_v1': entropy and priors; 'psaq_v2': the same, then the "
         "game; 'real': the config's calib_dataloader, a baseline")
-    reuse: Optional[str] = Field(
+    reuse: str | None = Field(
         None, description="'synthetic.pt' of an earlier run on the same model: take its images, as they were before "
         'the game, instead of synthesising again (for another bit-width, say)')
     num_images: int = Field(32, ge=1, description='images in all; 32 as in V1')

@@ -4,7 +4,8 @@ Facts (abstract and published description): the discrepancy is the mean absolute
 full-precision teacher and the quantized student; images raise it, the student lowers it, in adaptive alternation.
 Ours: everything that makes this concrete. The discrepancy is taken relative to the teacher's features and to its
 value for the plainly calibrated student; a turn ends when its moving average has fallen (student) or risen (images) by
-a set factor since the turn began, or when patience ends; what images can gain by it is capped, so that they stay images; the student that wins is the best on held-back images that never evolve.
+a set factor since the turn began, or when patience ends; what images can gain by it is capped, so that they stay
+images; the student that wins is the best on held-back images that never evolve.
 """
 from __future__ import annotations
 
@@ -158,8 +159,8 @@ class Game:
         for name, parameter in self.parameters.items():
             parameter.copy_(self.best_parameters[name])
 
-    PLAIN = ('turn', 'turn_updates', 'turn_start', 'updates', 'student_updates', 'turns', 'reference', 'average', 'best', 'initial',
-             'best_parameters')
+    PLAIN = ('turn', 'turn_updates', 'turn_start', 'updates', 'student_updates', 'turns', 'reference', 'average',
+             'best', 'initial', 'best_parameters')
 
     def state_dict(self):
         return dict({name: getattr(self, name) for name in self.PLAIN},

@@ -1,0 +1,345 @@
+"""The loop under mmengine's Runner: what it writes, resume, determinism, methods; configs; checkpoints."""
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import MODELS
+from mmengine.runner import Runner
+
+from psaq_mm.engine import CheckpointError, NoiseDataset, evaluation_gap, quantize, read_checkpoint
+from psaq_mm.engine.checkpoint import load_float
+from psaq_mm.engine.config import without_pretrained
+from psaq_mm.errors import UserError
+from psaq_mm.models import quantize_model
+from psaq_mm.quantization import quantizers
+from psaq_mm.registry import HOOKS
+from psaq_mm.stanza import StanzaError
+
+from .conftest import DEMO_CHECKPOINT, DEMO_CONFIG, ROOT, run_tool
+
+
+def config(path, work_dir, **stanza):
+    cfg = Config.fromfile(path)
+    cfg.merge_from_dict({f'quantization.{k}': v for k, v in stanza.items()})
+    cfg.work_dir = str(work_dir)
+    return cfg
+
+
+def weights(work_dir):
+    return torch.load(work_dir / 'quantized.pth', weights_only=True)['state_dict']
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@HOOKS.register_module()
+class KillHook(Hook):
+    """Ends the run at an iteration, as a kill would: after the checkpoint of that iteration."""
+    priority = 'LOWEST'
+
+    def __init__(self, at):
+        self.at = at
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter + 1 == self.at:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def killed_at(monkeypatch):
+    """Makes the next runs save a checkpoint at a given iteration and die there."""
+    import psaq_mm.engine.pipeline as pipeline
+    original = pipeline.data_free_config
+
+    def arrange(at):
+
+        def patched(*args, **kwargs):
+            run = original(*args, **kwargs)
+            if at:
+                run.default_hooks['checkpoint']['interval'] = at
+                run.custom_hooks.append(dict(type='psaq_mm.KillHook', at=at))
+            return run
+
+        monkeypatch.setattr(pipeline, 'data_free_config', patched)
+
+    return arrange
+
+
+def run(cfg, **kwargs):
+    return quantize(cfg, eval_float=False, eval_quantized=False, **kwargs)
+
+
+@pytest.mark.parametrize('at', [2, 8, 11, 15])  # in the first batch, at the end of synthesis, in turns of the game
+def test_resume_gives_the_same_checkpoint(small_config, tmp_path, killed_at, at, uninterrupted):
+    killed_at(at)
+    with pytest.raises(KeyboardInterrupt):
+        run(config(small_config, tmp_path))
+    assert not (tmp_path / 'quantized.pth').exists()
+    killed_at(None)
+    run(config(small_config, tmp_path), resume=True)
+    assert same(weights(tmp_path), uninterrupted)
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(small_config, tmp_path_factory):
+    work_dir = tmp_path_factory.mktemp('whole')
+    run(config(small_config, work_dir))
+    return weights(work_dir)
+
+
+def test_seed_decides(small_config, tmp_path, uninterrupted):
+    run(config(small_config, tmp_path / 'same'))
+    assert same(weights(tmp_path / 'same'), uninterrupted)
+    cfg = config(small_config, tmp_path / 'other')
+    cfg.randomness = dict(seed=7)
+    run(cfg)
+    assert not same(weights(tmp_path / 'other'), uninterrupted)
+
+
+def test_resume_without_anything_to_resume_starts_afresh(small_config, tmp_path, uninterrupted):
+    run(config(small_config, tmp_path), resume=True)
+    assert same(weights(tmp_path), uninterrupted)
+
+
+def test_methods_differ_and_v1_is_v2_before_the_game(small_config, tmp_path):
+    results = {}
+    for method in ('noise', 'psaq_v1', 'psaq_v2', 'real'):
+        result = run(config(small_config, tmp_path / method, **{'synthesis.method': method}))
+        assert result['method'] == method
+        results[method] = weights(tmp_path / method)
+    scale = 'backbone.stages.1.blocks.0.attn.w_msa.proj.input_quantizer.scale'
+    assert len({results[m][scale].item() for m in ('noise', 'psaq_v1', 'real')}) == 3
+    assert results['psaq_v1'][scale] == results['psaq_v2'][scale]
+    weight = 'backbone.stages.1.blocks.0.attn.w_msa.proj.weight'
+    float_weights = read_checkpoint(str(DEMO_CHECKPOINT))['state_dict'][weight].float()
+    for method in ('noise', 'psaq_v1', 'real'):
+        assert torch.equal(results[method][weight], float_weights)
+
+
+def test_reused_images_give_what_synthesising_gave(small_config, tmp_path):
+    run(config(small_config, tmp_path / 'a', **{'synthesis.method': 'psaq_v1'}))
+    images = str(tmp_path / 'a' / 'synthetic.pt')
+    result = run(config(small_config, tmp_path / 'b', **{'synthesis.method': 'psaq_v1', 'synthesis.reuse': images}))
+    assert same(weights(tmp_path / 'a'), weights(tmp_path / 'b'))
+    assert result['synthesis_minutes'] == 0
+    with pytest.raises(UserError, match='quantization.synthesis.reuse'):
+        run(config(small_config, tmp_path / 'c', **{'synthesis.reuse': str(small_config)}))
+
+
+def test_several_sizes_take_turns(small_config, tmp_path):
+    run(config(small_config, tmp_path, **{'synthesis.method': 'psaq_v1', 'synthesis.size': ((64, 64), (48, 80)),
+                                          'synthesis.steps': 1}))
+    images = torch.load(tmp_path / 'synthetic.pt', weights_only=True)['images']
+    assert [tuple(batch.shape) for batch in images] == [(3, 3, 64, 64), (3, 3, 48, 80)]
+
+
+def test_images_stay_in_the_valid_range_of_the_preprocessor(small_config, tmp_path):
+    run(config(small_config, tmp_path, **{'synthesis.method': 'psaq_v1', 'synthesis.lr': 3.0}))
+    preprocessor = Config.fromfile(small_config).model.data_preprocessor
+    mean, std = (torch.tensor(preprocessor[k]).view(3, 1, 1) for k in ('mean', 'std'))
+    for batch in torch.load(tmp_path / 'synthetic.pt', weights_only=True)['images']:
+        pixels = batch * std + mean
+        assert pixels.min() > -0.01 and pixels.max() < 255.01
+        assert pixels.min() < 1 and pixels.max() > 254  # and uses it
+
+
+def test_amp_runs_and_changes_little(small_config, tmp_path, uninterrupted):
+    run(config(small_config, tmp_path, **{'synthesis.method': 'psaq_v1'}), amp=True)
+    key = 'backbone.stages.0.blocks.0.attn.w_msa.qkv.input_quantizer.scale'
+    assert weights(tmp_path)[key].item() == pytest.approx(uninterrupted[key].item(), rel=0.1)
+
+
+def test_noise_dataset_is_the_same_however_it_is_sharded():
+    dataset = NoiseDataset(6, [(8, 8), (4, 12)], group=2, seed=5)
+    assert [tuple(dataset[i]['inputs'].shape[1:]) for i in range(6)] == [(8, 8)] * 2 + [(4, 12)] * 2 + [(8, 8)] * 2
+    assert torch.equal(dataset[3]['inputs'], NoiseDataset(6, [(8, 8), (4, 12)], group=2, seed=5)[3]['inputs'])
+    assert not torch.equal(dataset[0]['inputs'], dataset[1]['inputs'])
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def state():
+    return torch.load(DEMO_CHECKPOINT, weights_only=True)['state_dict']
+
+
+def build():
+    return MODELS.build(without_pretrained(Config.fromfile(DEMO_CONFIG).model))
+
+
+@pytest.mark.parametrize('spoil,words', [
+    (lambda s: s.pop('backbone.patch_embed.projection.weight'), 'lacks backbone.patch_embed.projection.weight'),
+    (lambda s: s.update({'roi_head.bbox_head.fc_cls.weight': torch.zeros(81, 256)}),
+     r'fc_cls.weight is \(81, 256\).*\(7, 256\).*number of classes'),
+    (lambda s: s.update({'backbone.stages.2.blocks.9.norm1.weight': torch.zeros(4)}), 'deeper'),
+    (lambda s: s['neck.fpn_convs.0.conv.bias'].fill_(float('nan')), 'NaN or infinite.*neck.fpn_convs.0.conv.bias'),
+    (lambda s: s.update({'backbone.x.weight_quantizer.scale': torch.ones(1)}), 'quantized already'),
+    (lambda s: [s.pop(k) for k in list(s) if k.startswith('backbone')] and s.update({'foo': torch.ones(1)}),
+     'another architecture'),
+])
+def test_unfitting_checkpoints_are_explained(state, tmp_path, spoil, words):
+    spoiled = copy.deepcopy(state)
+    spoil(spoiled)
+    path = tmp_path / 'c.pth'
+    torch.save(dict(state_dict=spoiled), path)
+    for model in (build(), quantize_model(build(), {})):
+        with pytest.raises(CheckpointError, match=words) as caught:
+            load_float(model, read_checkpoint(str(path)))
+        assert str(path) in str(caught.value)
+
+
+def test_unreadable_checkpoints_are_explained(tmp_path):
+    with pytest.raises(CheckpointError, match='nowhere.pth does not exist.*--checkpoint'):
+        read_checkpoint(str(tmp_path / 'nowhere.pth'))
+    path = tmp_path / 'c.pth'
+    path.write_bytes(DEMO_CHECKPOINT.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match='truncated'):
+        read_checkpoint(str(path))
+    torch.save([1, 2], path)
+    with pytest.raises(CheckpointError, match='list'):
+        read_checkpoint(str(path))
+    torch.save(dict(state_dict={}), path)
+    with pytest.raises(CheckpointError, match='no weights'):
+        read_checkpoint(str(path))
+
+
+class Evil:
+
+    def __reduce__(self):
+        return (exec, ('raise SystemExit("code from a checkpoint ran")', ))
+
+
+def test_code_in_a_checkpoint_never_runs(tmp_path):
+    path = tmp_path / 'evil.pth'
+    torch.save(dict(state_dict=dict(a=torch.ones(1)), meta=Evil()), path)
+    with pytest.raises(CheckpointError, match='does not load'):
+        read_checkpoint(str(path))
+
+
+def test_mmengines_own_checkpoints_load_safely(small_config, tmp_path, killed_at):
+    """HistoryBuffer, NumPy values and all: by mmengine's own loader, weights_only at torch's default."""
+    from mmengine.runner import load_checkpoint
+    killed_at(3)
+    with pytest.raises(KeyboardInterrupt):
+        run(config(small_config, tmp_path))
+    path = tmp_path / 'iter_3.pth'
+    assert b'HistoryBuffer' in path.read_bytes()
+    content = load_checkpoint(build(), str(path))
+    assert content['meta']['iter'] == 3
+    history = content['message_hub']['log_scalars']['train/entropy']
+    assert len(history.data[0]) == 3 and isinstance(history.mean(), float)
+
+
+def test_the_safe_getattr_refuses_everything_else(tmp_path):
+    from psaq_mm.compat import _statistic
+    with pytest.raises(ValueError, match='refused'):
+        _statistic(torch, 'load')
+    from mmengine.logging import HistoryBuffer
+    assert _statistic(HistoryBuffer, 'mean') is HistoryBuffer.mean
+    path = tmp_path / 'c.pth'
+    torch.save(dict(state_dict=dict(a=torch.ones(1)), x=dict.fromkeys), path)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+
+
+def test_wrong_stanza_and_wrong_checkpoint_end_before_any_work(small_config, tmp_path):
+    with pytest.raises(StanzaError):
+        run(config(small_config, tmp_path / 'a', **{'weight.bits': 77}))
+    with pytest.raises(CheckpointError):
+        run(config(small_config, tmp_path / 'b'), checkpoint='nowhere.pth')
+    assert not (tmp_path / 'a').exists() and not (tmp_path / 'b').exists()
+
+
+def test_missing_evaluation_data_is_named(small_config, tmp_path):
+    cfg = config(small_config, tmp_path, **{'synthesis.method': 'noise'})
+    assert evaluation_gap(cfg) is None
+    cfg.test_dataloader.dataset.data_root = '/nowhere/'
+    result = quantize(cfg)
+    assert result['not_evaluated'] == '/nowhere/val.json does not exist'
+    assert (tmp_path / 'quantized.pth').exists() and result['quantized'] == {}
+
+
+def test_real_needs_a_loader(small_config, tmp_path):
+    cfg = config(small_config, tmp_path, **{'synthesis.method': 'real'})
+    cfg.pop('calib_dataloader')
+    with pytest.raises(UserError, match='calib_dataloader'):
+        run(cfg)
+
+
+def torchrun(config_file, work_dir, *options):
+    return run_tool('-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29611', 'tools/dfq.py',
+                    config_file, '--work-dir', work_dir, '--launcher', 'pytorch', '--device', 'cpu', *options)
+
+
+def test_two_processes_see_what_one_sees(small_config, tmp_path):
+    """torchrun with gloo: each rank calibrates on its shard, the extremes are those of all images."""
+    options = ['--no-eval', '--cfg-options', 'quantization.synthesis.method=noise',
+               'quantization.activation.observer=minmax']
+    torchrun(small_config, tmp_path / 'two', *options)
+    run_tool('tools/dfq.py', small_config, '--work-dir', tmp_path / 'one', *options)
+    two, one = weights(tmp_path / 'two'), weights(tmp_path / 'one')
+    assert two.keys() == one.keys()
+    for key in one:
+        assert torch.allclose(two[key].float(), one[key].float(), rtol=1e-5), key
+
+
+def test_two_processes_play_and_evaluate(small_config, tmp_path):
+    done = torchrun(small_config, tmp_path)
+    assert 'quantized W8A8' in done.stdout
+    metrics = json.loads((tmp_path / 'metrics.json').read_text())
+    assert 0 <= metrics['quantized']['coco/bbox_mAP'] <= 1
+    assert all(torch.isfinite(v.float()).all() for v in weights(tmp_path).values())
+    assert len(list((tmp_path / 'synthetic').glob('*.png'))) == 6
+
+
+# -- configs ---------------------------------------------------------------------------------------------------------
+
+CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
+def test_paper_configs_build_and_run_one_complete_step_at_full_size(path, tmp_path):
+    """The full model, its weights from a file of the official layout; a small image and two steps of each kind."""
+    cfg = Config.fromfile(path)
+    assert cfg.load_from.startswith('https://download.openmmlab.com/mmdetection/v2.0/swin/mask_rcnn_swin-')
+    torch.save(dict(state_dict=MODELS.build(without_pretrained(copy.deepcopy(cfg.model))).state_dict()),
+               tmp_path / 'full.pth')
+    cfg.quantization.merge(dict(synthesis=dict(num_images=2, batch_size=1, size=(64, 64), steps=2),
+                                game=dict(steps=2, evaluate_every=1)))
+    cfg.work_dir = str(tmp_path / 'run')
+    result = quantize(cfg, str(tmp_path / 'full.pth'))
+    bits = int(path.stem.split('_w')[-1][0])
+    assert result['bits'] == dict(weight=bits, activation=8)
+    assert 'annotations/instances_val2017.json does not exist' in result['not_evaluated']
+    depth = dict(t=12, s=24)[path.stem.split('swin_')[1][0]]
+    scales = [k for k in weights(tmp_path / 'run') if k.endswith('weight_quantizer.scale')]
+    assert len(scales) == depth * 4 + 1 + 3 + 8
+    assert result['size_mb']['quantized'] < result['size_mb']['full_precision']
+
+
+def test_the_runner_type_of_base_dfq_converts_for_the_ecosystems_test_tool(small_config, tmp_path):
+    from mmengine.registry import RUNNERS
+    cfg = config(small_config, tmp_path)
+    cfg.load_from = None
+    for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler'):
+        cfg[key] = None
+    runner = RUNNERS.build(cfg)
+    assert isinstance(runner, Runner)
+    runner.call_hook('before_run')
+    assert quantizers(runner.model)
+
+
+def test_metrics_file(quantized_run):
+    work_dir, printed = quantized_run
+    metrics = json.loads((work_dir / 'metrics.json').read_text())
+    assert set(metrics) >= {'full_precision', 'quantized', 'size_mb', 'minutes', 'scope', 'versions'}
+    for side in ('full_precision', 'quantized'):
+        for name in ('coco/bbox_mAP', 'coco/segm_mAP'):
+            assert f'{metrics[side][name] * 100:.1f}' in printed
+    assert metrics['scope'] == ['backbone', 'neck']

@@ -1,0 +1,208 @@
+"""The tools as a user runs them, and the ecosystem's own tools on what they write."""
+import json
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from .conftest import DEMO_CHECKPOINT, ROOT, run_tool
+
+
+def mmdet_tool(name):
+    import mmdet
+    return Path(mmdet.__file__).parent / '.mim' / 'tools' / name
+
+
+def test_what_is_written(quantized_run):
+    work_dir, printed = quantized_run
+    grid = np.asarray(Image.open(work_dir / 'synthetic.png'))
+    assert grid.shape == (2 * (64 + 8), 6 * (96 + 4) + 4, 3)  # six images over the noise they came from
+    folder = sorted((work_dir / 'synthetic').glob('*.png'))
+    assert len(folder) == 6 and Image.open(folder[0]).size == (96, 64)
+    content = torch.load(work_dir / 'quantized.pth', weights_only=True)
+    meta = content['meta']
+    assert meta['quantization']['weight']['bits'] == 8 and meta['quantization']['synthesis']['num_images'] == 6
+    assert set(meta['versions']) == {'psaq_mm', 'torch', 'mmengine', 'mmcv', 'mmdet'}
+    assert meta['dataset_meta']['classes'] == ('disk', 'square', 'triangle', 'star', 'ring', 'cross')
+    assert meta['game']['best'] <= meta['game']['initial']
+    for word in ('full precision', 'quantized W8A8 (backbone, neck)', 'box AP', 'mask AP', 'size, MB', 'minutes'):
+        assert word in printed
+    log = ''.join(path.read_text() for path in work_dir.glob('*/*.log'))
+    for word in ('Stage 1/3', 'Stage 2/3', 'Stage 3/3', 'eta:', 'entropy:', 'discrepancy:', 'Game over'):
+        assert word in log
+    assert list(work_dir.glob('*/vis_data/vis_image/synthetic_*.png'))  # through the Visualizer
+
+
+@pytest.fixture(scope='module')
+def by_test_tool(quantized_run):
+    """Predictions of mmdet's own tools/test.py with the self-contained test config, and its output."""
+    work_dir, _ = quantized_run
+    done = run_tool(mmdet_tool('test.py'), work_dir / 'test_config.py', work_dir / 'quantized.pth', '--work-dir',
+                    work_dir / 'tested', '--out', work_dir / 'out.pkl', cwd=work_dir)
+    return pickle.loads((work_dir / 'out.pkl').read_bytes()), done.stdout + done.stderr
+
+
+def ap_of(text):
+    return float(re.findall(r'coco/bbox_mAP: (\S+)', text)[-1])
+
+
+def test_mmdets_test_tool_gives_our_metrics(quantized_run, by_test_tool):
+    metrics = json.loads((quantized_run[0] / 'metrics.json').read_text())
+    assert ap_of(by_test_tool[1]) == metrics['quantized']['coco/bbox_mAP']
+
+
+def test_mmdets_test_tool_takes_the_config_with_the_stanza_too(quantized_run, small_config, by_test_tool):
+    work_dir, _ = quantized_run
+    done = run_tool(mmdet_tool('test.py'), small_config, work_dir / 'quantized.pth', '--work-dir', work_dir / 'tested2',
+                    '--out', work_dir / 'out2.pkl', cwd=work_dir)
+    assert ap_of(done.stdout + done.stderr) == ap_of(by_test_tool[1])
+    for a, b in zip(by_test_tool[0], pickle.loads((work_dir / 'out2.pkl').read_bytes())):
+        assert torch.equal(a['pred_instances']['bboxes'], b['pred_instances']['bboxes'])
+
+
+def equal(instances, expected):
+    assert torch.allclose(instances.scores, expected['scores'], atol=1e-4)
+    assert torch.allclose(instances.bboxes, expected['bboxes'], atol=1e-2)
+    assert torch.equal(instances.labels, expected['labels'])
+
+
+def test_init_detector_and_inferencer_predict_the_same(quantized_run, by_test_tool, scenes):
+    from mmdet.apis import DetInferencer, inference_detector, init_detector
+    work_dir, _ = quantized_run
+    config, checkpoint = str(work_dir / 'test_config.py'), str(work_dir / 'quantized.pth')
+    images = [str(p) for p in sorted((scenes / 'val').glob('*.png'))]
+    model = init_detector(config, checkpoint, device='cpu')
+    inferencer = DetInferencer(config, checkpoint, device='cpu', show_progress=False)
+    inferred = inferencer(images, return_datasamples=True, no_save_vis=True)['predictions']
+    assert len(images) == len(inferred) == len(by_test_tool[0]) == 6
+    assert sum(len(e['pred_instances']['scores']) for e in by_test_tool[0]) > 6
+    for path, sample, expected in zip(images, inferred, by_test_tool[0]):
+        equal(inference_detector(model, path).pred_instances, expected['pred_instances'])
+        equal(sample.pred_instances, expected['pred_instances'])
+    assert tuple(model.dataset_meta['classes'])[0] == 'disk'
+
+
+def test_float_weights_in_the_quantized_model_refuse_to_predict(quantized_run, scenes):
+    from mmdet.apis import inference_detector, init_detector
+
+    from psaq_mm.quantization import UncalibratedError
+    model = init_detector(str(quantized_run[0] / 'test_config.py'), str(DEMO_CHECKPOINT), device='cpu')
+    with pytest.raises(UncalibratedError, match='full-precision checkpoint has no scales'):
+        inference_detector(model, np.zeros((64, 64, 3), np.uint8))
+
+
+def test_another_bit_width_in_the_config_is_refused(quantized_run):
+    from mmdet.apis import init_detector
+
+    from psaq_mm.quantization import QuantizerMismatchError
+    with pytest.raises(QuantizerMismatchError, match='8 bits.*the config says 4 bits'):
+        init_detector(str(quantized_run[0] / 'test_config.py'), str(quantized_run[0] / 'quantized.pth'), device='cpu',
+                      cfg_options={'model.quantization.weight.bits': 4, 'model.backbone.init_cfg': None})
+
+
+def test_command_line_options_reach_the_run(small_config, tmp_path):
+    done = run_tool('tools/dfq.py', small_config, '--work-dir', tmp_path, '--checkpoint', DEMO_CHECKPOINT, '--no-eval',
+                    '--seed', '5', '--device', 'cpu', '--json', tmp_path / 'j.json', '--cfg-options',
+                    'quantization.weight.bits=4', 'quantization.synthesis.method=psaq_v1',
+                    'quantization.synthesis.size=(64,64)', "quantization.keep_float=['neck.*']")
+    result = json.loads((tmp_path / 'j.json').read_text())
+    assert result == json.loads((tmp_path / 'metrics.json').read_text())
+    assert result['bits'] == dict(weight=4, activation=8) and result['seed'] == 5
+    assert result['method'] == 'psaq_v1' and result['quantized'] == {}
+    state = torch.load(tmp_path / 'quantized.pth', weights_only=True)['state_dict']
+    assert not any(k.startswith('neck') and 'quantizer' in k for k in state)
+    assert Image.open(tmp_path / 'synthetic' / '0000.png').size == (64, 64)
+    assert 'W4A8' in done.stdout
+
+
+@pytest.mark.parametrize('arguments,words', [
+    (['--cfg-options', 'quantization.weight.bit=4'], ['quantization.weight.bit = 4', "did you mean 'bits'"]),
+    (['--cfg-options', "quantization.keep_float=['nek.*']"], ["'nek.*' matches none", 'neck.']),
+    (['--cfg-options', "quantization.targets=['bakbone']"], ["did you mean 'backbone'"]),
+    (['--cfg-options', 'model.roi_head.bbox_head.num_classes=80'], ['fc_cls', 'number of classes', '(7, ']),
+    (['--checkpoint', 'nowhere.pth'], ['nowhere.pth does not exist', '--checkpoint']),
+])
+def test_mistakes_end_in_one_clear_message(small_config, tmp_path, arguments, words):
+    done = run_tool('tools/dfq.py', small_config, '--work-dir', tmp_path / 'w', *arguments, check=False)
+    assert done.returncode == 2
+    assert 'Traceback' not in done.stderr and 'error: ' in done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert not (tmp_path / 'w').exists()
+
+
+def test_a_config_that_is_missing_or_broken_is_named(tmp_path):
+    done = run_tool('tools/dfq.py', tmp_path / 'none.py', check=False)
+    assert done.returncode == 2 and 'none.py does not exist' in done.stderr
+    broken = tmp_path / 'broken.py'
+    broken.write_text('a = (')
+    done = run_tool('tools/dfq.py', broken, check=False)
+    assert done.returncode == 2 and 'broken.py cannot be read' in done.stderr and 'Traceback' not in done.stderr
+    plain = tmp_path / 'plain.py'
+    plain.write_text("_base_ = 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py'\n")
+    done = run_tool('tools/dfq.py', plain, '--work-dir', tmp_path / 'w', check=False)
+    assert done.returncode == 2 and "no 'quantization' stanza" in done.stderr
+
+
+def test_scenes_are_deterministic_and_in_coco_format(scenes):
+    import hashlib
+
+    from pycocotools.coco import COCO
+    # The scenes the shipped checkpoint was trained and is evaluated on: if this changes, its AP means nothing.
+    digest = hashlib.sha256(np.asarray(Image.open(scenes / 'val' / '00003.png')).tobytes()).hexdigest()
+    assert digest == SCENE_DIGEST
+    coco = COCO(str(scenes / 'val.json'))
+    assert len(coco.imgs) == 6 and {c['name'] for c in coco.cats.values()} >= {'disk', 'cross'}
+    for annotation in coco.anns.values():
+        mask = coco.annToMask(annotation)
+        y, x = np.nonzero(mask)
+        left, top, width, height = annotation['bbox']
+        assert (x.min(), y.min(), x.max() + 1, y.max() + 1) == (left, top, left + width, top + height)
+        assert mask.sum() == annotation['area'] > 20
+
+
+SCENE_DIGEST = 'bbaa9d07490cc52ee0709ae1fe6f4df7dbd1b4843390862137070c4765b44d8b'
+
+
+def test_demo_and_benchmark_are_commands(tmp_path):
+    for script in ('demo/run.py', 'demo/scenes.py', 'benchmarks/nuclei.py', 'tools/dfq.py'):
+        assert 'usage' in run_tool(script, '--help').stdout
+    done = run_tool('benchmarks/nuclei.py', '--bench', tmp_path, check=False)
+    assert done.returncode == 2 and '--bench names the folder' in done.stderr
+
+
+def test_comparison_is_not_done_twice(small_config, tmp_path):
+    from mmengine.config import Config
+
+    from psaq_mm.engine import compare
+    cfg = Config.fromfile(small_config)
+    first = compare(cfg, ['noise', 'psaq_v1', 'psaq_v2'], [(8, 8)], tmp_path)
+    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('quantized.pth')}
+    assert len(stamps) == 3
+    assert compare(cfg, ['noise', 'psaq_v1', 'psaq_v2'], [(8, 8)], tmp_path) == first
+    assert stamps == {p: p.stat().st_mtime_ns for p in tmp_path.rglob('quantized.pth')}
+    v1, v2 = (torch.load(tmp_path / f'W8A8_psaq_v{n}' / 'synthetic.pt', weights_only=True)['images'] for n in (1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(v1, v2))
+    shutil.rmtree(tmp_path / 'W8A8_noise')
+    assert compare(cfg, ['noise'], [(8, 8)], tmp_path)['runs'].keys() == {'W8A8 noise'}
+
+
+@pytest.mark.slow
+def test_the_real_models_accuracy_survives():
+    """../shared/bench, where it exists: W4A8 by V1 images keeps real nuclei AP."""
+    bench = ROOT.parent / 'shared' / 'bench'
+    if not (bench / 'nuclei').is_dir():
+        pytest.skip(f'{bench} is not here: nothing real to measure on')
+    import tempfile
+    with tempfile.TemporaryDirectory() as out:
+        run_tool('benchmarks/nuclei.py', '--bench', bench, '--methods', 'real', '--weight-bits', '4', '--out', out,
+                 '--json', f'{out}/j.json', timeout=1800)
+        results = json.loads(Path(f'{out}/j.json').read_text())
+    full, quantized = results['full_precision'], results['runs']['W4A8 real']['quantized']
+    for name in ('coco/bbox_mAP', 'coco/segm_mAP'):
+        assert quantized[name] > full[name] - 0.01
