@@ -129,9 +129,10 @@ class SyntheticImageHook(Hook):
         for index, picture in enumerate(pictures):
             Image.fromarray(picture).save(folder / f'{index:04d}.png')
         runner.visualizer.add_image('synthetic', grid(pictures), step=runner.iter)
-        noise = self.pictures(runner, noise)
-        both = [grid(pictures)] if not loop.synthesized else [grid(pictures), grid(noise)]
-        Image.fromarray(np.concatenate(both)).save(out / 'synthetic.png')
+        both = grid(pictures)
+        if noise and loop.synthesized:
+            both = np.concatenate([both, grid(self.pictures(runner, noise))])
+        Image.fromarray(both).save(out / 'synthetic.png')
         runner.logger.info(f'{len(pictures)} images are in {folder}, all at a glance in {out / "synthetic.png"}')
 
 

@@ -172,7 +172,11 @@ class DataFreeLoop(BaseLoop):
             self.images.append(batch.maximum(self.low).minimum(self.high))
         self.noise = [batch.clone() for batch in self.images]
         if self.quantization.synthesis.reuse:
-            self.images = [batch.to(self.device) for batch in read_images(self.quantization.synthesis.reuse)]
+            shard = read_images(self.quantization.synthesis.reuse)[dist.get_rank()::dist.get_world_size()]
+            if not shard:
+                raise UserError(f'{ROOT}.synthesis.reuse holds fewer batches than there are processes '
+                                f'({dist.get_world_size()}): start fewer')
+            self.images, self.noise = [batch.to(self.device) for batch in shard], []
 
     def features(self, model):
         """A feature extractor on a model, in bfloat16 where asked for."""

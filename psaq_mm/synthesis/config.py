@@ -22,7 +22,7 @@ class SynthesisConfig(FrozenConfig):
     batch_size: int = Field(8, ge=1, description='images optimised at a time, on each process')
     size: tuple[tuple[int, int], ...] = Field(
         ((224, 224), ), description='(height, width) in pixels, or several: batches take turns')
-    steps: int = Field(200, ge=1, description='optimisation steps for each batch')
+    steps: int = Field(100, ge=1, description='optimisation steps for each batch; V1 takes 1000')
     lr: float = Field(0.25, gt=0, description="Adam's peak learning rate, in units of normalised pixels; V1 uses "
                       '0.20 to 0.25')
     warmup: float = Field(0.2, ge=0, lt=1, description='share of the steps with a rising learning rate; V1: 100 of 500')
@@ -47,7 +47,7 @@ class SynthesisConfig(FrozenConfig):
 
 class GameConfig(FrozenConfig):
     """The teacher-student game of V2. All values are our choice: the paper's text was not available to us."""
-    steps: int = Field(300, ge=0, description='updates in all, of images and student together')
+    steps: int = Field(200, ge=0, description='updates in all, of images and student together')
     student_lr: float = Field(2e-5, gt=0, description="learning rate of the student's Adam")
     image_lr: float = Field(0.05, gt=0, description="learning rate of the images' Adam, normalised pixels")
     weight: float = Field(1.0, ge=0, description='weight of the discrepancy in the image objective, beside the entropy')
