@@ -39,6 +39,8 @@ class QuantizationHook(Hook):
 
     def before_run(self, runner):
         model = quantize_model(bare(runner.model), self.quantization)
+        # A checkpoint follows: initialising weights would cost time and print that training starts from scratch.
+        model._is_init = True
         runner.logger.info(f'{len(quantized_layers(model))} layers of {", ".join(self.quantization.targets)} are '
                            f'quantized: W{self.quantization.weight.bits}A{self.quantization.activation.bits}')
 
@@ -126,6 +128,8 @@ class SyntheticImageHook(Hook):
         write_atomically(dict(images=before_game), out / 'synthetic.pt')
         folder = out / 'synthetic'
         folder.mkdir(exist_ok=True)
+        for old in folder.glob('[0-9][0-9][0-9][0-9].png'):
+            old.unlink()
         for index, picture in enumerate(pictures):
             Image.fromarray(picture).save(folder / f'{index:04d}.png')
         runner.visualizer.add_image('synthetic', grid(pictures), step=runner.iter)
@@ -143,7 +147,7 @@ class QuantizedCheckpointHook(Hook):
     Args:
         dataset_meta (dict): Classes and palette for the tools that load it.
     """
-    priority = 'VERY_LOW'
+    priority = 'NORMAL'  # before anything that only looks nice
 
     def __init__(self, dataset_meta):
         self.dataset_meta = dataset_meta
