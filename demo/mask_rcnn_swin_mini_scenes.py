@@ -1,6 +1,8 @@
 # A small Mask R-CNN + Swin (32 channels, depths 2-2-4-2, window 7) on the rendered scenes: a plain mmdet config,
 # without a quantization stanza. demo/train.py trained the shipped checkpoint with it.
 _base_ = ['mmdet::_base_/models/mask-rcnn_r50_fpn.py', 'mmdet::_base_/default_runtime.py']
+# Lets mmengine resume from its own checkpoints under torch's safe loading.
+custom_imports = dict(imports=['psaq_mm'], allow_failed_imports=False)
 demo_root = '{{ fileDirname }}/'
 data_root = demo_root + 'data/'
 model = dict(

@@ -85,8 +85,10 @@ def main():
                          sorted((HERE / 'data' / 'val').glob('*.png'))[:4], out / 'predictions.png')
     Console().print(comparison_table(results['runs'], results['full_precision'],
                                      'Demo: Mask R-CNN + Swin, 100 rendered scenes; backbone and neck quantized'))
-    print(f'synthetic images: {out}/W8A8_psaq_v2/synthetic.png\npredictions, full precision above, quantized below: '
-          f'{out}/predictions.png\ntable: {out}/table.md')
+    print(f'table: {out}/table.md')
+    if best:
+        print(f"synthetic images: {Path(best['checkpoint']).parent / 'synthetic.png'}\n"
+              f'predictions, full precision above, quantized below: {out}/predictions.png')
     return 0
 
 

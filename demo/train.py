@@ -2,7 +2,7 @@
 
     python demo/train.py           # renders the data, trains, writes demo/mask_rcnn_swin_mini_scenes.pth
 
-Took about 1 h 20 min on one core of the machine it was made on. Goes on where it was interrupted.
+Took about an hour on one core of the machine it was made on. Goes on where it was interrupted.
 """
 import subprocess
 import sys

@@ -29,7 +29,8 @@ class QuantizationConfig(FrozenConfig):
     """The whole stanza. ``quantization = dict()`` is W8A8, PSAQ-ViT V2, backbone and neck."""
     weight: WeightConfig = WeightConfig()
     activation: ActivationConfig = ActivationConfig()
-    targets: tuple[str, ...] = Field(('backbone', 'neck'), strict=False, min_length=1, description='submodules')
+    targets: tuple[str, ...] = Field(
+        ('backbone', 'neck'), strict=False, min_length=1, description='submodules that run when features are extracted')
     patch_embed_bits: int = Field(8, ge=2, le=8, description='of convolutions that read the pixels, weight and input')
     keep_float: tuple[str, ...] = Field((), strict=False, description='name patterns of layers left in float')
     overrides: tuple[LayerOverride, ...] = Field((), strict=False, description='later ones win')
@@ -51,6 +52,9 @@ class QuantizationConfig(FrozenConfig):
         if self.synthesis.method == 'psaq_v2' and self.game.steps and self.synthesis.num_images < 2:
             raise StanzaError(f'{ROOT}.synthesis.num_images = {self.synthesis.num_images}: at least 2 for '
                               "method 'psaq_v2', one evolves and one is held back")
+        if self.synthesis.reuse and not self.synthesis.method.startswith('psaq'):
+            raise StanzaError(f'{ROOT}.synthesis.reuse = {self.synthesis.reuse!r}: only for psaq_v1 and psaq_v2, '
+                              f"not for '{self.synthesis.method}'")
         return self
 
     @classmethod

@@ -12,6 +12,7 @@ from psaq_mm.errors import UserError
 from psaq_mm.models import extract_features, quantize_model
 from psaq_mm.quantization import (
     Mode,
+    QuantizerMismatchError,
     UncalibratedError,
     calibrate,
     convert,
@@ -135,7 +136,7 @@ def test_patch_embedding_keeps_8_bits_and_overrides_win(detector):
     assert layers[f'{attention}.qkv'].weight_quantizer.config.bits == 3
     assert layers[f'{attention}.qkv'].input_quantizer.config.bits == 5
     assert layers[f'{attention}.proj'].weight_quantizer.config.bits == 4
-    assert layers[f'{attention}.matmul_scores'].a_quantizer is None
+    assert f'{attention}.matmul_scores' not in layers
     assert layers[f'{attention}.matmul_context'].a_quantizer.config.bits == 8
     assert not any(name.startswith('neck') for name in layers)
 
@@ -149,6 +150,13 @@ def test_state_dict_round_trip_gives_the_same_features(detector):
     with torch.no_grad():
         for a, b in zip(extract_features(model, images), extract_features(other, images)):
             assert torch.equal(a, b)
+
+
+def test_scales_for_layers_that_stay_in_float_are_refused(detector):
+    model = calibrated(quantize_model(copy.deepcopy(detector), {}), torch.randn(1, 3, 64, 64))
+    other = quantize_model(copy.deepcopy(detector), dict(keep_float=['neck.*']))
+    with pytest.raises(QuantizerMismatchError, match='neck.*keeps that layer in float'):
+        other.load_state_dict(model.state_dict(), strict=False)
 
 
 def test_a_layer_used_twice_is_converted_once():

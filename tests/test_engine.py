@@ -152,6 +152,7 @@ def test_amp_runs_and_changes_little(small_config, tmp_path, uninterrupted):
     run(config(small_config, tmp_path, **{'synthesis.method': 'psaq_v1'}), amp=True)
     key = 'backbone.stages.0.blocks.0.attn.w_msa.qkv.input_quantizer.scale'
     assert weights(tmp_path)[key].item() == pytest.approx(uninterrupted[key].item(), rel=0.1)
+    assert weights(tmp_path)[key].item() != uninterrupted[key].item()  # bfloat16 really was used
 
 
 def test_noise_dataset_is_the_same_however_it_is_sharded():
@@ -177,6 +178,7 @@ def build():
     (lambda s: s.pop('backbone.patch_embed.projection.weight'), 'lacks backbone.patch_embed.projection.weight'),
     (lambda s: s.update({'roi_head.bbox_head.fc_cls.weight': torch.zeros(81, 256)}),
      r'fc_cls.weight is \(81, 256\).*\(7, 256\).*number of classes'),
+    (lambda s: s.update({'rpn_head.rpn_cls.weight': torch.zeros(3, 128, 1, 1)}), 'another architecture'),
     (lambda s: s.update({'backbone.stages.2.blocks.9.norm1.weight': torch.zeros(4)}), 'deeper'),
     (lambda s: s['neck.fpn_convs.0.conv.bias'].fill_(float('nan')), 'NaN or infinite.*neck.fpn_convs.0.conv.bias'),
     (lambda s: s.update({'backbone.x.weight_quantizer.scale': torch.ones(1)}), 'quantized already'),
@@ -265,6 +267,90 @@ def test_missing_evaluation_data_is_named(small_config, tmp_path):
     assert (tmp_path / 'quantized.pth').exists() and result['quantized'] == {}
 
 
+def learning_rates(monkeypatch, cfg, **kwargs):
+    """The student's learning rate at every iteration of a run."""
+    import psaq_mm.engine.loop as loop
+    rates = []
+    original = loop.DataFreeLoop.iteration
+
+    def watched(self, step):
+        rates.append(self.runner.optim_wrapper.get_lr()['lr'][0])
+        original(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.DataFreeLoop, 'iteration', watched)
+        run(cfg, **kwargs)
+    return rates
+
+
+def test_the_students_learning_rate_falls_over_the_game(small_config, tmp_path, monkeypatch):
+    rates = learning_rates(monkeypatch, config(small_config, tmp_path / 'a'))
+    assert len(rates) == 2 * 4 + 8 and rates[:9] == [2e-5] * 9
+    assert rates[9:] == sorted(rates[9:], reverse=True) and rates[-1] < 0.1 * rates[0]
+    images = str(tmp_path / 'a' / 'synthetic.pt')
+    reused = learning_rates(monkeypatch, config(small_config, tmp_path / 'b', **{'synthesis.reuse': images}))
+    assert reused == pytest.approx(rates[8:])
+
+
+def test_resume_with_other_settings_is_refused(small_config, tmp_path, killed_at):
+    killed_at(2)
+    with pytest.raises(KeyboardInterrupt):
+        run(config(small_config, tmp_path))
+    with pytest.raises(UserError, match='--resume.*synthesis was.*steps'):
+        run(config(small_config, tmp_path, **{'synthesis.steps': 5}), resume=True)
+
+
+def test_attention_in_float_is_still_tapped(small_config, tmp_path):
+    run(config(small_config, tmp_path, keep_float=['backbone.stages.0.*', '*.matmul_context']))
+    names = [k for k in weights(tmp_path) if 'quantizer' in k]
+    assert names and not any('stages.0.' in n or 'matmul_context' in n for n in names)
+
+
+def test_checkpointed_activations_do_not_hide_the_tokens(small_config, tmp_path, uninterrupted):
+    cfg = config(small_config, tmp_path)
+    cfg.model.backbone.with_cp = True
+    run(cfg)
+    assert same(weights(tmp_path), uninterrupted)
+
+
+def test_targets_that_never_run_and_backbones_without_attention_end_early(small_config, tmp_path):
+    with pytest.raises(UserError, match='rpn_head.*never runs'):
+        run(config(small_config, tmp_path, targets=['backbone', 'rpn_head']))
+    assert not list(tmp_path.glob('iter_*'))
+    cfg = Config.fromfile(small_config)
+    cfg.model.backbone = dict(type='ResNet', depth=18, num_stages=4, out_indices=(0, 1, 2, 3))
+    cfg.model.neck.in_channels = [64, 128, 256, 512]
+    cfg.work_dir = str(tmp_path / 'r')
+    with pytest.raises(UserError, match="ResNet has no attention.*'noise'"):
+        run(cfg)
+
+
+@pytest.mark.parametrize('holdout', [0.9, 0.01])
+def test_both_sides_of_the_game_have_images(small_config, tmp_path, holdout):
+    run(config(small_config, tmp_path, **{'synthesis.num_images': 2, 'game.holdout': holdout, 'synthesis.steps': 1}))
+    assert len(torch.load(tmp_path / 'synthetic.pt', weights_only=True)['images'][0]) == 2
+
+
+def test_the_shipped_checkpoint_is_small():
+    assert DEMO_CHECKPOINT.stat().st_size <= 20e6
+
+
+def test_real_takes_no_more_images_than_asked(small_config, tmp_path):
+    cfg = config(small_config, tmp_path, **{'synthesis.method': 'real', 'synthesis.num_images': 3})
+    seen = []
+    import psaq_mm.engine.hooks as hooks
+    original = hooks.QuantizedCheckpointHook.after_train
+    hooks.QuantizedCheckpointHook.after_train = lambda self, runner: seen.extend(runner.train_loop.images)
+    try:
+        run(cfg)
+    finally:
+        hooks.QuantizedCheckpointHook.after_train = original
+    assert sum(map(len, seen)) == 3
+    cfg.calib_dataloader.dataset.data_root = '/nowhere/'
+    with pytest.raises(UserError, match='calib_dataloader: /nowhere/.* does not exist'):
+        run(cfg)
+
+
 def test_real_needs_a_loader(small_config, tmp_path):
     cfg = config(small_config, tmp_path, **{'synthesis.method': 'real'})
     cfg.pop('calib_dataloader')
@@ -273,7 +359,7 @@ def test_real_needs_a_loader(small_config, tmp_path):
 
 
 def torchrun(config_file, work_dir, *options):
-    return run_tool('-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29611', 'tools/dfq.py',
+    return run_tool('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'tools/dfq.py',
                     config_file, '--work-dir', work_dir, '--launcher', 'pytorch', '--device', 'cpu', *options)
 
 

@@ -95,6 +95,13 @@ def test_tap_averages_heads_drops_class_tokens_and_forgets():
     assert not tap.tokens
 
 
+def test_nan_tokens_give_nan_and_no_crash():
+    tokens = torch.randn(2, 9, 5)
+    tokens[1, 3] = float('nan')
+    entropy = patch_similarity_entropy(tokens, 2)
+    assert torch.isfinite(entropy[0]) and torch.isnan(entropy[1])
+
+
 def test_no_intermediate_is_larger_than_the_similarities():
     """Counts the largest tensor that any op makes: Gamma, not points x Gamma or Gamma x d."""
     from torch.utils._python_dispatch import TorchDispatchMode

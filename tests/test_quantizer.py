@@ -110,6 +110,17 @@ def test_percentile_agrees_with_numpy_and_cuts_an_outlier():
     assert high < 10
 
 
+@pytest.mark.parametrize('observer', ['percentile', 'mse'])
+def test_sampling_sees_every_channel(observer):
+    """Tokens of Swin, channel last, outliers in one channel: equal steps through the flat tensor could miss it."""
+    tokens = torch.randn(8, 1024, 96)
+    tokens[..., 7] *= 20
+    quantizer = FakeQuantizer(ActivationConfig(observer=observer, percentile=99.8))
+    quantizer.observe(tokens)
+    low, high = quantizer.observer.range()
+    assert high > 20 and low < -20
+
+
 @pytest.mark.parametrize('bits', [2, 3, 4, 8])
 @pytest.mark.parametrize('config', [WeightConfig, ActivationConfig])
 def test_mse_observer_is_never_worse_than_minmax_and_better_with_outliers(bits, config):
@@ -143,13 +154,15 @@ def test_nan_during_calibration_is_refused():
 def test_state_round_trip_and_mismatch():
     quantizer = calibrated(ActivationConfig(), torch.randn(100))
     state = copy.deepcopy(quantizer.state_dict())
-    assert set(state) == {'scale', 'zero_point', 'bits'}
+    assert set(state) == {'scale', 'zero_point', 'grid'}
     fresh = FakeQuantizer(ActivationConfig())
     fresh.load_state_dict(state)
     x = torch.randn(50)
     assert torch.equal(fresh(x), quantizer(x))
-    with pytest.raises(QuantizerMismatchError, match='8 bits.*config says 4 bits'):
+    with pytest.raises(QuantizerMismatchError, match=r'0\.\.255 \(8 bits.*config says 0\.\.15 \(4 bits'):
         FakeQuantizer(ActivationConfig(bits=4)).load_state_dict(state)
+    with pytest.raises(QuantizerMismatchError, match=r'0\.\.255.*config says -128\.\.127'):
+        FakeQuantizer(ActivationConfig(symmetric=True)).load_state_dict(state)
     with pytest.raises(QuantizerMismatchError, match='lacks.*zero_point'):
         FakeQuantizer(ActivationConfig()).load_state_dict({k: v for k, v in state.items() if k != 'zero_point'})
 

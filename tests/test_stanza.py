@@ -55,6 +55,7 @@ def test_survives_a_config_file(tmp_path):
     (dict(overrides=[dict(pattern='*', weight=dict(bits=1))]), ['quantization.overrides.0.weight.bits = 1']),
     (dict(overrides=[dict(pattern='*', weight=dict(bitz=4))]), ['overrides.0.weight.bitz', "did you mean 'bits'"]),
     (dict(overrides=[dict(patern='*')]), ['overrides.0.patern', "did you mean 'pattern'"]),
+    (dict(synthesis=dict(method='noise', reuse='x.pt')), ['quantization.synthesis.reuse', "not for 'noise'"]),
     (3, ['quantization = 3', 'must be a dict']),
 ])
 def test_mistakes_are_named(raw, words):

@@ -41,7 +41,11 @@ def load_config(args):
     if args.cfg_options:
         parser = argparse.ArgumentParser()
         parser.add_argument('--cfg-options', nargs='+', action=DictAction)
-        cfg.merge_from_dict(parser.parse_args(['--cfg-options', *args.cfg_options]).cfg_options)
+        try:
+            cfg.merge_from_dict(parser.parse_args(['--cfg-options', *args.cfg_options]).cfg_options)
+        except Exception as error:
+            raise UserError(f'--cfg-options {" ".join(args.cfg_options)}: must be KEY=VALUE with keys of the config '
+                            f'({type(error).__name__}: {error})') from None
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
     if args.seed is not None:

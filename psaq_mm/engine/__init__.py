@@ -1,6 +1,6 @@
 """The data-free loop, its hooks and data set, and what turns a stanza into a runner. Knows mmengine."""
 from .checkpoint import CheckpointError, read_checkpoint, save_quantized
-from .compare import LABELS, compare
+from .compare import compare
 from .config import data_free_config, evaluation_gap, float_config, test_config
 from .hooks import QuantizationHook, QuantizedCheckpointHook, SyntheticImageHook
 from .loop import DataFreeLoop
@@ -10,7 +10,7 @@ from .report import comparison_rows, comparison_table, markdown, result_table
 from .runner import QuantizationRunner
 
 __all__ = [
-    'CheckpointError', 'DataFreeLoop', 'LABELS', 'NoiseDataset', 'QuantizationHook', 'QuantizationRunner',
+    'CheckpointError', 'DataFreeLoop', 'NoiseDataset', 'QuantizationHook', 'QuantizationRunner',
     'QuantizedCheckpointHook', 'SyntheticImageHook', 'compare', 'comparison_rows', 'comparison_table',
     'data_free_config', 'evaluate', 'evaluation_gap', 'float_config', 'markdown', 'quantize',
     'read_checkpoint', 'result_table', 'save_quantized', 'test_config', 'with_stanza', 'write_json'

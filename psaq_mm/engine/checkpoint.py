@@ -73,6 +73,10 @@ def read_checkpoint(source: str) -> dict:
     return dict(state_dict=state, meta=meta if isinstance(meta, dict) else {}, path=str(path))
 
 
+# Buffers that follow from the architecture; some versions store them, some don't.
+DERIVED = ('num_batches_tracked', 'relative_position_index', 'attn_mask')
+
+
 def _listing(items):
     return ', '.join(items[:3]) + (f' and {len(items) - 3} more' if len(items) > 3 else '')
 
@@ -99,19 +103,17 @@ def load_float(model: nn.Module, checkpoint: dict, targets=('backbone', 'neck'))
         if k in state and state[k].shape != v.shape
     ]
     if shapes:
-        classes = any(re.search(r'fc_cls|conv_logits|conv_seg|head\.weight|cls', text) for text in shapes)
+        classes = all(re.match(r'\S*(fc_cls|fc_reg|conv_logits|conv_seg)\.', text) for text in shapes)
         hint = ('The number of classes differs: set num_classes in the model config to the checkpoint\'s.'
                 if classes else 'The checkpoint belongs to another architecture.')
         raise CheckpointError(f'{path} does not fit the model: {_listing(shapes)}. {hint}')
-    parameters = {name for name, _ in model.named_parameters()}
-    missing = sorted(k for k in parameters if k not in state)
+    missing = sorted(k for k in own if k not in state and not k.endswith(DERIVED))
     if missing:
-        raise CheckpointError(f'{path} does not fit the model: it lacks {_listing(missing)} '
-                              f'({len(missing)} of {len(parameters)} parameters). The checkpoint belongs to another '
-                              f'architecture; its keys look like {_listing(sorted(state))}')
+        raise CheckpointError(f'{path} does not fit the model: it lacks {_listing(missing)} ({len(missing)} of '
+                              f'{len(own)} tensors). The checkpoint belongs to another architecture; its keys are like '
+                              f'{_listing(sorted(state))}')
     prefixes = tuple(f'{t}.' for t in targets)
-    extra = sorted(k for k in state if k not in own and k.startswith(prefixes) and 'num_batches_tracked' not in k
-                   and not k.endswith(('relative_position_index', 'attn_mask')))
+    extra = sorted(k for k in state if k not in own and k.startswith(prefixes) and not k.endswith(DERIVED))
     if extra:
         raise CheckpointError(f'{path} does not fit the model: it holds {_listing(extra)}, which the model lacks. The '
                               'checkpoint belongs to another (deeper?) architecture')

@@ -1,27 +1,47 @@
 """Several ways to calibrate, side by side: the same model, quantizer and test data."""
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from mmengine.config import Config
 
+from ..errors import UserError
 from ..stanza import QuantizationConfig
 from .checkpoint import read_checkpoint
 from .config import default_scope, evaluation_gap, float_config
 from .pipeline import evaluate, quantize, with_stanza, write_json
 
-LABELS = dict(noise='Gaussian noise', psaq_v1='PSAQ-ViT V1', psaq_v2='PSAQ-ViT V2', real='real images')
 
-
-def _finished(path: Path, stanza: dict):
-    """What an earlier run with the same stanza left, or None."""
+def _read(path: Path):
     try:
-        saved = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError):
-        return None
-    return saved['result'] if saved.get('stanza') == json.loads(json.dumps(stanza)) else None
+        return {}
+
+
+def _done(folder: Path, inputs: dict, work: Callable[[bool], dict]) -> dict:
+    """The result of some work, from an earlier run if all of its inputs are the same.
+
+    Args:
+        folder (Path): Where the work leaves its files.
+        inputs (dict): Everything the result depends on.
+        work (Callable): ``work(resume) -> result``; resume is whether an interrupted run had the same inputs.
+    """
+    inputs = json.loads(json.dumps(inputs, default=str))
+    saved = _read(folder / 'compared.json')
+    if saved.get('inputs') == inputs and 'result' in saved:
+        return saved['result']
+    write_json(dict(inputs=inputs), folder / 'compared.json')
+    result = work(saved.get('inputs') == inputs)
+    write_json(dict(inputs=inputs, result=result), folder / 'compared.json')
+    return result
+
+
+def _quantize(cfg, weights, resume):
+    return quantize(cfg, weights, resume=resume, eval_float=False)
 
 
 def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]], work_dir: str,
@@ -44,37 +64,36 @@ def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]]
     Raises:
         UserError: If the config cannot be evaluated here.
     """
-    from ..errors import UserError
     gap = evaluation_gap(cfg)
     if gap:
         raise UserError(f'nothing to compare on: {gap}')
     default_scope(cfg)
     root = Path(work_dir)
-    weights = read_checkpoint(checkpoint or cfg.load_from)['path']
-    path = root / 'full_precision.json'
-    full = _finished(path, {})
-    if full is None:
-        full = evaluate(float_config(cfg), weights, str(root), 'full_precision')
-        write_json(dict(stanza={}, result=full), path)
+    weights = Path(read_checkpoint(checkpoint or cfg.load_from)['path'])
+    stat = weights.stat()
+    common = dict(checkpoint=[str(weights.resolve()), stat.st_size, stat.st_mtime_ns], model=cfg.model,
+                  test=cfg.test_dataloader, evaluator=cfg.test_evaluator,
+                  seed=(cfg.get('randomness') or {}).get('seed'))
+    folder = root / 'full_precision'
+    full = _done(folder, common, lambda _: evaluate(float_config(cfg), str(weights), str(folder), 'full_precision'))
     runs, images = {}, None
     for weight, activation in bits:
         for method in methods:
             name = f'W{weight}A{activation} {method}'
+            folder = root / name.replace(' ', '_')
             synthesis = dict(method=method)
-            if method.startswith('psaq') and images is not None:
-                synthesis['reuse'] = images['path']
+            reused = images if method.startswith('psaq') else None
+            if reused:
+                synthesis['reuse'] = reused['path']
             changed = with_stanza(cfg, weight=dict(bits=weight), activation=dict(bits=activation), synthesis=synthesis)
+            changed.work_dir = str(folder)
             stanza = QuantizationConfig.parse(changed.quantization).to_dict()
-            changed.work_dir = str(root / name.replace(' ', '_'))
-            path = Path(changed.work_dir) / 'compared.json'
-            result = _finished(path, stanza)
-            if result is None:
-                result = quantize(changed, weights, resume=True, eval_float=False)
-                if 'reuse' in synthesis:
-                    result['minutes'] = round(result['minutes'] + images['minutes'], 2)
-                write_json(dict(stanza=stanza, result=result), path)
+            inputs = dict(common, stanza=stanza, calib=method == 'real' and cfg.get('calib_dataloader'),
+                          images=reused and reused['made'])
+            result = runs[name] = _done(folder, inputs, functools.partial(_quantize, changed, str(weights)))
+            if reused:  # V2's first stage counts, though it was done once for all
+                runs[name] = dict(result, minutes=round(result['minutes'] + reused['minutes'], 2))
             if method.startswith('psaq') and images is None:
-                images = dict(path=str(Path(changed.work_dir) / 'synthetic.pt'),
-                              minutes=result['synthesis_minutes'])
-            runs[name] = result
+                path = folder / 'synthetic.pt'
+                images = dict(path=str(path), made=path.stat().st_mtime_ns, minutes=result['synthesis_minutes'])
     return dict(full_precision=full, runs=runs)

@@ -122,25 +122,29 @@ def data_free_config(cfg: Config,
                                              for k in ('dataloader', 'cfg', 'evaluator'))):
         run.pop(key, None)
     without_pretrained(run.model)
-    batch = min(synthesis.batch_size, synthesis.num_images)
+    world = get_world_size()
+    shard = -(-synthesis.num_images // world)  # images of each process
+    batch = min(synthesis.batch_size, shard)
     if synthesis.method == 'real':
         if not cfg.get('calib_dataloader'):
             raise UserError("quantization.synthesis.method = 'real' needs calib_dataloader in the config: a data "
                              'loader of real images that are not evaluated on')
+        missing = [p for p in _paths(cfg.calib_dataloader['dataset']) if '://' not in p and not Path(p).exists()]
+        if missing:
+            raise UserError(f"calib_dataloader: {missing[0]} does not exist, and method 'real' needs its images")
         run.train_dataloader = copy.deepcopy(cfg.calib_dataloader)
     else:
         run.train_dataloader = dict(
             batch_size=batch, num_workers=0, persistent_workers=False, drop_last=False,
             sampler=dict(type='DefaultSampler', shuffle=False), collate_fn=dict(type='default_collate'),
-            dataset=dict(type='psaq_mm.NoiseDataset', num_images=synthesis.num_images, sizes=synthesis.size,
-                         group=batch * get_world_size(), seed=seed, metainfo=meta))
+            dataset=dict(type='psaq_mm.NoiseDataset', num_images=shard * world, sizes=synthesis.size,
+                         group=batch * world, seed=seed, metainfo=meta))
     run.train_cfg = dict(type='psaq_mm.DataFreeLoop', quantization=stanza, checkpoint=checkpoint, amp=amp)
     run.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='Adam', lr=game.student_lr))
-    loop_start = -(-synthesis.num_images // batch) * synthesis.steps
     if synthesis.method == 'psaq_v2' and game.steps:
+        begin = 0 if synthesis.reuse else -(-shard // batch) * synthesis.steps  # where the game does
         run.param_scheduler = [
-            dict(type='CosineAnnealingLR', by_epoch=False, begin=loop_start, end=loop_start + game.steps,
-                 eta_min_ratio=0.01)
+            dict(type='CosineAnnealingLR', by_epoch=False, begin=begin, end=begin + game.steps, eta_min_ratio=0.01)
         ]
     hooks = {k: v for k, v in (cfg.get('default_hooks') or {}).items() if k in KEPT_HOOKS}
     hooks.setdefault('logger', dict(type='LoggerHook', interval=50))

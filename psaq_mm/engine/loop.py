@@ -16,7 +16,7 @@ from mmengine.runner import BaseLoop
 
 from ..errors import UserError
 from ..models import attention_taps, extract_features
-from ..quantization import Mode, calibrate, quantizers, set_mode
+from ..quantization import Mode, calibrate, quantizers, set_mode, unused_quantizers
 from ..registry import LOOPS
 from ..stanza import ROOT, QuantizationConfig
 from ..synthesis import Game, ImageOptimizer, PatchSimilarityTap, augment, learning_rate, prior_loss, valid_range
@@ -142,6 +142,9 @@ class DataFreeLoop(BaseLoop):
         if not quantizers(self.student):
             raise RuntimeError('the model is not converted: DataFreeLoop needs psaq_mm.QuantizationHook')
         self.student.eval()
+        for module in self.student.modules():  # reentrant checkpointing would hide the tokens from the gradient
+            if getattr(module, 'with_cp', False):
+                module.with_cp = False
         self.teacher = copy.deepcopy(self.student)
         load_float(self.teacher, read_checkpoint(self.checkpoint), self.quantization.targets)
         set_mode(self.teacher, Mode.FLOAT)
@@ -156,6 +159,13 @@ class DataFreeLoop(BaseLoop):
         if self.synthesized:
             self.tap = PatchSimilarityTap(*attention_taps(self.teacher.backbone))
         self.load_images()
+        if self.game_iters and sum(map(len, self.images)) < 2:
+            raise UserError(f'{ROOT}.synthesis: each process needs at least 2 images for the game, one evolves and one '
+                            'is held back: raise num_images or start fewer processes')
+        unused = unused_quantizers(self.student, lambda: extract_features(self.student, self.images[0][:1]))
+        if unused:
+            raise UserError(f"'{unused[0]}' (and {len(unused) - 1} more) never runs when features are extracted, so it "
+                            f'cannot be calibrated: keep it in float ({ROOT}.keep_float) or take it out of the targets')
         if self.restored is not None:
             for image, saved in zip(self.images, self.restored['images']):
                 image.copy_(saved)
@@ -164,8 +174,10 @@ class DataFreeLoop(BaseLoop):
         """Noise from the data set, or with method 'real' the images of the calibration data loader."""
         if self.quantization.synthesis.method == 'real':
             for data in self.dataloader:
-                inputs = self.student.data_preprocessor(data, False)['inputs']
-                self.images.append(inputs)
+                left = self.quantization.synthesis.num_images - sum(map(len, self.images))
+                if left <= 0:
+                    break
+                self.images.append(self.student.data_preprocessor(data, False)['inputs'][:left])
             return
         for data in self.dataloader:
             batch = data['inputs'].to(self.device)
@@ -224,9 +236,8 @@ class DataFreeLoop(BaseLoop):
         """Chooses all scales from the images, as the float student sees them."""
 
         def run():
-            extract = self.features(self.student)
             for batch in self.images:
-                extract(batch)
+                extract_features(self.student, batch)  # in float32 even with amp, as inference will be
 
         started = time.perf_counter()
         calibrate(self.student, run, reduce_range)
@@ -234,6 +245,7 @@ class DataFreeLoop(BaseLoop):
 
     def start_game(self):
         """Sets the players up; a resumed run takes its seat where it left."""
+        started = time.perf_counter()
         config, synthesis = self.quantization.game, self.quantization.synthesis
         evolving, held = self.split(config.holdout)
         names = tuple(f'{t}.' for t in self.quantization.targets)
@@ -246,11 +258,13 @@ class DataFreeLoop(BaseLoop):
             self.game.load_state_dict(self.restored['game'])
         else:
             self.game.start()
+            self.minutes['game'] += (time.perf_counter() - started) / 60
             self.announce(f'game, discrepancy of the plain calibration {self.game.initial:.4f} on held-back images', 3)
 
     def split(self, holdout):
         """Divides the images into evolving and held-back batches."""
-        hold = max(1, round(holdout * sum(map(len, self.images))))
+        total = sum(map(len, self.images))
+        hold = min(max(1, round(holdout * total)), total - 1)
         evolving, held = [], []
         for batch in reversed(self.images):
             take = min(hold, len(batch))
@@ -295,9 +309,24 @@ class DataFreeLoop(BaseLoop):
             images=[batch.detach().cpu() for batch in self.images],
             optimizer=self.optimizer and self.optimizer.state_dict(),
             game=self.game and self.game.state_dict(),
-            minutes=dict(self.minutes))
+            minutes=dict(self.minutes),
+            settings=self.settings())
+
+    def settings(self):
+        """What an interrupted run and the one that goes on from it must share."""
+        return dict(self.quantization.to_dict(), checkpoint=self.checkpoint, seed=self.runner.seed)
 
     def load_state_dict(self, state):
-        """Takes the state in; :meth:`prepare` and the stages put it in place."""
+        """Takes the state in; :meth:`prepare` and the stages put it in place.
+
+        Raises:
+            UserError: If the interrupted run had other settings.
+        """
+        theirs, ours = state['settings'], self.settings()
+        changed = sorted(key for key in ours if ours[key] != theirs.get(key))
+        if changed:
+            raise UserError('--resume: the interrupted run in this work dir had other settings ('
+                            + '; '.join(f'{key} was {theirs.get(key)!r}, is {ours[key]!r}' for key in changed)
+                            + '). Restore them, or start afresh without --resume or with another --work-dir')
         self.restored = state
         self.minutes = dict(state['minutes'])

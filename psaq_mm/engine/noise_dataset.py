@@ -15,15 +15,14 @@ class NoiseDataset(Dataset):
         num_images (int): Length.
         sizes (list[tuple[int, int]]): (height, width) in pixels; groups of images take turns.
         group (int): Images in a row that share a size: the batch size times the number of processes.
-        channels (int): Defaults to 3.
         seed (int): Defaults to 0.
         metainfo (dict, optional): Of the data set the model was trained on (classes, palette).
 
-    Each item is ``dict(inputs=Tensor (channels, height, width))``.
+    Each item is ``dict(inputs=Tensor (3, height, width))``.
     """
 
-    def __init__(self, num_images, sizes, group, channels=3, seed=0, metainfo=None):
-        self.num_images, self.sizes, self.group, self.channels, self.seed = num_images, sizes, group, channels, seed
+    def __init__(self, num_images, sizes, group, seed=0, metainfo=None):
+        self.num_images, self.sizes, self.group, self.seed = num_images, sizes, group, seed
         self.metainfo = dict(metainfo or {})
 
     def __len__(self):
@@ -34,4 +33,4 @@ class NoiseDataset(Dataset):
             raise IndexError(index)
         height, width = self.sizes[index // self.group % len(self.sizes)]
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
-        return dict(inputs=torch.randn(self.channels, height, width, generator=generator))
+        return dict(inputs=torch.randn(3, height, width, generator=generator))

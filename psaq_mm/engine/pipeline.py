@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.dist import init_dist, is_distributed, is_main_process
+from mmengine.dist import get_world_size, init_dist, is_distributed, is_main_process
 from mmengine.registry import MODELS
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from ..errors import UserError
-from ..models import quantize_model
+from ..models import attention_taps, quantize_model
 from ..quantization import model_bits
 from ..stanza import QuantizationConfig
 from .checkpoint import CheckpointError, load_float, read_checkpoint, versions
@@ -91,6 +91,9 @@ def check(cfg: Config, checkpoint: str | None = None):
     model = MODELS.build(without_pretrained(copy.deepcopy(cfg.model)))
     float_size = model_bits(model) / MEGABYTE
     quantize_model(model, quantization)
+    if quantization.synthesis.method.startswith('psaq') and not attention_taps(model.backbone)[0]:
+        raise UserError(f"{type(model.backbone).__name__} has no attention that psaq_mm knows, so there are no patch "
+                        "similarities to make images by: only quantization.synthesis.method = 'noise' or 'real' works")
     content = read_checkpoint(source)
     load_float(model, content, quantization.targets)
     return quantization, content, float_size, model_bits(model) / MEGABYTE
@@ -126,6 +129,9 @@ def quantize(cfg: Config,
     quantization, content, float_size, quantized_size = check(cfg, checkpoint)
     meta = dataset_meta(cfg, content['meta'])
     resume_from = find_latest_checkpoint(str(work_dir)) if resume else None
+    if resume_from and get_world_size() > 1:
+        raise UserError('--resume works with a single process only: images of the other processes are not stored. '
+                        'Start afresh without --resume')
     run = data_free_config(cfg, quantization, content['path'], meta, amp, resume_from)
     work_dir.mkdir(parents=True, exist_ok=True)
     test_path = work_dir / 'test_config.py'

@@ -10,7 +10,15 @@ import copy
 from mmengine.registry import MODELS as ROOT_MODELS
 from torch import nn
 
-from ..quantization import convert, quantizable, quantizers
+from ..quantization import (
+    CONTEXT,
+    LayerConfig,
+    QuantizerMismatchError,
+    convert,
+    quantizable,
+    quantize_attention,
+    quantizers,
+)
 from ..registry import MODELS
 from ..stanza import QuantizationConfig
 from .attention import attention_types, layer_types
@@ -32,8 +40,25 @@ def quantize_model(model: nn.Module, quantization) -> nn.Module:
     quantization = QuantizationConfig.parse(quantization)
     targets = [t for t in quantization.targets if t != 'neck' or getattr(model, 'with_neck', True)]
     kinds = layer_types()
-    layers = quantizable(model, targets, attention_types(), kinds)
-    return convert(model, layers, quantization.layer_configs(layers), kinds)
+    attentions = attention_types()
+    layers = quantizable(model, targets, attentions, kinds)
+    convert(model, layers, quantization.layer_configs(layers), kinds)
+    untouched = LayerConfig(weight=None, activation=None)
+    for module in list(model.modules()):  # attention left in float still shows its products: synthesis taps them
+        if isinstance(module, attentions) and not hasattr(module, CONTEXT):
+            quantize_attention(module, untouched, untouched)
+    model.register_load_state_dict_pre_hook(_refuse_other_quantizers)
+    return model
+
+
+def _refuse_other_quantizers(model, state_dict, prefix, *unused):
+    """Scales for layers that this model keeps in float would be dropped without a word: not here."""
+    own = {f'{prefix}{name}.scale' for name in quantizers(model)}
+    extra = [key for key in state_dict if key.endswith('_quantizer.scale') and key not in own]
+    if extra:
+        raise QuantizerMismatchError(
+            f"the checkpoint quantizes '{extra[0].removesuffix('.scale')}' (and {len(extra) - 1} more), the config "
+            'keeps that layer in float: use the test config written beside the checkpoint, or correct quantization.')
 
 
 @MODELS.register_module('QuantizedModel')

@@ -128,7 +128,8 @@ def quantizers(model: nn.Module) -> dict[str, FakeQuantizer]:
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
     """All quantized Linear, Conv2d and matrix products of a model by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, (QuantizedLayer, QuantizedMatMul))}
+    return {name: m for name, m in model.named_modules()
+            if isinstance(m, QuantizedLayer) or isinstance(m, QuantizedMatMul) and m.a_quantizer is not None}
 
 
 def set_mode(model: nn.Module, mode: Mode) -> None:
@@ -173,6 +174,19 @@ def calibrate(model: nn.Module, run: Callable[[], None], reduce=None) -> None:
         if not quantizer.calibrate(reduce):
             raise UserError(f"'{name}' saw no data during calibration: the layer is not used when features are "
                                'extracted. Keep it in float (keep_float) or take it out of the targets.')
+
+
+@torch.no_grad()
+def unused_quantizers(model: nn.Module, run: Callable[[], None]) -> list[str]:
+    """Names of activation quantizers that see nothing while ``run`` feeds the model; leaves no trace."""
+    with quantizer_mode(model, Mode.OBSERVE):
+        run()
+    unused = []
+    for name, quantizer in quantizers(model).items():
+        if quantizer.observer is None and not name.endswith('weight_quantizer'):
+            unused.append(name)
+        quantizer.observer = None
+    return unused
 
 
 def model_bits(model: nn.Module) -> int:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# The search and the quantiles look at no more than this many values of a row and batch, taken at equal steps.
+# The search and the quantiles look at no more than so many values of a batch, drawn at random (steps of a fixed length
+# would see only some of the channels), but at least at so many of each row.
 MAX_SAMPLES = 1 << 16
+MIN_SAMPLES = 1 << 12
 # Candidate ranges tried by the mean-square-error search: 1/80 steps from the full range down to a fifth of it.
 # Below a fifth nothing was ever chosen at 2 to 8 bits for Gaussian and Laplacian data; our choice.
 MSE_CANDIDATES = 80
@@ -55,8 +57,11 @@ def affine_parameters(low: Tensor, high: Tensor, bits: int, symmetric: bool):
 
 
 def _thin(rows: Tensor) -> Tensor:
-    step = -(-rows.shape[1] // MAX_SAMPLES)
-    return rows[:, ::step]
+    limit = max(MAX_SAMPLES // rows.shape[0], MIN_SAMPLES)
+    if rows.shape[1] <= limit:
+        return rows
+    chosen = torch.randint(rows.shape[1], (limit, ), generator=torch.Generator().manual_seed(0))
+    return rows[:, chosen.to(rows.device)]
 
 
 class MinMaxObserver:

@@ -18,6 +18,12 @@ class QuantizerMismatchError(UserError):
     """A checkpoint's quantizers are not the ones the model was built with."""
 
 
+def describe(grid, scales: int) -> str:
+    """An integer grid in words."""
+    low, high = grid
+    return f'{low}..{high} ({(high - low).bit_length()} bits, {scales} scale{"s" * (scales > 1)})'
+
+
 class Mode(Enum):
     """What a quantizer does with a tensor."""
     FLOAT = 'float'  # nothing: the full-precision model
@@ -36,7 +42,8 @@ class FakeQuantizer(nn.Module):
         channels (int): Number of scales: 1 for per-tensor.
         axis (int): The axis that scales run along when ``channels > 1``. Defaults to 0.
 
-    State: ``scale`` (channels,) float32, NaN until calibrated; ``zero_point`` (channels,) int32; ``bits`` () uint8.
+    State: ``scale`` (channels,) float32, NaN until calibrated; ``zero_point`` (channels,) int32; ``grid`` (2,) int16,
+    quant_min and quant_max.
     """
 
     def __init__(self, config, channels: int = 1, axis: int = 0):
@@ -52,7 +59,7 @@ class FakeQuantizer(nn.Module):
         count = channels if self.per_channel else 1
         self.register_buffer('scale', torch.full((count, ), float('nan')))
         self.register_buffer('zero_point', torch.zeros(count, dtype=torch.int32))
-        self.register_buffer('bits', torch.tensor(config.bits, dtype=torch.uint8))
+        self.register_buffer('grid', torch.tensor([self.quant_min, self.quant_max], dtype=torch.int16))
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape to the same shape.
@@ -86,7 +93,7 @@ class FakeQuantizer(nn.Module):
             self.observer = build_observer(self.config)
         x = x.detach()
         rows = x.movedim(self.axis % x.dim(), 0).flatten(1) if self.per_channel else x.reshape(1, -1)
-        self.observer.update(rows)
+        self.observer.update(rows.float())
 
     @torch.no_grad()
     def calibrate(self, reduce=None) -> bool:
@@ -120,18 +127,18 @@ class FakeQuantizer(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
                               error_msgs):
         # A full-precision checkpoint has none of these keys: it loads cleanly and leaves the quantizer uncalibrated.
-        keys = [prefix + name for name in ('scale', 'zero_point', 'bits')]
+        keys = [prefix + name for name in ('scale', 'zero_point', 'grid')]
         if not any(key in state_dict for key in keys):
             return
         missing = [key for key in keys if key not in state_dict]
         if missing:
             raise QuantizerMismatchError(f'the checkpoint is damaged: it lacks {missing[0]}')
-        bits, scale = int(state_dict[keys[2]]), state_dict[keys[0]]
-        if bits != self.config.bits or scale.shape != self.scale.shape:
+        theirs, ours = ((state[keys[2]].tolist(), state[keys[0]].numel())
+                        for state in (state_dict, {prefix + k: v for k, v in self.state_dict().items()}))
+        if theirs != ours:
             raise QuantizerMismatchError(
-                f"the checkpoint quantizes '{self.name or prefix[:-1]}' with {bits} bits and {scale.numel()} scale(s), "
-                f'the config says {self.config.bits} bits and {self.scale.numel()} scale(s): '
-                "use the test config written beside the checkpoint, or correct 'quantization'.")
+                f"the checkpoint quantizes '{self.name or prefix[:-1]}' to the integers {describe(*theirs)}, the "
+                f'config says {describe(*ours)}: use the test config beside the checkpoint, or correct quantization.')
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
                                       error_msgs)
         self.calibrated = bool(torch.isfinite(self.scale).all())

@@ -26,13 +26,13 @@ class SynthesisConfig(FrozenConfig):
     lr: float = Field(0.25, gt=0, description="Adam's peak learning rate, in units of normalised pixels; V1 uses "
                       '0.20 to 0.25')
     warmup: float = Field(0.2, ge=0, lt=1, description='share of the steps with a rising learning rate; V1: 100 of 500')
-    bandwidth: float = Field(0.01, ge=0.001, le=0.5, description='of the similarity density; 0.01 as in V1')
+    bandwidth: float = Field(0.01, ge=0.002, le=0.5, description='of the similarity density; 0.01 as in V1')
     tv_weight: float = Field(1.0, ge=0, description='weight of the total-variation prior')
     tv_target: float = Field(
         0.31, ge=0, description='root-mean-square difference of neighbouring normalised pixels the prior pulls '
         'towards; V1 draws its total from 2500 to 3000 for 32 images of 224 x 224, which is 0.28 to 0.34')
     jitter: int = Field(30, ge=0, description='images are rolled by up to so many pixels; V1: 15, then 30')
-    flip: bool = Field(True, description='images are mirrored in every other step')
+    flip: bool = Field(True, description='images are mirrored in half of the steps, at random')
 
     @field_validator('size', mode='before')
     @classmethod

@@ -37,7 +37,8 @@ def _grid(bandwidth: float, device: torch.device):
 def _place(values: Tensor, start: float, spacing: float, points: int):
     """Each value's grid cell (int64) and how far into it the value lies (0..1)."""
     position = (values - start) / spacing
-    index = position.floor().clamp_(0, points - 2)  # clamp: rounding may leave [-1, 1] by an ulp
+    # Clamp: rounding may leave [-1, 1] by an ulp. NaN goes to cell 0 and stays NaN in the share, so in the entropy.
+    index = position.floor().clamp_(0, points - 2).nan_to_num_(0)
     return index.long(), position.sub_(index)
 
 
