@@ -22,7 +22,9 @@ model = dict(
         rcnn=dict(sampler=dict(num=64))),
     test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=150)))
 
-metainfo = dict(classes=('disk', 'square', 'triangle', 'star', 'ring', 'cross'))
+metainfo = dict(
+    classes=('disk', 'square', 'triangle', 'star', 'ring', 'cross'),
+    palette=[(230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48), (145, 30, 180)])
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),

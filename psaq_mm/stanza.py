@@ -106,6 +106,15 @@ class QuantizationConfig(FrozenConfig):
                 configs.pop(name, None)
         return configs
 
+    @property
+    def student_lr(self) -> float:
+        """The game's learning rate for the student, by default in proportion to the weights' quantization step.
+
+        Measured on the demo: 2e-6 lowers the held-back discrepancy at 8 bits, where 2e-5 raises it; 2e-5 to 8e-5 halve
+        it at 4 bits.
+        """
+        return self.game.student_lr or 2e-6 * 2**(8 - self.weight.bits)
+
     def to_dict(self) -> dict:
         """The complete stanza, defaults spelled out, as plain lists and dicts that a config file can hold."""
         return self.model_dump(mode='json')

@@ -17,6 +17,12 @@ def test_empty_stanza_is_w8a8_v2_of_backbone_and_neck():
     assert not config.activation.symmetric and config.activation.granularity == 'per_tensor'
 
 
+def test_learning_rate_of_the_student_follows_the_bits():
+    rates = [QuantizationConfig.parse(dict(weight=dict(bits=bits))).student_lr for bits in (8, 7, 4)]
+    assert rates == pytest.approx([2e-6, 4e-6, 3.2e-5])
+    assert QuantizationConfig.parse(dict(game=dict(student_lr=0.1))).student_lr == 0.1
+
+
 def test_frozen():
     with pytest.raises(pydantic.ValidationError):
         QuantizationConfig.parse({}).weight.bits = 4

@@ -88,6 +88,8 @@ def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]]
             changed = with_stanza(cfg, weight=dict(bits=weight), activation=dict(bits=activation), synthesis=synthesis)
             changed.work_dir = str(folder)
             stanza = QuantizationConfig.parse(changed.quantization).to_dict()
+            if method != 'psaq_v2':
+                del stanza['game']  # not played
             inputs = dict(common, stanza=stanza, calib=method == 'real' and cfg.get('calib_dataloader'),
                           images=reused and reused['made'])
             result = runs[name] = _done(folder, inputs, functools.partial(_quantize, changed, str(weights)))

@@ -140,7 +140,7 @@ def data_free_config(cfg: Config,
             dataset=dict(type='psaq_mm.NoiseDataset', num_images=shard * world, sizes=synthesis.size,
                          group=batch * world, seed=seed, metainfo=meta))
     run.train_cfg = dict(type='psaq_mm.DataFreeLoop', quantization=stanza, checkpoint=checkpoint, amp=amp)
-    run.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='Adam', lr=game.student_lr))
+    run.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='Adam', lr=quantization.student_lr))
     if synthesis.method == 'psaq_v2' and game.steps:
         begin = 0 if synthesis.reuse else -(-shard // batch) * synthesis.steps  # where the game does
         run.param_scheduler = [
