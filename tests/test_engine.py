@@ -2,6 +2,7 @@
 import copy
 import json
 import pickle
+import socket
 
 import pytest
 import torch
@@ -359,8 +360,12 @@ def test_real_needs_a_loader(small_config, tmp_path):
 
 
 def torchrun(config_file, work_dir, *options):
-    return run_tool('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'tools/dfq.py',
-                    config_file, '--work-dir', work_dir, '--launcher', 'pytorch', '--device', 'cpu', *options)
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    return run_tool('-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_addr=127.0.0.1',
+                    f'--master_port={port}', 'tools/dfq.py', config_file, '--work-dir', work_dir,
+                    '--launcher', 'pytorch', '--device', 'cpu', *options)
 
 
 def test_two_processes_see_what_one_sees(small_config, tmp_path):

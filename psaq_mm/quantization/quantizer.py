@@ -42,7 +42,7 @@ class FakeQuantizer(nn.Module):
         channels (int): Number of scales: 1 for per-tensor.
         axis (int): The axis that scales run along when ``channels > 1``. Defaults to 0.
 
-    State: ``scale`` (channels,) float32, NaN until calibrated; ``zero_point`` (channels,) int32; ``grid`` (2,) int16,
+    State: ``scale`` (channels,) float32, NaN until calibrated; ``zero_point`` (channels,) int32; ``grid`` (2,) int32,
     quant_min and quant_max.
     """
 
@@ -59,7 +59,7 @@ class FakeQuantizer(nn.Module):
         count = channels if self.per_channel else 1
         self.register_buffer('scale', torch.full((count, ), float('nan')))
         self.register_buffer('zero_point', torch.zeros(count, dtype=torch.int32))
-        self.register_buffer('grid', torch.tensor([self.quant_min, self.quant_max], dtype=torch.int16))
+        self.register_buffer('grid', torch.tensor([self.quant_min, self.quant_max], dtype=torch.int32))
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape to the same shape.
