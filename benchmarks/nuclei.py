@@ -3,7 +3,7 @@
     python benchmarks/nuclei.py --bench ../shared/bench --out work_dirs/nuclei
 
 Writes a Markdown table and JSON. Parts that are finished are not done again. Calibration never sees the 64 evaluation
-images: 'real' uses 46 training images, everything else uses none.
+images: 'real' uses 32 training images, everything else uses none.
 """
 import argparse
 import sys

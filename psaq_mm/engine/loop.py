@@ -190,11 +190,15 @@ class DataFreeLoop(BaseLoop):
                                 f'({dist.get_world_size()}): start fewer')
             self.images, self.noise = [batch.to(self.device) for batch in shard], []
 
+    def precision(self):
+        """The context in which features are computed: bfloat16 where asked for."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.amp else nullcontext()
+
     def features(self, model):
-        """A feature extractor on a model, in bfloat16 where asked for."""
+        """A feature extractor on a model, in the precision of the run."""
 
         def extract(images):
-            with torch.autocast(self.device.type, torch.bfloat16) if self.amp else nullcontext():
+            with self.precision():
                 return extract_features(model, images)
 
         return extract
@@ -212,7 +216,7 @@ class DataFreeLoop(BaseLoop):
 
         def objective(images):
             view = augment(images, config, rng)
-            with torch.autocast(self.device.type, torch.bfloat16) if self.amp else nullcontext():
+            with self.precision():
                 self.teacher.backbone(view)
             entropy, prior = self.tap.entropy(len(view), config.bandwidth), prior_loss(view, config)
             log.update(entropy=entropy.mean().item() / self.blocks, prior=prior.mean().item())
