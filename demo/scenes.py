@@ -1,9 +1,12 @@
-"""Renders the demo data set: scenes of textured shapes with boxes and masks, in COCO format.
+"""Renders the demo data sets: scenes of textured shapes, and single shapes.
 
 Everything is drawn with NumPy from signed distances, so a seed gives the same pixels on every machine::
 
-    python demo/scenes.py --out demo/data                        # what the demo evaluates and calibrates on
-    python demo/scenes.py --out demo/data --splits train val     # what the shipped checkpoint was trained on
+    python demo/scenes.py --out demo/data                        # what the demos evaluate and calibrate on
+    python demo/scenes.py --out demo/data --splits train         # what the shipped checkpoints were trained on
+
+For detection and segmentation: ``SPLIT/*.png``, ``SPLIT.json`` (COCO, RLE masks) and ``SPLIT_maps/*.png`` (semantic maps:
+0 is the ground, then the classes in order). For classification: ``objects/SPLIT/CLASS/*.png``, as ImageNet folders.
 """
 import argparse
 import json
@@ -16,6 +19,8 @@ from pycocotools import mask as coco_mask
 SIZE = 192
 CLASSES = ('disk', 'square', 'triangle', 'star', 'ring', 'cross')
 SPLITS = dict(train=(3000, 1), val=(100, 2), calib=(32, 3))  # name: (images, seed)
+OBJECT_SIZE = 96
+OBJECT_SPLITS = dict(train=(12000, 4), val=(600, 5), calib=(48, 6))
 MIN_VISIBLE = 0.4  # an object keeps at least this share of its area after occlusion
 
 
@@ -65,10 +70,10 @@ def shape_sdf(name, x, y):
     return polygon_sdf(x, y, corners)
 
 
-def smooth_noise(rng, cells):
-    """Low-frequency noise in 0..1 of SIZE x SIZE, bilinear between ``cells`` x ``cells`` random values."""
+def smooth_noise(rng, cells, size):
+    """Low-frequency noise in 0..1 of (size, size), bilinear between ``cells`` x ``cells`` random values."""
     grid = rng.random((cells + 1, cells + 1))
-    at = np.linspace(0, cells, SIZE, endpoint=False)
+    at = np.linspace(0, cells, size, endpoint=False)
     low, frac = at.astype(int), at % 1
     rows = grid[low] * (1 - frac)[:, None] + grid[low + 1] * frac[:, None]
     return rows[:, low] * (1 - frac) + rows[:, low + 1] * frac
@@ -100,32 +105,34 @@ def blend(image, alpha, colour):
     return image * (1 - alpha[..., None]) + colour * alpha[..., None]
 
 
-def render(rng, max_objects=9):
+def render(rng, side=SIZE, objects=(2, 9), radius=(9, 46)):
     """Draws one scene.
 
     Args:
         rng (np.random.Generator): Source of all randomness.
-        max_objects (int): Most objects in the scene. Defaults to 9.
+        side (int): Of the image, in pixels.
+        objects (tuple[int, int]): Fewest and most objects.
+        radius (tuple[float, float]): Smallest and largest, in pixels.
 
     Returns:
-        tuple: image (SIZE, SIZE, 3) uint8 RGB; class indices, a list; visible masks, a list of (SIZE, SIZE) bool.
+        tuple: image (side, side, 3) uint8 RGB; class indices, a list; visible masks, a list of (side, side) bool.
     """
-    y, x = np.mgrid[:SIZE, :SIZE] + 0.5
+    y, x = np.mgrid[:side, :side] + 0.5
     pair = colours(rng)
-    ground = smooth_noise(rng, int(rng.integers(2, 12)))
+    ground = smooth_noise(rng, int(rng.integers(2, 12)), side)
     ground = 0.7 * ground + 0.3 * texture(rng, x / 40, y / 40)
     image = pair[0] + (pair[1] - pair[0]) * ground[..., None] * rng.uniform(0.3, 0.8)
     for _ in range(rng.integers(0, 4)):  # clutter: thin lines that are no object
         angle, offset = rng.uniform(0, np.pi), rng.uniform(-60, 60)
-        line = np.abs((x - SIZE / 2) * np.cos(angle) + (y - SIZE / 2) * np.sin(angle) - offset)
+        line = np.abs((x - side / 2) * np.cos(angle) + (y - side / 2) * np.sin(angle) - offset)
         image = blend(image, np.clip(1.5 - line, 0, 1), rng.uniform(0, 255, 3))
 
     labels, visible, areas = [], [], []
-    for _ in range(rng.integers(2, max_objects + 1)):
+    for _ in range(rng.integers(objects[0], objects[1] + 1)):
         for _ in range(10):  # attempts to find a place that leaves everybody visible
             label = int(rng.integers(len(CLASSES)))
-            size = np.exp(rng.uniform(np.log(9), np.log(46)))
-            cx, cy = rng.uniform(0.4 * size, SIZE - 0.4 * size, 2)
+            size = np.exp(rng.uniform(*np.log(radius)))
+            cx, cy = rng.uniform(0.4 * size, side - 0.4 * size, 2)
             angle = rng.uniform(0, 2 * np.pi)
             u = ((x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)) / size
             v = (-(x - cx) * np.sin(angle) + (y - cy) * np.cos(angle)) / size
@@ -149,39 +156,71 @@ def render(rng, max_objects=9):
 
 
 def write_split(out, name, count, seed):
-    """Writes ``out/name/*.png`` and ``out/name.json`` (COCO, RLE masks) unless they are there already."""
-    marker = out / f'{name}.json'
-    if marker.exists():
+    """Writes scenes ``out/name/*.png``, ``out/name_maps/*.png``, ``out/name.json`` unless they are there already."""
+    marker, maps = out / f'{name}.json', out / f'{name}_maps'
+    if marker.exists() and maps.exists():
         return
-    (out / name).mkdir(parents=True, exist_ok=True)
+    for folder in (out / name, maps):
+        folder.mkdir(parents=True, exist_ok=True)
     images, annotations = [], []
     for index in range(count):
         pixels, labels, masks = render(np.random.default_rng([seed, index]))
         file_name = f'{index:05d}.png'
         Image.fromarray(pixels).save(out / name / file_name)
         images.append(dict(id=index + 1, file_name=file_name, height=SIZE, width=SIZE))
+        semantic = np.zeros((SIZE, SIZE), np.uint8)
         for label, mask in zip(labels, masks):
+            semantic[mask] = label + 1
             rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
             box = coco_mask.toBbox(rle).tolist()
             annotations.append(
                 dict(id=len(annotations) + 1, image_id=index + 1, category_id=label + 1, iscrowd=0, bbox=box,
                      area=int(mask.sum()),
                      segmentation=dict(size=rle['size'], counts=rle['counts'].decode())))
+        Image.fromarray(semantic).save(maps / file_name)
     categories = [dict(id=i + 1, name=c) for i, c in enumerate(CLASSES)]
-    text = json.dumps(dict(images=images, annotations=annotations, categories=categories, info={}, licenses=[]))
+    finish(marker, json.dumps(
+        dict(images=images, annotations=annotations, categories=categories, info={}, licenses=[])))
+
+
+def write_objects(out, name, count, seed):
+    """Writes single objects ``out/objects/name/CLASS/*.png`` unless they are there already."""
+    folder = out / 'objects' / name
+    if (folder / 'complete').exists():
+        return
+    for label in CLASSES:
+        (folder / label).mkdir(parents=True, exist_ok=True)
+    written = index = 0
+    while written < count:
+        pixels, labels, _ = render(np.random.default_rng([seed, index]), OBJECT_SIZE, (1, 1), (12, 40))
+        index += 1
+        if labels:  # an object may have found no place
+            Image.fromarray(pixels).save(folder / CLASSES[labels[0]] / f'{written:05d}.png')
+            written += 1
+    finish(folder / 'complete', f'{count}\n')
+
+
+def finish(marker, text):
+    """Writes the file that tells a complete split, at once: an interrupted run starts the split again."""
     temporary = marker.with_suffix('.tmp')
     temporary.write_text(text)
-    temporary.replace(marker)  # written last and at once: an interrupted run starts the split again
+    temporary.replace(marker)
+
+
+def write(out, names):
+    """Renders splits of both data sets, those that are not there."""
+    for name in names:
+        write_split(out, name, *SPLITS[name])
+        write_objects(out, name, *OBJECT_SPLITS[name])
 
 
 def main():
-    parser = argparse.ArgumentParser(description='Render the demo data set (COCO format).')
+    parser = argparse.ArgumentParser(description='Render the demo data sets.')
     parser.add_argument('--out', type=Path, required=True, help='folder to write to')
     parser.add_argument('--splits', nargs='+', choices=SPLITS, default=['val', 'calib'])
     args = parser.parse_args()
-    for name in args.splits:
-        write_split(args.out, name, *SPLITS[name])
-        print(f'{name}: {SPLITS[name][0]} scenes in {args.out / name}')
+    write(args.out, args.splits)
+    print(f'{", ".join(args.splits)}: in {args.out}')
 
 
 if __name__ == '__main__':

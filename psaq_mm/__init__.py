@@ -1,10 +1,12 @@
 """psaq_mm: data-free quantization for OpenMMLab (PSAQ-ViT V2).
 
-Importing the package makes mmengine's checkpoints loadable under torch's safe unpickler; nothing else happens here.
+Importing the package makes mmengine's checkpoints loadable under torch's safe unpickler and torchvision importable
+beside a torch it was not built for; nothing else happens here.
 """
-from .compat import allow_mmengine_checkpoints
+from .compat import allow_mmengine_checkpoints, complete_torchvision
 from .version import __version__
 
 allow_mmengine_checkpoints()
+complete_torchvision()
 
 __all__ = ['__version__']

@@ -1,9 +1,16 @@
-"""Lets torch's safe unpickler read the checkpoints that mmengine writes.
+"""What has to be set right between versions of other people's packages, before anything else is imported.
 
-Since torch 2.6 ``torch.load`` refuses everything but plain data unless it is allow-listed; mmengine 0.10 pickles its
-``HistoryBuffer`` (log history) and NumPy values into every checkpoint. The types below are data containers; none of
-them runs code from the file. ``weights_only`` stays on.
+Checkpoints: since torch 2.6 ``torch.load`` refuses everything but plain data unless it is allow-listed; mmengine 0.10
+pickles its ``HistoryBuffer`` (log history) and NumPy values into every checkpoint. The types below are data containers;
+none of them runs code from the file. ``weights_only`` stays on.
+
+torchvision: timm imports it, and mmengine's Runner does where it is installed. Its compiled part is built for one
+torch; beside another one, such as a CPU-only torch, it cannot load and the import fails.
 """
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -31,3 +38,23 @@ def allow_mmengine_checkpoints() -> None:
         containers += [(_reconstruct, f'{home}._reconstruct'), (scalar, f'{home}.scalar')]
     kinds = {type(np.dtype(code)) for code in '?bBhHiIlLqQefdg'}
     torch.serialization.add_safe_globals(containers + sorted(kinds, key=repr))
+
+
+_declared = []  # a Library takes its declarations back when it is collected
+
+
+def complete_torchvision() -> None:
+    """Declares the operators that ``import torchvision`` looks up, where its compiled part is missing or cannot load.
+
+    They stay without an implementation: calling one still fails, importing does not.
+    """
+    if _declared or 'torchvision' in sys.modules or find_spec('torchvision') is None:
+        return
+    compiled = [*Path(find_spec('torchvision').origin).parent.glob('_C*')]
+    try:
+        torch.ops.load_library(str(compiled[0]))  # as torchvision itself does when it is imported
+    except (IndexError, OSError):
+        library = torch.library.Library('torchvision', 'DEF')
+        library.define('nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+        library.define('qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+        _declared.append(library)

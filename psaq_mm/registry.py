@@ -2,12 +2,17 @@
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import LOOPS as MMENGINE_LOOPS
+from mmengine.registry import METRICS as MMENGINE_METRICS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import RUNNERS as MMENGINE_RUNNERS
+from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
-MODELS = Registry('model', parent=MMENGINE_MODELS, scope='psaq_mm', locations=['psaq_mm.models'])
-DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='psaq_mm', locations=['psaq_mm.engine'])
+CLASSIFICATION = 'psaq_mm.classification'
+MODELS = Registry('model', parent=MMENGINE_MODELS, scope='psaq_mm', locations=['psaq_mm.models', CLASSIFICATION])
+DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='psaq_mm', locations=['psaq_mm.engine', CLASSIFICATION])
+TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope='psaq_mm', locations=[CLASSIFICATION])
+METRICS = Registry('metric', parent=MMENGINE_METRICS, scope='psaq_mm', locations=[CLASSIFICATION])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='psaq_mm', locations=['psaq_mm.engine'])
 LOOPS = Registry('loop', parent=MMENGINE_LOOPS, scope='psaq_mm', locations=['psaq_mm.engine'])
 RUNNERS = Registry('runner', parent=MMENGINE_RUNNERS, scope='psaq_mm', locations=['psaq_mm.engine'])

@@ -3,12 +3,14 @@ from __future__ import annotations
 
 import os
 import re
+from importlib import metadata
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..errors import UserError
+from ..models import convert_state
 from ..quantization import quantizers
 from ..version import __version__
 
@@ -49,7 +51,8 @@ def read_checkpoint(source: str) -> dict:
         source (str): Path or http(s) address.
 
     Returns:
-        dict: ``state_dict`` without 'module.' prefixes, and ``meta``.
+        dict: ``state_dict`` without 'module.' prefixes, ``meta``, ``path``; ``layout`` None, see
+        :func:`float_checkpoint`.
 
     Raises:
         CheckpointError: If it is missing, damaged, holds code, or holds no weights.
@@ -70,7 +73,37 @@ def read_checkpoint(source: str) -> dict:
     if not state:
         raise CheckpointError(f'{path} holds no weights')
     meta = content.get('meta')
-    return dict(state_dict=state, meta=meta if isinstance(meta, dict) else {}, path=str(path))
+    return dict(state_dict=state, meta=meta if isinstance(meta, dict) else {}, path=str(path), layout=None)
+
+
+def float_checkpoint(model: nn.Module, source: str) -> dict:
+    """:func:`read_checkpoint`, in the layout of the model whatever layout the file has.
+
+    Args:
+        model (nn.Module): Float.
+        source (str): Path or http(s) address.
+
+    Returns:
+        dict: ``layout`` names what it was converted from, if it was.
+    """
+    content = read_checkpoint(source)
+    content['state_dict'], content['layout'] = convert_state(content['state_dict'], model)
+    return content
+
+
+def in_own_layout(content: dict, folder: Path) -> str:
+    """Path of a file that mmengine loads into the model: the checkpoint itself, or what it was converted to.
+
+    Args:
+        content (dict): From :func:`float_checkpoint`.
+        folder (Path): Where ``full_precision.pth`` goes if one is needed.
+    """
+    if content['layout'] is None:
+        return content['path']
+    path = Path(folder) / 'full_precision.pth'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(dict(meta=plain(content['meta']), state_dict=content['state_dict']), path)
+    return str(path)
 
 
 # Buffers that follow from the architecture; some versions store them, some don't.
@@ -135,12 +168,14 @@ def plain(value):
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything the result depends on."""
-    import mmcv
-    import mmdet
-    import mmengine
-    return dict(psaq_mm=__version__, torch=str(torch.__version__), mmengine=mmengine.__version__,
-                mmcv=mmcv.__version__, mmdet=mmdet.__version__)
+    """Versions of everything the result depends on, as far as it is installed."""
+    found = dict(psaq_mm=__version__)
+    for name in ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmsegmentation', 'timm'):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            pass
+    return found
 
 
 def write_atomically(content, path: Path) -> None:

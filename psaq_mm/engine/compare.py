@@ -10,9 +10,9 @@ from mmengine.config import Config
 
 from ..errors import UserError
 from ..stanza import QuantizationConfig
-from .checkpoint import read_checkpoint
-from .config import default_scope, evaluation_gap, float_config
-from .pipeline import evaluate, quantize, with_stanza, write_json
+from .checkpoint import in_own_layout
+from .config import evaluation_gap, float_config
+from .pipeline import check, evaluate, quantize, with_stanza, write_json
 
 
 def _read(path: Path):
@@ -67,15 +67,16 @@ def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]]
     gap = evaluation_gap(cfg)
     if gap:
         raise UserError(f'nothing to compare on: {gap}')
-    default_scope(cfg)
     root = Path(work_dir)
-    weights = Path(read_checkpoint(checkpoint or cfg.load_from)['path'])
-    stat = weights.stat()
-    common = dict(checkpoint=[str(weights.resolve()), stat.st_size, stat.st_mtime_ns], model=cfg.model,
+    content = check(cfg, checkpoint)[1]
+    weights = in_own_layout(content, root)
+    source = Path(content['path'])  # or the name of timm's weights
+    stat = [source.stat().st_size, source.stat().st_mtime_ns] if source.exists() else []
+    common = dict(checkpoint=[str(source.absolute()), *stat], model=cfg.model,
                   test=cfg.test_dataloader, evaluator=cfg.test_evaluator,
                   seed=(cfg.get('randomness') or {}).get('seed'))
     folder = root / 'full_precision'
-    full = _done(folder, common, lambda _: evaluate(float_config(cfg), str(weights), str(folder), 'full_precision'))
+    full = _done(folder, common, lambda _: evaluate(float_config(cfg), weights, str(folder), 'full_precision'))
     runs, images = {}, None
     for weight, activation in bits:
         for method in methods:
@@ -92,7 +93,7 @@ def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]]
                 del stanza['game']  # not played
             inputs = dict(common, stanza=stanza, calib=method == 'real' and cfg.get('calib_dataloader'),
                           images=reused and reused['made'])
-            result = runs[name] = _done(folder, inputs, functools.partial(_quantize, changed, str(weights)))
+            result = runs[name] = _done(folder, inputs, functools.partial(_quantize, changed, weights))
             if reused:  # V2's first stage counts, though it was done once for all
                 runs[name] = dict(result, minutes=round(result['minutes'] + reused['minutes'], 2))
             if method.startswith('psaq') and images is None:

@@ -21,11 +21,11 @@ MODEL_WRAPPER = dict(type='MMDistributedDataParallel', device_ids=None, broadcas
 
 
 def without_pretrained(model):
-    """A model config that fetches nothing: ``init_cfg`` of type Pretrained and ``pretrained`` become None."""
+    """A model config that fetches nothing: no ``init_cfg`` of type Pretrained, no ``pretrained``."""
     if isinstance(model, dict):
         for key, value in model.items():
-            if key == 'pretrained' and isinstance(value, str):
-                model[key] = None
+            if key == 'pretrained':
+                model[key] = None if isinstance(value, str) else False
             elif key == 'init_cfg' and isinstance(value, dict) and value.get('type') == 'Pretrained':
                 model[key] = None
             else:

@@ -15,7 +15,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop
 
 from ..errors import UserError
-from ..models import attention_taps, extract_features
+from ..models import attention_taps, beyond_features, extract_features
 from ..quantization import Mode, calibrate, quantizers, set_mode, unused_quantizers
 from ..registry import LOOPS
 from ..stanza import ROOT, QuantizationConfig
@@ -162,10 +162,11 @@ class DataFreeLoop(BaseLoop):
         if self.game_iters and sum(map(len, self.images)) < 2:
             raise UserError(f'{ROOT}.synthesis: each process needs at least 2 images for the game, one evolves and one '
                             'is held back: raise num_images or start fewer processes')
-        unused = unused_quantizers(self.student, lambda: extract_features(self.student, self.images[0][:1]))
+        self.heads = beyond_features(self.quantization.targets)
+        unused = unused_quantizers(self.student, lambda: extract_features(self.student, self.images[0][:1], self.heads))
         if unused:
-            raise UserError(f"'{unused[0]}' (and {len(unused) - 1} more) never runs when features are extracted, so it "
-                            f'cannot be calibrated: keep it in float ({ROOT}.keep_float) or take it out of the targets')
+            raise UserError(f"'{unused[0]}' (and {len(unused) - 1} more) never runs in a prediction, so it cannot be "
+                            f'calibrated: keep it in float ({ROOT}.keep_float) or take it out of the targets')
         if self.restored is not None:
             for image, saved in zip(self.images, self.restored['images']):
                 image.copy_(saved)
@@ -199,7 +200,7 @@ class DataFreeLoop(BaseLoop):
 
         def extract(images):
             with self.precision():
-                return extract_features(model, images)
+                return extract_features(model, images, self.heads)
 
         return extract
 
@@ -241,7 +242,7 @@ class DataFreeLoop(BaseLoop):
 
         def run():
             for batch in self.images:
-                extract_features(self.student, batch)  # in float32 even with amp, as inference will be
+                extract_features(self.student, batch, self.heads)  # in float32 even with amp, as inference will be
 
         started = time.perf_counter()
         calibrate(self.student, run, reduce_range)

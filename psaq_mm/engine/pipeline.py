@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..models import attention_taps, quantize_model
 from ..quantization import model_bits
 from ..stanza import QuantizationConfig
-from .checkpoint import CheckpointError, load_float, read_checkpoint, versions
+from .checkpoint import CheckpointError, float_checkpoint, in_own_layout, load_float, versions
 from .config import (
     data_free_config,
     dataset_meta,
@@ -85,16 +85,21 @@ def check(cfg: Config, checkpoint: str | None = None):
                          'from configs/_base_/dfq.py')
     quantization = QuantizationConfig.parse(cfg.quantization)
     source = checkpoint or cfg.get('load_from')
-    if not source:
+    fetched = not source and cfg.model.get('pretrained') is True  # timm's own weights, which the user asked for
+    if not source and not fetched:
         raise CheckpointError('no full-precision checkpoint: set load_from in the config, or pass --checkpoint FILE')
     default_scope(cfg)
-    model = MODELS.build(without_pretrained(copy.deepcopy(cfg.model)))
+    model = MODELS.build(copy.deepcopy(cfg.model) if fetched else without_pretrained(copy.deepcopy(cfg.model)))
     float_size = model_bits(model) / MEGABYTE
+    if fetched:
+        content = dict(state_dict={k: v.clone() for k, v in model.state_dict().items()}, meta={}, layout='timm',
+                       path=f'timm {cfg.model.model}')
+    else:
+        content = float_checkpoint(model, source)
     quantize_model(model, quantization)
     if quantization.synthesis.method.startswith('psaq') and not attention_taps(model.backbone)[0]:
         raise UserError(f"{type(model.backbone).__name__} has no attention that psaq_mm knows, so there are no patch "
                         "similarities to make images by: only quantization.synthesis.method = 'noise' or 'real' works")
-    content = read_checkpoint(source)
     load_float(model, content, quantization.targets)
     return quantization, content, float_size, model_bits(model) / MEGABYTE
 
@@ -132,12 +137,15 @@ def quantize(cfg: Config,
     if resume_from and get_world_size() > 1:
         raise UserError('--resume works with a single process only: images of the other processes are not stored. '
                         'Start afresh without --resume')
-    run = data_free_config(cfg, quantization, content['path'], meta, amp, resume_from)
     work_dir.mkdir(parents=True, exist_ok=True)
+    weights = in_own_layout(content, work_dir)
+    run = data_free_config(cfg, quantization, weights, meta, amp, resume_from)
     test_path = work_dir / 'test_config.py'
     tested = test_config(cfg, quantization)
 
     runner = Runner.from_cfg(run)
+    if content['layout']:
+        runner.logger.info(f"{content['path']} has the layout of {content['layout']}: converted to {weights}")
     if is_main_process():
         tested.dump(test_path)
     runner.train()
@@ -158,7 +166,7 @@ def quantize(cfg: Config,
         logger.warning(f'Not evaluated: {gap}. The quantized checkpoint is written all the same.')
     else:
         if eval_float:
-            result['full_precision'] = evaluate(float_config(cfg), content['path'], str(work_dir), 'full_precision')
+            result['full_precision'] = evaluate(float_config(cfg), weights, str(work_dir), 'full_precision')
         if eval_quantized:
             result['quantized'] = evaluate(Config.fromfile(test_path), result['checkpoint'], str(work_dir), 'quantized')
     if is_main_process():

@@ -1,40 +1,20 @@
 """Where attention lives in each model family."""
 from __future__ import annotations
 
-from dataclasses import dataclass
-from importlib import import_module
+import sys
 
 from torch import nn
 
-from ..quantization import CONTEXT, LAYERS
+from ..quantization import CONTEXT, LAYERS, attention_parts
 
-
-@dataclass(frozen=True)
-class AttentionSpec:
-    """An attention class whose forward makes two matrix products, scores and context.
-
-    Attributes:
-        path (str): Dotted path of the class.
-        class_tokens (int): Leading tokens that are no patches.
-    """
-    path: str
-    class_tokens: int = 0
-
-
-# A family is one line here. Window attention has no class token (V1's code drops token 0 of Swin all the same).
-ATTENTIONS = [AttentionSpec('mmdet.models.backbones.swin.WindowMSA')]
-
-
-def _specs() -> dict[type, AttentionSpec]:
-    found = {}
-    for spec in ATTENTIONS:
-        module, _, name = spec.path.rpartition('.')
-        try:
-            found[getattr(import_module(module), name)] = spec
-        except ModuleNotFoundError as error:
-            if error.name.split('.')[0] != module.split('.')[0]:
-                raise  # the library is there, something it needs is not
-    return found
+# Classes whose forward makes two matrix products, scores and context, or a fused attention. A family is one line here;
+# nn.MultiheadAttention, inside mmseg's ViT and mmcv's MultiheadAttention, is known to the quantization itself.
+ATTENTIONS = (
+    'mmdet.models.backbones.swin.WindowMSA',
+    'mmseg.models.backbones.swin.WindowMSA',
+    'timm.layers.attention.Attention',
+    'timm.models.swin_transformer.WindowAttention',
+)
 
 
 def layer_types() -> dict:
@@ -45,23 +25,39 @@ def layer_types() -> dict:
 
 
 def attention_types() -> tuple[type, ...]:
-    """All attention classes of the libraries that are installed."""
-    return tuple(_specs())
+    """All known attention classes that any model in this process can have: those whose module is imported."""
+    found = []
+    for path in ATTENTIONS:
+        module, _, name = path.rpartition('.')
+        if module in sys.modules:
+            found.append(getattr(sys.modules[module], name))
+    return tuple(found)
 
 
-def attention_taps(model: nn.Module) -> tuple[list[nn.Module], list[int]]:
-    """The modules whose outputs are the tokens of patch similarity, and how many class tokens each has.
+def prefix_tokens(backbone: nn.Module) -> int:
+    """How many leading tokens of a backbone are no patches: class token, distillation token, registers.
+
+    Window attention has none (V1's code drops token 0 of Swin all the same).
+    """
+    if hasattr(backbone, 'num_prefix_tokens'):  # timm
+        return backbone.num_prefix_tokens
+    return int(getattr(backbone, 'with_cls_token', False))  # mmseg
+
+
+def attention_taps(backbone: nn.Module) -> tuple[list[nn.Module], list[int]]:
+    """The modules whose outputs are the tokens of patch similarity, and how many leading tokens of each are no patches.
 
     Args:
-        model (nn.Module): A converted model, or its backbone.
+        backbone (nn.Module): Of a converted model.
+
+    Raises:
+        ValueError: If it is not converted.
     """
-    specs = _specs()
-    products, class_tokens = [], []
-    for module in model.modules():
-        spec = next((s for kind, s in specs.items() if isinstance(module, kind)), None)
-        if spec is not None:
-            if not hasattr(module, CONTEXT):
-                raise ValueError(f'{type(module).__name__} is not converted: the tap needs its products as modules')
+    kinds = attention_types()
+    products = []
+    for module in backbone.modules():
+        if hasattr(module, CONTEXT):
             products.append(getattr(module, CONTEXT))
-            class_tokens.append(spec.class_tokens)
-    return products, class_tokens
+        elif attention_parts(module, kinds):
+            raise ValueError(f'{type(module).__name__} is not converted: the tap needs its products as modules')
+    return products, [prefix_tokens(backbone)] * len(products)

@@ -12,11 +12,11 @@ from torch import nn
 
 from ..quantization import (
     CONTEXT,
-    LayerConfig,
     QuantizerMismatchError,
+    attention_parts,
     convert,
+    convert_attention,
     quantizable,
-    quantize_attention,
     quantizers,
 )
 from ..registry import MODELS
@@ -43,10 +43,9 @@ def quantize_model(model: nn.Module, quantization) -> nn.Module:
     attentions = attention_types()
     layers = quantizable(model, targets, attentions, kinds)
     convert(model, layers, quantization.layer_configs(layers), kinds)
-    untouched = LayerConfig(weight=None, activation=None)
-    for module in list(model.modules()):  # attention left in float still shows its products: synthesis taps them
-        if isinstance(module, attentions) and not hasattr(module, CONTEXT):
-            quantize_attention(module, untouched, untouched)
+    for module in list(model.backbone.modules()):  # attention left in float still shows its products to synthesis
+        if attention_parts(module, attentions) and not hasattr(module, CONTEXT):
+            convert_attention(module, {})
     model.register_load_state_dict_pre_hook(_refuse_other_quantizers)
     return model
 

@@ -1,18 +1,61 @@
-"""The features that teacher and student are compared by."""
+"""What teacher and student are compared by, and what has to run so that every quantized layer sees data."""
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
+from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
+FEATURE_PARTS = ('backbone', 'neck')
 
-def extract_features(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """Output of backbone and neck, by the ecosystem's own ``extract_feat``.
+
+def beyond_features(targets: Iterable[str]) -> bool:
+    """Whether any target lies outside what ``extract_feat`` runs."""
+    return any(target.split('.')[0] not in FEATURE_PARTS for target in targets)
+
+
+def extract_features(model: nn.Module, images: Tensor, heads: bool = False) -> list[Tensor]:
+    """Output of backbone and neck, by the ecosystem's own ``extract_feat``; with heads, theirs behind it.
+
+    The outputs of two-stage heads are left out: they belong to proposals, which differ between teacher and student.
 
     Args:
-        model (nn.Module): A detector.
+        model (nn.Module): A detector, segmentor or classifier.
         images (Tensor): In the model's input space, (B, C, H, W).
+        heads (bool): Run the whole model, as for prediction. Defaults to False.
 
     Returns:
-        list[Tensor]: Feature maps (B, C_i, H_i, W_i).
+        list[Tensor]: Feature maps (B, C_i, H_i, W_i), then the heads' raw outputs, (B, ...) each.
     """
-    features = model.extract_feat(images)
-    return [features] if isinstance(features, Tensor) else list(features)
+    if not heads:
+        return list(tensors(model.extract_feat(images)))
+    features = []
+
+    def extract_feat(*args, **kwargs):
+        features.append(type(model).extract_feat(model, *args, **kwargs))
+        return features[-1]
+
+    model.extract_feat = extract_feat  # shadows the method
+    try:
+        outputs = model(images, data_samples(images), mode='tensor')
+    finally:
+        del model.extract_feat
+    dense = [] if hasattr(model, 'roi_head') else tensors(outputs)
+    return [*tensors(features), *dense]
+
+
+def tensors(nested) -> Iterator[Tensor]:
+    """All tensors in nested tuples and lists, in order."""
+    if isinstance(nested, Tensor):
+        yield nested
+    elif isinstance(nested, (tuple, list)):
+        for item in nested:
+            yield from tensors(item)
+
+
+def data_samples(images: Tensor) -> list[BaseDataElement]:
+    """What mm* heads want to know about images that no file and no pipeline stands behind."""
+    size = tuple(images.shape[-2:])
+    return [BaseDataElement(metainfo=dict(
+        img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size, scale_factor=(1.0, 1.0), flip=False,
+        flip_direction=None)) for _ in images]

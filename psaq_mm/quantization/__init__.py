@@ -3,8 +3,10 @@ from .config import ActivationConfig, FrozenConfig, LayerConfig, WeightConfig
 from .conversion import (
     LAYERS,
     PatternError,
+    attention_parts,
     calibrate,
     convert,
+    convert_attention,
     match,
     model_bits,
     quantizable,
@@ -14,12 +16,13 @@ from .conversion import (
     set_mode,
     unused_quantizers,
 )
-from .layers import CONTEXT, SCORES, QuantizedConv2d, QuantizedLinear, QuantizedMatMul, quantize_attention
+from .layers import CONTEXT, SCORES, QuantizedConv2d, QuantizedLinear, QuantizedMatMul, QuantizedMultiheadAttention
 from .quantizer import FakeQuantizer, Mode, QuantizerMismatchError, UncalibratedError
 
 __all__ = [
     'ActivationConfig', 'CONTEXT', 'FakeQuantizer', 'FrozenConfig', 'LAYERS', 'LayerConfig', 'Mode', 'PatternError',
-    'QuantizedConv2d', 'QuantizedLinear', 'QuantizedMatMul', 'QuantizerMismatchError', 'SCORES', 'UncalibratedError',
-    'WeightConfig', 'calibrate', 'convert', 'match', 'model_bits', 'quantizable', 'quantize_attention',
-    'quantized_layers', 'quantizer_mode', 'quantizers', 'set_mode', 'unused_quantizers'
+    'QuantizedConv2d', 'QuantizedLinear', 'QuantizedMatMul', 'QuantizedMultiheadAttention', 'QuantizerMismatchError',
+    'SCORES', 'UncalibratedError', 'WeightConfig', 'attention_parts', 'calibrate', 'convert', 'convert_attention',
+    'match', 'model_bits', 'quantizable', 'quantized_layers', 'quantizer_mode', 'quantizers', 'set_mode',
+    'unused_quantizers'
 ]

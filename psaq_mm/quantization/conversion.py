@@ -18,7 +18,9 @@ from .layers import (
     QuantizedLayer,
     QuantizedLinear,
     QuantizedMatMul,
+    projections,
     quantize_attention,
+    quantize_multihead_attention,
 )
 from .quantizer import FakeQuantizer, Mode
 
@@ -37,8 +39,9 @@ def quantizable(model: nn.Module,
                 layers: FloatLayers = LAYERS) -> dict[str, nn.Module]:
     """All layers that can be quantized inside the targets, by name.
 
-    The two products of an attention module ``m`` are named ``m.matmul_scores`` and ``m.matmul_context`` and map to the
-    attention module itself.
+    The parts of an attention module ``m`` that are no modules themselves map to the attention module: its two products
+    ``m.matmul_scores`` and ``m.matmul_context``, and with ``nn.MultiheadAttention`` its input projection ``m.in_proj``
+    (or ``m.q_proj``, ``m.k_proj``, ``m.v_proj``).
 
     Args:
         model (nn.Module): Not converted yet.
@@ -63,10 +66,31 @@ def quantizable(model: nn.Module,
         for name, module in modules[target].named_modules(prefix=target, remove_duplicate=False):
             if type(module).forward in layers:
                 found[name] = module
-            elif isinstance(module, attentions):
-                found[f'{name}.{SCORES}'] = module
-                found[f'{name}.{CONTEXT}'] = module
+            else:
+                found.update((f'{name}.{part}', module) for part in attention_parts(module, attentions))
     return found
+
+
+def attention_parts(module: nn.Module, attentions: tuple[type, ...]) -> tuple[str, ...]:
+    """Names of what is quantized inside an attention module besides its submodules; nothing for any other module."""
+    if type(module).forward is nn.MultiheadAttention.forward:
+        return (*projections(module), SCORES, CONTEXT)
+    return (SCORES, CONTEXT) if isinstance(module, attentions) else ()
+
+
+def convert_attention(attention: nn.Module, configs: dict[str, LayerConfig]) -> nn.Module:
+    """Makes the parts of an attention quantized, in place.
+
+    Args:
+        attention (nn.Module): ``nn.MultiheadAttention``, or one whose forward shows its products.
+        configs (dict[str, LayerConfig]): By part; one that is not in here stays in float but becomes a module, which
+            the patch similarities can be read from.
+    """
+    untouched = LayerConfig(weight=None, activation=None)
+    if type(attention).forward is nn.MultiheadAttention.forward:
+        parts = (*projections(attention), SCORES, CONTEXT)
+        return quantize_multihead_attention(attention, {part: configs.get(part, untouched) for part in parts})
+    return quantize_attention(attention, configs.get(SCORES, untouched), configs.get(CONTEXT, untouched))
 
 
 def match(pattern: str, names: Iterable[str]) -> list[str]:
@@ -100,16 +124,13 @@ def convert(model: nn.Module,
         nn.Module: The same model.
     """
     converted = {}  # a layer that is used in two places is converted once
-    float_layer = LayerConfig(weight=None, activation=None)
     for name, module in layers.items():
-        if name not in configs:
+        if name not in configs or id(module) in converted and converted[id(module)] is module:
             continue
         owner_name, _, attribute = name.rpartition('.')
-        if attribute in (SCORES, CONTEXT):
-            if id(module) not in converted:
-                converted[id(module)] = quantize_attention(module,
-                                                           *(configs.get(f'{owner_name}.{product}', float_layer)
-                                                             for product in (SCORES, CONTEXT)))
+        if module is model.get_submodule(owner_name):  # a part of an attention: all of its parts at once
+            parts = {part: configs[key] for part, key in _siblings(layers, owner_name, module) if key in configs}
+            converted[id(module)] = convert_attention(module, parts)
             continue
         if id(module) not in converted:
             converted[id(module)] = counterparts[type(module).forward].from_float(module, configs[name])
@@ -119,6 +140,12 @@ def convert(model: nn.Module,
         device = next(model.parameters()).device
         quantizer.to(device)
     return model
+
+
+def _siblings(layers, owner_name, module):
+    prefix = f'{owner_name}.'
+    return [(name.removeprefix(prefix), name) for name, other in layers.items()
+            if other is module and name.startswith(prefix)]
 
 
 def quantizers(model: nn.Module) -> dict[str, FakeQuantizer]:

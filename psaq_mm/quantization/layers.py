@@ -1,7 +1,8 @@
-"""Quantized counterparts of Linear, Conv2d and the matrix products of attention."""
+"""Quantized counterparts of Linear, Conv2d, MultiheadAttention and the matrix products of attention."""
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -51,7 +52,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, x):
         x, weight = self.quantized(x)
-        return nn.functional.linear(x, weight, self.bias)
+        return F.linear(x, weight, self.bias)
 
 
 class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
@@ -89,7 +90,10 @@ SCORES, CONTEXT = 'matmul_scores', 'matmul_context'  # q @ k^T and softmax(score
 
 
 class _MatMulRedirection(TorchFunctionMode):
-    """Sends the two matrix products of an attention's forward through its QuantizedMatMul modules, in order."""
+    """Sends the two matrix products of an attention's forward through its QuantizedMatMul modules, in order.
+
+    A fused ``scaled_dot_product_attention`` counts as both, and is computed in its two parts.
+    """
 
     def __init__(self, attention):
         super().__init__()
@@ -97,12 +101,32 @@ class _MatMulRedirection(TorchFunctionMode):
         self.calls = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            self.count(2)
+            return self.fused(*args, **(kwargs or {}))
         if func not in MATMULS:
             return func(*args, **(kwargs or {}))
-        self.calls += 1
+        self.count(1)
+        return getattr(self.attention, SCORES if self.calls == 1 else CONTEXT)(*args, **(kwargs or {}))
+
+    def fused(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        """What ``F.scaled_dot_product_attention`` computes, with its two products visible."""
+        if enable_gqa:
+            key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+        if is_causal:
+            attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        if scale is None:
+            scale = query.shape[-1]**-0.5
+        scores = getattr(self.attention, SCORES)(query * scale, key.transpose(-2, -1))
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, float('-inf')) if attn_mask.dtype == torch.bool else \
+                scores + attn_mask
+        return getattr(self.attention, CONTEXT)(F.dropout(scores.softmax(-1), dropout_p, dropout_p > 0), value)
+
+    def count(self, products):
+        self.calls += products
         if self.calls > 2:
             self.fail()
-        return getattr(self.attention, SCORES if self.calls == 1 else CONTEXT)(*args, **(kwargs or {}))
 
     def __exit__(self, kind, value, traceback):
         super().__exit__(kind, value, traceback)
@@ -112,11 +136,11 @@ class _MatMulRedirection(TorchFunctionMode):
     def fail(self):
         name = type(self.attention).__mro__[2].__name__
         raise UserError(f'{name}.forward makes {self.calls} visible matrix products, an attention makes 2: '
-                                  'psaq_mm cannot quantize it; keep it in float by its name (keep_float).')
+                        'psaq_mm cannot quantize it; keep it in float by its name (keep_float).')
 
 
 class QuantizedAttention:
-    """Mixed in front of an attention class whose forward computes ``softmax(q @ k^T) @ v`` with two matrix products.
+    """Mixed in front of an attention class whose forward computes ``softmax(q @ k^T) @ v``, fused or in two products.
 
     The forward itself stays the library's; only its products are redirected. Source: our choice (PSAQ-ViT V1 copies
     every model file to put modules in place of the products).
@@ -134,7 +158,7 @@ def quantize_attention(attention: nn.Module, scores: LayerConfig, context: Layer
     """Makes an attention module's two products quantized, in place.
 
     Args:
-        attention (nn.Module): Its forward makes two matrix products: scores, then context.
+        attention (nn.Module): Its forward makes two matrix products, scores then context, or a fused one.
         scores (LayerConfig): For ``q @ k^T``.
         context (LayerConfig): For ``softmax(scores) @ v``.
     """
@@ -145,4 +169,118 @@ def quantize_attention(attention: nn.Module, scores: LayerConfig, context: Layer
     attention.__class__ = _attention_classes[kind]
     attention.add_module(SCORES, QuantizedMatMul(scores))
     attention.add_module(CONTEXT, QuantizedMatMul(context))
+    return attention
+
+
+class QuantizedProjection(QuantizedLayer, nn.Module):
+    """A linear layer whose parameters belong to a MultiheadAttention; x is (..., in_features).
+
+    Args:
+        owner (nn.MultiheadAttention): Holds the weight and, in ``in_proj_bias``, the bias.
+        parameter (str): Name of the weight in the owner.
+        config (LayerConfig): Its quantizers.
+    """
+
+    def __init__(self, owner, parameter, config):
+        super().__init__()
+        object.__setattr__(self, 'owner', owner)  # no submodule: the owner holds this one
+        self.parameter = parameter
+        self.add_quantizers(config, self.weight.shape[1], self.weight.shape[0], -1)
+
+    @property
+    def weight(self):
+        return getattr(self.owner, self.parameter)
+
+    def forward(self, x, bias, rows=slice(None)):
+        """Rows of the weight applied to x, with the same rows' bias (or None)."""
+        x, weight = self.quantized(x)
+        return F.linear(x, weight[rows], bias)
+
+
+PACKED, SEPARATE = ('in_proj', ), ('q_proj', 'k_proj', 'v_proj')
+
+
+def projections(attention: nn.MultiheadAttention) -> tuple[str, ...]:
+    """Names of the input projections: one for all, or three where key or value have another width than the query."""
+    return PACKED if attention.in_proj_weight is not None else SEPARATE
+
+
+def _masked(scores, mask):
+    if mask is None:
+        return scores
+    return scores.masked_fill(mask, float('-inf')) if mask.dtype == torch.bool else scores + mask
+
+
+class QuantizedMultiheadAttention(nn.MultiheadAttention):
+    """``nn.MultiheadAttention`` with projections and both products quantized; same parameters, same names.
+
+    torch computes all of it in one function that shows no layer and no product, so the forward is written out here.
+    The input projection has one input scale for query, key and value, which mostly are one tensor.
+    """
+
+    def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
+                average_attn_weights=True, is_causal=False):
+        """As :meth:`torch.nn.MultiheadAttention.forward`; ``is_causal`` is a hint there and needs ``attn_mask``."""
+        same = query is key and key is value
+        batched = query.dim() == 3
+        if not batched:
+            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        elif not self.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        q, k, v = self.project(query, key, value, same)
+        images, targets, heads = len(q), q.shape[1], self.num_heads
+        if attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = attn_mask.view(images, heads, targets, -1)
+        if key_padding_mask is not None:
+            key_padding_mask = key_padding_mask[:, None, None]
+        if self.bias_k is not None:
+            k, v = (torch.cat([x, b.expand(images, -1, -1)], 1) for x, b in ((k, self.bias_k), (v, self.bias_v)))
+        if self.add_zero_attn:
+            k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
+        q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+        scores = getattr(self, SCORES)(q * q.shape[-1]**-0.5, k.transpose(-2, -1))
+        for mask in (attn_mask, key_padding_mask):
+            if mask is not None:  # added keys are never masked
+                scores = _masked(scores, F.pad(mask, (0, scores.shape[-1] - mask.shape[-1])))
+        weights = F.dropout(scores.softmax(-1), self.dropout, self.training)
+        out = self.out_proj(getattr(self, CONTEXT)(weights, v).transpose(1, 2).flatten(2))
+        if not need_weights:
+            weights = None
+        elif average_attn_weights:
+            weights = weights.mean(1)
+        if not batched:
+            out, weights = out.squeeze(0), None if weights is None else weights.squeeze(0)
+        elif not self.batch_first:
+            out = out.transpose(0, 1)
+        return out, weights
+
+    def project(self, query, key, value, same):
+        """Queries, keys and values of all heads, (B, N, embed_dim) each."""
+        bias = self.in_proj_bias
+        if projections(self) == PACKED:
+            if same:
+                return self.in_proj(query, bias).chunk(3, -1)
+            parts = [slice(i * self.embed_dim, (i + 1) * self.embed_dim) for i in range(3)]
+            return [self.in_proj(x, None if bias is None else bias[rows], rows)
+                    for x, rows in zip((query, key, value), parts)]
+        biases = (None, ) * 3 if bias is None else bias.chunk(3)
+        return [getattr(self, name)(x, b) for name, x, b in zip(SEPARATE, (query, key, value), biases)]
+
+
+def quantize_multihead_attention(attention: nn.MultiheadAttention, configs: dict[str, LayerConfig]) -> nn.Module:
+    """Makes input projections and both products of a MultiheadAttention quantized, in place.
+
+    Its ``out_proj`` is a Linear like any other and converted as such.
+
+    Args:
+        attention (nn.MultiheadAttention): The module to change.
+        configs (dict[str, LayerConfig]): By part: :func:`projections`, SCORES and CONTEXT.
+    """
+    for name in projections(attention):
+        parameter = 'in_proj_weight' if name == 'in_proj' else f'{name}_weight'
+        attention.add_module(name, QuantizedProjection(attention, parameter, configs[name]))
+    for name in (SCORES, CONTEXT):
+        attention.add_module(name, QuantizedMatMul(configs[name]))
+    attention.__class__ = QuantizedMultiheadAttention
     return attention
