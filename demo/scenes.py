@@ -5,8 +5,9 @@ Everything is drawn with NumPy from signed distances, so a seed gives the same p
     python demo/scenes.py --out demo/data                        # what the demos evaluate and calibrate on
     python demo/scenes.py --out demo/data --splits train         # what the shipped checkpoints were trained on
 
-For detection and segmentation: ``SPLIT/*.png``, ``SPLIT.json`` (COCO, RLE masks) and ``SPLIT_maps/*.png`` (semantic maps:
-0 is the ground, then the classes in order). For classification: ``objects/SPLIT/CLASS/*.png``, as ImageNet folders.
+For detection and segmentation: ``SPLIT/*.png``, ``SPLIT.json`` (COCO, RLE masks) and ``SPLIT_maps/*.png`` (semantic
+maps: 0 is the ground, then the classes in order).
+For classification: ``objects/SPLIT/CLASS/*.png``, as ImageNet folders.
 """
 import argparse
 import json

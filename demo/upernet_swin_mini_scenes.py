@@ -10,7 +10,8 @@ norm_cfg = dict(type='BN', requires_grad=True)
 model = dict(
     data_preprocessor=dict(size=(192, 192)),
     backbone=dict(
-        init_cfg=dict(type='Pretrained', checkpoint=demo_root + 'mask_rcnn_swin_mini_scenes.pth'), pretrain_img_size=192,
+        init_cfg=dict(type='Pretrained', checkpoint=demo_root + 'mask_rcnn_swin_mini_scenes.pth'),
+        pretrain_img_size=192,
         embed_dims=32, depths=[2, 2, 4, 2], num_heads=[2, 4, 8, 16], drop_path_rate=0.05),
     decode_head=dict(in_channels=[32, 64, 128, 256], channels=64, num_classes=7, norm_cfg=norm_cfg),
     auxiliary_head=dict(in_channels=128, channels=32, num_classes=7, norm_cfg=norm_cfg))

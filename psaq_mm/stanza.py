@@ -30,7 +30,8 @@ class QuantizationConfig(FrozenConfig):
     weight: WeightConfig = WeightConfig()
     activation: ActivationConfig = ActivationConfig()
     targets: tuple[str, ...] = Field(
-        ('backbone', 'neck'), strict=False, min_length=1, description="submodules, e.g. 'decode_head', 'roi_head.mask_head'")
+        ('backbone', 'neck'), strict=False, min_length=1,
+        description="submodules, heads too: 'decode_head', 'roi_head.mask_head'")
     patch_embed_bits: int = Field(8, ge=2, le=8, description='of convolutions that read the pixels, weight and input')
     keep_float: tuple[str, ...] = Field((), strict=False, description='name patterns of layers left in float')
     overrides: tuple[LayerOverride, ...] = Field((), strict=False, description='later ones win')

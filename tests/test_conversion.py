@@ -6,7 +6,6 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from psaq_mm.errors import UserError
 from psaq_mm.models import extract_features, quantize_model
@@ -25,40 +24,7 @@ from psaq_mm.quantization import (
 from psaq_mm.stanza import QuantizationConfig
 
 from .conftest import DEMO_CONFIG
-
-PRODUCTS = {
-    torch.ops.aten.addmm.default, torch.ops.aten.mm.default, torch.ops.aten.bmm.default,
-    torch.ops.aten.convolution.default, torch.ops.aten.baddbmm.default, torch.ops.aten.linear.default
-}
-FAKE_QUANTIZE = ('fake_quantize_per_tensor', 'fake_quantize_per_channel', '_fake_quantize')
-
-
-class Trace(TorchDispatchMode):
-    """Counts products, and which of their operands come straight from a fake-quantize op."""
-
-    def __init__(self):
-        super().__init__()
-        self.quantized, self.products = set(), []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func.__name__
-        if any(word in name for word in FAKE_QUANTIZE):
-            for tensor in out if isinstance(out, tuple) else [out]:
-                self.quantized.add(tensor.untyped_storage().data_ptr())
-            self.keep = getattr(self, 'keep', []) + [out]  # alive, so that no address is used twice
-        elif func in PRODUCTS:
-            tensors = [a for a in args if isinstance(a, torch.Tensor) and a.dim() >= 2]
-            self.products.append((name, [t.untyped_storage().data_ptr() in self.quantized for t in tensors[-2:]
-                                         if func is not torch.ops.aten.convolution.default or t.dim() == 4]))
-        elif name.split('.')[0] in ('clone', 'expand', 'view', '_unsafe_view', 't', 'transpose', 'permute', 'reshape',
-                                    '_reshape_alias', '_to_copy', 'as_strided', 'unsqueeze'):
-            if args and isinstance(args[0], torch.Tensor) and \
-                    args[0].untyped_storage().data_ptr() in self.quantized:
-                self.quantized.add(out.untyped_storage().data_ptr())
-                self.keep = getattr(self, 'keep', []) + [out]
-        return out
-
+from .trace import Trace
 
 @pytest.fixture(scope='module')
 def detector():

@@ -17,7 +17,8 @@ class TimmClassifier(BaseModel):
         model (str): timm's name, e.g. 'deit_tiny_patch16_224'.
         num_classes (int, optional): Default: as timm's pretrained weights have.
         pretrained (bool): Fetch timm's weights, as timm does. Defaults to False.
-        data_preprocessor (dict, optional): E.g. mmengine's ImgDataPreprocessor with mean and std.
+        data_preprocessor (dict, optional): Default: mmengine's ImgDataPreprocessor with the mean and standard deviation
+            that timm's pretrained weights want.
         init_cfg (dict, optional): See mmengine's BaseModule.
         **kwargs: For ``timm.create_model``, e.g. ``img_size``.
 
@@ -27,8 +28,11 @@ class TimmClassifier(BaseModel):
     with_neck = False
 
     def __init__(self, model, num_classes=None, pretrained=False, data_preprocessor=None, init_cfg=None, **kwargs):
-        super().__init__(data_preprocessor, init_cfg)
-        self.backbone = create(model, num_classes, pretrained, kwargs)
+        backbone = create(model, num_classes, pretrained, kwargs)
+        mean, std = ([255 * v for v in backbone.pretrained_cfg[key]] for key in ('mean', 'std'))
+        super().__init__(data_preprocessor or dict(
+            type='mmengine.ImgDataPreprocessor', mean=mean, std=std, bgr_to_rgb=True), init_cfg)
+        self.backbone = backbone
         self.head = self.backbone.get_classifier()
         if not isinstance(self.head, nn.Linear):
             raise UserError(f"model.model = '{model}': its classifier is a {type(self.head).__name__}, only a single "

@@ -5,13 +5,13 @@ from .config import data_free_config, evaluation_gap, float_config, test_config
 from .hooks import QuantizationHook, QuantizedCheckpointHook, SyntheticImageHook
 from .loop import DataFreeLoop
 from .noise_dataset import NoiseDataset
-from .pipeline import evaluate, quantize, with_stanza, write_json
-from .report import comparison_rows, comparison_table, markdown, result_table
+from .pipeline import evaluate, quantize, with_stanza
+from .report import comparison_table, markdown, result_table, write_comparison, write_json
 from .runner import QuantizationRunner
 
 __all__ = [
     'CheckpointError', 'DataFreeLoop', 'NoiseDataset', 'QuantizationHook', 'QuantizationRunner',
-    'QuantizedCheckpointHook', 'SyntheticImageHook', 'compare', 'comparison_rows', 'comparison_table',
-    'data_free_config', 'evaluate', 'evaluation_gap', 'float_config', 'markdown', 'quantize',
-    'read_checkpoint', 'result_table', 'save_quantized', 'test_config', 'with_stanza', 'write_json'
+    'QuantizedCheckpointHook', 'SyntheticImageHook', 'compare', 'comparison_table', 'data_free_config', 'evaluate',
+    'evaluation_gap', 'float_config', 'markdown', 'quantize', 'read_checkpoint', 'result_table', 'save_quantized',
+    'test_config', 'with_stanza', 'write_comparison', 'write_json'
 ]

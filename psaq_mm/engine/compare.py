@@ -11,8 +11,9 @@ from mmengine.config import Config
 from ..errors import UserError
 from ..stanza import QuantizationConfig
 from .checkpoint import in_own_layout
-from .config import evaluation_gap, float_config
-from .pipeline import check, evaluate, quantize, with_stanza, write_json
+from .config import calibration_gap, evaluation_gap, float_config
+from .pipeline import check, evaluate, quantize, with_stanza
+from .report import write_json
 
 
 def _read(path: Path):
@@ -67,6 +68,10 @@ def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]]
     gap = evaluation_gap(cfg)
     if gap:
         raise UserError(f'nothing to compare on: {gap}')
+    methods = list(methods)
+    gap = calibration_gap(cfg) if 'real' in methods else None
+    if gap:
+        raise UserError(gap)
     root = Path(work_dir)
     content = check(cfg, checkpoint)[1]
     weights = in_own_layout(content, root)

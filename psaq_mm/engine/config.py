@@ -95,6 +95,15 @@ def evaluation_gap(cfg: Config) -> str | None:
     return f'{missing[0]} does not exist' if missing else None
 
 
+def calibration_gap(cfg: Config) -> str | None:
+    """Why method 'real' cannot run with the config, or None if it can."""
+    if not cfg.get('calib_dataloader'):
+        return ("quantization.synthesis.method = 'real' needs calib_dataloader in the config: a data loader of real "
+                'images that are not evaluated on')
+    missing = [p for p in _paths(cfg.calib_dataloader['dataset']) if '://' not in p and not Path(p).exists()]
+    return f"calib_dataloader: {missing[0]} does not exist, and method 'real' needs its images" if missing else None
+
+
 def data_free_config(cfg: Config,
                      quantization: QuantizationConfig,
                      checkpoint: str,
@@ -126,12 +135,9 @@ def data_free_config(cfg: Config,
     shard = -(-synthesis.num_images // world)  # images of each process
     batch = min(synthesis.batch_size, shard)
     if synthesis.method == 'real':
-        if not cfg.get('calib_dataloader'):
-            raise UserError("quantization.synthesis.method = 'real' needs calib_dataloader in the config: a data "
-                             'loader of real images that are not evaluated on')
-        missing = [p for p in _paths(cfg.calib_dataloader['dataset']) if '://' not in p and not Path(p).exists()]
-        if missing:
-            raise UserError(f"calib_dataloader: {missing[0]} does not exist, and method 'real' needs its images")
+        gap = calibration_gap(cfg)
+        if gap:
+            raise UserError(gap)
         run.train_dataloader = copy.deepcopy(cfg.calib_dataloader)
     else:
         run.train_dataloader = dict(

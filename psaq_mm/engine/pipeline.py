@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ from .config import (
     test_config,
     without_pretrained,
 )
+from .report import write_json
 
 MEGABYTE = 8e6  # bits
 
@@ -172,15 +172,6 @@ def quantize(cfg: Config,
     if is_main_process():
         write_json(result, work_dir / 'metrics.json')
     return result
-
-
-def write_json(content, path) -> None:
-    """Indented JSON, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(path.suffix + '.tmp')
-    temporary.write_text(json.dumps(content, indent=2) + '\n')
-    os.replace(temporary, path)
 
 
 def with_stanza(cfg: Config, **changes) -> Config:

@@ -1,10 +1,21 @@
-"""Tables of results, for the terminal and for Markdown."""
+"""Results for people and programs: tables for the terminal and for Markdown, a plot, JSON."""
 from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
 
 from rich.table import Table
 
-METRICS = {'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP'}
-AS_PERCENT = tuple(METRICS)
+# Metrics that people know: their name, and what makes a percentage of them.
+METRICS = {
+    'coco/bbox_mAP': ('box AP', 100),
+    'coco/segm_mAP': ('mask AP', 100),
+    'mIoU': ('mIoU', 1),
+    'accuracy/top1': ('top-1', 1),
+    'accuracy/top2': ('top-2', 1),
+    'accuracy/top5': ('top-5', 1),
+}
 
 
 def metric_names(results) -> list[str]:
@@ -13,17 +24,27 @@ def metric_names(results) -> list[str]:
     return [key for key in METRICS if key in found] or list(found)
 
 
+def title_of(key: str) -> str:
+    """A metric's name in tables."""
+    return METRICS[key][0] if key in METRICS else key
+
+
+def percent(metrics: dict, key: str) -> float:
+    """A metric in the unit that people write it in: AP, mIoU and accuracy in percent."""
+    return metrics[key] * METRICS.get(key, ('', 1))[1]
+
+
 def shown(metrics: dict, key: str) -> str:
-    """A metric as people write it: AP in percent, one decimal."""
+    """A metric as people write it: one decimal in percent."""
     if key not in metrics:
         return '-'
-    return f'{metrics[key] * 100:.1f}' if key in AS_PERCENT else f'{metrics[key]:.4g}'
+    return f'{percent(metrics, key):.1f}' if key in METRICS else f'{metrics[key]:.4g}'
 
 
 def rows_of(result: dict):
     """Header and rows of one run's table."""
     names = metric_names([result['full_precision'], result['quantized']])
-    header = ['', *(METRICS.get(n, n) for n in names), 'size, MB', 'minutes']
+    header = ['', *map(title_of, names), 'size, MB', 'minutes']
     bits = result['bits']
     label = f"quantized W{bits['weight']}A{bits['activation']} ({', '.join(result['scope'])})"
     return header, [['full precision', *(shown(result['full_precision'], n) for n in names),
@@ -49,25 +70,91 @@ def result_table(result: dict) -> Table:
     return _table(*rows_of(result), f"psaq_mm, {result['method']}", caption)
 
 
-def comparison_rows(results: dict[str, dict], full_precision: dict):
-    """Header and rows that compare several runs: ``results`` maps a label to what ``quantize`` returned."""
-    names = metric_names([full_precision])
-    header = ['calibration', *(METRICS.get(n, n) for n in names), *(f'{METRICS.get(n, n)} - FP' for n in names),
-              'minutes']
-    rows = [['full precision', *(shown(full_precision, n) for n in names), *('' for _ in names), '']]
-    for label, result in results.items():
-        change = [f"{(result['quantized'][n] - full_precision[n]) * (100 if n in AS_PERCENT else 1):+.1f}"
-                  for n in names]
+def scope_of(results: dict) -> str:
+    """What is quantized, in words."""
+    scope = next(iter(results['runs'].values()))['scope'] if results['runs'] else ['nothing']
+    return f'{" and ".join(scope)} quantized, the rest in float'
+
+
+def comparison_rows(results: dict, minutes: bool = True):
+    """Header and rows that compare several runs.
+
+    Args:
+        results (dict): From :func:`psaq_mm.engine.compare`.
+        minutes (bool): Whether to tell how long they took, which no two runs agree on. Defaults to True.
+    """
+    full = results['full_precision']
+    names = metric_names([full])
+    header = ['calibration', *map(title_of, names), *(f'{title_of(n)} - FP' for n in names), *['minutes'] * minutes]
+    rows = [['full precision', *(shown(full, n) for n in names), *('' for _ in names), '']]
+    for label, result in results['runs'].items():
+        change = [f"{percent(result['quantized'], n) - percent(full, n):+.1f}" for n in names]
         rows.append([label, *(shown(result['quantized'], n) for n in names), *change, f"{result['minutes']:.1f}"])
-    return header, rows
+    return header, [row[:len(header)] for row in rows]
 
 
-def comparison_table(results, full_precision, title) -> Table:
+def comparison_table(results, title) -> Table:
     """The comparison for the terminal."""
-    return _table(*comparison_rows(results, full_precision), title)
+    return _table(*comparison_rows(results), f'{title}: {scope_of(results)}')
+
+
+def plot_comparison(results: dict, path, title: str) -> None:
+    """Writes a picture: for every metric one line a method over the bit-widths, full precision dashed."""
+    from matplotlib.figure import Figure
+    full = results['full_precision']
+    names = metric_names([full])
+    bits = list(dict.fromkeys(label.split()[0] for label in results['runs']))
+    methods = list(dict.fromkeys(label.split()[1] for label in results['runs']))
+    figure = Figure(figsize=(1.5 + 4 * len(names), 4), layout='constrained')
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
+        axes.axhline(percent(full, name), color='black', linestyle='--', linewidth=1, label='full precision')
+        for method, marker in zip(methods, 'sv^oDP*X'):
+            found = [(b, results['runs'][f'{b} {method}']) for b in bits if f'{b} {method}' in results['runs']]
+            axes.plot([b for b, _ in found], [percent(r['quantized'], name) for _, r in found], marker=marker,
+                      linestyle='-' if len(found) > 1 else '', label=method, alpha=0.8)
+        axes.set_ylabel(f'{title_of(name)}, %' if name in METRICS else name)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize='small')
+    figure.suptitle(f'{title}: {scope_of(results)}', fontsize='medium')
+    figure.savefig(path, dpi=120)
 
 
 def markdown(header, rows) -> str:
     """A Markdown table."""
     lines = [header, ['---', *('---:' for _ in header[1:])], *rows]
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines) + '\n'
+
+
+def write_comparison(results: dict, folder, title: str, json_path: str | None = None) -> Table:
+    """Writes ``table.md``, ``grid.png`` and ``metrics.json``.
+
+    The same results give the same table: how long a run took is in the JSON and on the terminal only.
+
+    Args:
+        results (dict): From :func:`psaq_mm.engine.compare`.
+        folder (str): Where to.
+        title (str): Of table and plot.
+        json_path (str, optional): Another file for the numbers.
+
+    Returns:
+        Table: For the terminal.
+    """
+    folder = Path(folder)
+    text = markdown(*comparison_rows(results, minutes=False))
+    (folder / 'table.md').write_text(f'{title}: {scope_of(results)}\n\n{text}')
+    plot_comparison(results, folder / 'grid.png', title)
+    for path in filter(None, (folder / 'metrics.json', json_path)):
+        write_json(results, path)
+    table = comparison_table(results, title)
+    table.caption = f'{folder}/table.md, {folder}/grid.png'
+    return table
+
+
+def write_json(content, path) -> None:
+    """Indented JSON, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(path.suffix + '.tmp')
+    temporary.write_text(json.dumps(content, indent=2) + '\n')
+    os.replace(temporary, path)

@@ -59,7 +59,7 @@ def is_timm(state: State) -> bool:
 
 
 def convert_timm(state: State, model: nn.Module) -> State:
-    """A bare classifier's weights, in timm's or an older layout that timm reads, as :class:`TimmClassifier` has them."""
+    """A bare classifier's weights, in timm's or an older layout that timm reads, as TimmClassifier has them."""
     # timm keeps what it knows of older layouts beside each model.
     module = sys.modules[type(model.backbone).__module__]
     if hasattr(module, 'checkpoint_filter_fn'):

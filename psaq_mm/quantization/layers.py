@@ -173,7 +173,7 @@ def quantize_attention(attention: nn.Module, scores: LayerConfig, context: Layer
 
 
 class QuantizedProjection(QuantizedLayer, nn.Module):
-    """A linear layer whose parameters belong to a MultiheadAttention; x is (..., in_features).
+    """A linear layer whose weight belongs to a MultiheadAttention.
 
     Args:
         owner (nn.MultiheadAttention): Holds the weight and, in ``in_proj_bias``, the bias.
@@ -191,10 +191,19 @@ class QuantizedProjection(QuantizedLayer, nn.Module):
     def weight(self):
         return getattr(self.owner, self.parameter)
 
-    def forward(self, x, bias, rows=slice(None)):
-        """Rows of the weight applied to x, with the same rows' bias (or None)."""
-        x, weight = self.quantized(x)
-        return F.linear(x, weight[rows], bias)
+    def forward(self, inputs, biases):
+        """Applies an equal share of the weight's rows to each input.
+
+        Args:
+            inputs (list[Tensor]): (B, N_i, in_features) each; they share a scale.
+            biases (list[Tensor | None]): As many.
+
+        Returns:
+            list[Tensor]: (B, N_i, out_features / len(inputs)) each.
+        """
+        x, weight = self.quantized(torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0])
+        parts = x.split([i.shape[1] for i in inputs], 1)
+        return [F.linear(p, w, b) for p, w, b in zip(parts, weight.chunk(len(inputs)), biases)]
 
 
 PACKED, SEPARATE = ('in_proj', ), ('q_proj', 'k_proj', 'v_proj')
@@ -211,6 +220,11 @@ def _masked(scores, mask):
     return scores.masked_fill(mask, float('-inf')) if mask.dtype == torch.bool else scores + mask
 
 
+def _same(a, b):
+    """Whether two tensors are one, also where a library has transposed it into two objects."""
+    return a is b or a.shape == b.shape and a.stride() == b.stride() and a.data_ptr() == b.data_ptr()
+
+
 class QuantizedMultiheadAttention(nn.MultiheadAttention):
     """``nn.MultiheadAttention`` with projections and both products quantized; same parameters, same names.
 
@@ -221,7 +235,7 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
     def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
                 average_attn_weights=True, is_causal=False):
         """As :meth:`torch.nn.MultiheadAttention.forward`; ``is_causal`` is a hint there and needs ``attn_mask``."""
-        same = query is key and key is value
+        same = _same(query, key) and _same(query, value)
         batched = query.dim() == 3
         if not batched:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
@@ -258,14 +272,12 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
     def project(self, query, key, value, same):
         """Queries, keys and values of all heads, (B, N, embed_dim) each."""
         bias = self.in_proj_bias
-        if projections(self) == PACKED:
-            if same:
-                return self.in_proj(query, bias).chunk(3, -1)
-            parts = [slice(i * self.embed_dim, (i + 1) * self.embed_dim) for i in range(3)]
-            return [self.in_proj(x, None if bias is None else bias[rows], rows)
-                    for x, rows in zip((query, key, value), parts)]
         biases = (None, ) * 3 if bias is None else bias.chunk(3)
-        return [getattr(self, name)(x, b) for name, x, b in zip(SEPARATE, (query, key, value), biases)]
+        if projections(self) == SEPARATE:
+            return [getattr(self, name)([x], [b])[0] for name, x, b in zip(SEPARATE, (query, key, value), biases)]
+        if same:
+            return self.in_proj([query], [bias])[0].chunk(3, -1)
+        return self.in_proj([query, key, value], biases)
 
 
 def quantize_multihead_attention(attention: nn.MultiheadAttention, configs: dict[str, LayerConfig]) -> nn.Module:

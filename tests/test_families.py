@@ -1,0 +1,230 @@
+"""Every family of the paper: conversion is held against the library's own forward and a trace of what really runs."""
+import copy
+
+import pytest
+import torch
+from mmengine.registry import MODELS
+from torch import nn
+
+from psaq_mm.models import attention_taps, extract_features, quantize_model
+from psaq_mm.quantization import Mode, QuantizedMultiheadAttention, calibrate, quantized_layers, quantizers, set_mode
+from psaq_mm.synthesis import PatchSimilarityTap
+
+from .trace import Trace
+
+SEG_HEAD = dict(type='FCNHead', channels=8, num_classes=3, num_convs=1)
+SWIN = dict(embed_dims=16, depths=[2, 2, 2, 2], num_heads=[2, 2, 2, 2], window_size=4, out_indices=(0, 1, 2, 3))
+
+
+def mmdet_swin():
+    return MODELS.build(dict(
+        _scope_='mmdet', type='RPN', train_cfg=None, backbone=dict(type='SwinTransformer', **SWIN),
+        neck=dict(type='FPN', in_channels=[16, 32, 64, 128], out_channels=16, num_outs=5),
+        rpn_head=dict(type='RPNHead', in_channels=16, feat_channels=16, anchor_generator=dict(
+            type='AnchorGenerator', scales=[8], ratios=[1.0], strides=[4, 8, 16, 32, 64])),
+        data_preprocessor=dict(type='DetDataPreprocessor'), test_cfg=dict(rpn=dict(
+            nms_pre=10, max_per_img=10, nms=dict(type='nms', iou_threshold=0.7), min_bbox_size=0))))
+
+
+def mmseg_swin():
+    return MODELS.build(dict(
+        _scope_='mmseg', type='EncoderDecoder', backbone=dict(type='SwinTransformer', **SWIN),
+        neck=dict(type='FPN', in_channels=[16, 32, 64, 128], out_channels=16, num_outs=4),
+        decode_head=dict(SEG_HEAD, in_channels=16, in_index=0), data_preprocessor=dict(type='SegDataPreProcessor'),
+        test_cfg=dict(mode='whole')))
+
+
+def mmseg_vit():
+    return MODELS.build(dict(
+        _scope_='mmseg', type='EncoderDecoder',
+        backbone=dict(type='VisionTransformer', img_size=(64, 64), patch_size=16, embed_dims=32, num_layers=4,
+                      num_heads=4, out_indices=(0, 1, 2, 3), with_cls_token=True),
+        neck=dict(type='MultiLevelNeck', in_channels=[32] * 4, out_channels=16, scales=[4, 2, 1, 0.5]),
+        decode_head=dict(SEG_HEAD, in_channels=16, in_index=0), data_preprocessor=dict(type='SegDataPreProcessor'),
+        test_cfg=dict(mode='whole')))
+
+
+def timm_swin():
+    return MODELS.build(dict(
+        type='psaq_mm.TimmClassifier', model='swin_tiny_patch4_window7_224', num_classes=5, img_size=(64, 96),
+        window_size=4, embed_dim=16, depths=(2, 2, 2), num_heads=(2, 2, 2)))
+
+
+def timm_vit(fused=True):
+    model = MODELS.build(dict(
+        type='psaq_mm.TimmClassifier', model='deit_tiny_patch16_224', num_classes=5, img_size=(64, 96), embed_dim=32,
+        depth=3, num_heads=2))
+    for block in model.backbone.blocks:
+        block.attn.fused_attn = fused
+    return model
+
+
+def timm_vit_unfused():
+    return timm_vit(False)
+
+
+# Blocks with 4 linear layers and 2 products each; other linear layers and convolutions of backbone and neck; attention
+# class tokens.
+FAMILIES = {
+    mmdet_swin: (8, 1 + 3 + 8, 0),
+    mmseg_swin: (8, 1 + 3 + 8, 0),
+    mmseg_vit: (4, 1 + 4 + 4, 1),
+    timm_swin: (6, 1 + 2, 0),
+    timm_vit: (3, 1, 1),
+    timm_vit_unfused: (3, 1, 1),
+}
+
+
+@pytest.fixture(scope='module', params=FAMILIES, ids=lambda f: f.__name__)
+def family(request):
+    torch.manual_seed(0)
+    model = request.param().eval()
+    with torch.no_grad():  # position tables and class tokens start at zero, which would hide mistakes in them
+        for name, parameter in model.named_parameters():
+            if any(word in name for word in ('relative_position', 'cls_token', 'pos_embed', 'bias')):
+                parameter.normal_(std=0.2)
+    return model, *FAMILIES[request.param]
+
+
+SIZES = {'timm': (64, 96), 'mm': (72, 104)}  # the latter is no multiple of patch, window or shift
+
+
+def images_for(model, count=2):
+    kind = 'timm' if hasattr(model, 'head') else 'mm'
+    return torch.randn(count, 3, *SIZES[kind], generator=torch.Generator().manual_seed(1))
+
+
+def calibrated(model, stanza, images, heads=False):
+    model = quantize_model(copy.deepcopy(model), stanza)
+    calibrate(model, lambda: extract_features(model, images, heads))
+    return model
+
+
+def test_with_quantizers_off_nothing_changes(family):
+    model, images = family[0], images_for(family[0])
+    with torch.no_grad():
+        expected = extract_features(model, images)
+        converted = quantize_model(copy.deepcopy(model), {})
+        set_mode(converted, Mode.FLOAT)
+        found = extract_features(converted, images)
+    assert len(found) == len(expected)
+    for a, b in zip(expected, found):
+        assert torch.allclose(a, b, rtol=1e-5, atol=2e-5), (a - b).abs().max()
+
+
+def test_every_product_that_runs_is_quantized(family, monkeypatch):
+    model, blocks, others, _ = family
+    images = images_for(model, 1)
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one operation for everything, which a trace cannot look into
+    try:
+        with torch.no_grad(), Trace() as plain:
+            extract_features(model, images)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+    converted = calibrated(model, {}, images)
+    with torch.no_grad(), Trace() as trace:
+        extract_features(converted, images)
+    # Not the number of products: mmseg's ViT projects query, key and value one by one, which are one tensor.
+    assert trace.multiplications == plain.multiplications > 0
+    assert len(trace.products) == blocks * 6 + others
+    assert all(len(operands) == 2 and all(operands) for _, operands in trace.products), trace.products
+    assert len(quantized_layers(converted)) == len(trace.products)
+    assert all(name.startswith(('backbone.', 'neck.')) for name in quantizers(converted))
+
+
+def test_parameters_keep_their_names_and_a_state_dict_brings_the_scales(family):
+    model, images = family[0], images_for(family[0])
+    converted = calibrated(model, dict(weight=dict(bits=4)), images)
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in converted.named_parameters()]
+    other = quantize_model(copy.deepcopy(model), dict(weight=dict(bits=4)))
+    other.load_state_dict(converted.state_dict())
+    with torch.no_grad():
+        for a, b in zip(extract_features(converted, images), extract_features(other, images)):
+            assert torch.equal(a, b)
+
+
+def test_taps_see_the_patches_of_every_block(family):
+    model, blocks, _, class_tokens = family
+    converted = quantize_model(copy.deepcopy(model), dict(keep_float=['*']))  # float attention shows its products, too
+    products, prefixes = attention_taps(converted.backbone)
+    assert len(products) == blocks and set(prefixes) == {class_tokens}
+    tap = PatchSimilarityTap(products, prefixes)
+    images = images_for(model).requires_grad_()
+    converted.backbone(images)
+    if class_tokens:  # 16 x 16 patches, those at the border padded to be whole
+        height, width = SIZES['timm' if hasattr(model, 'head') else 'mm']
+        assert {t.shape[1] for t in tap.tokens} == {-(-height // 16) * -(-width // 16)}
+    entropy = tap.entropy(len(images))
+    assert entropy.shape == (2, ) and torch.isfinite(entropy).all()
+    gradient, = torch.autograd.grad(entropy.sum(), images)
+    assert gradient.abs().max() > 0
+
+
+def test_targets_may_name_heads(family):
+    model, images = family[0], images_for(family[0])
+    head = next(name for name in ('bbox_head', 'decode_head', 'head') if hasattr(model, name))
+    converted = calibrated(model, dict(targets=['backbone', head]), images, heads=True)
+    inside = [name for name in quantized_layers(converted) if name.startswith(f'{head}')]
+    linear = (nn.Linear, nn.Conv2d)
+    expected = sum(isinstance(m, linear) for m in getattr(model, head).modules())
+    assert len(inside) == expected > 0
+    assert not any(name.startswith('neck') for name in quantized_layers(converted))
+    with torch.no_grad():
+        features = extract_features(converted, images, heads=True)
+        assert len(features) > len(extract_features(converted, images))  # the head's outputs are compared, too
+        torch.testing.assert_close(features[0], extract_features(converted, images)[0])
+
+
+# -- nn.MultiheadAttention, in every way it can be called --------------------------------------------------------------
+
+ATTENTIONS = {
+    'packed': dict(),
+    'batch first': dict(batch_first=True),
+    'no bias': dict(bias=False),
+    'other widths': dict(kdim=12, vdim=20),
+    'extra keys': dict(add_bias_kv=True, add_zero_attn=True),
+}
+
+
+@pytest.mark.parametrize('options', ATTENTIONS.values(), ids=ATTENTIONS)
+@pytest.mark.parametrize('masks', ['none', 'boolean', 'float', 'per head'])
+def test_multihead_attention_computes_what_torch_does(options, masks):
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.backbone = nn.MultiheadAttention(16, 4, **options).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    batch, length, keys = 2, 5, 7
+    query = torch.randn(batch, length, 16)
+    key = torch.randn(batch, keys, options.get('kdim', 16))
+    value = torch.randn(batch, keys, options.get('vdim', 16))
+    if not options.get('batch_first'):
+        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+    mask = {
+        'none': dict(),
+        'boolean': dict(attn_mask=torch.rand(length, keys) > 0.7, key_padding_mask=torch.tensor([[False] * 6 + [True]] * 2)),
+        'float': dict(attn_mask=torch.randn(length, keys), key_padding_mask=torch.randn(batch, keys)),
+        'per head': dict(attn_mask=torch.randn(batch * 4, length, keys)),
+    }[masks]
+    expected, weights = model.backbone(query, key, value, **mask)
+    from psaq_mm.quantization import convert, quantizable
+    from psaq_mm.stanza import QuantizationConfig
+    layers = quantizable(model, ['backbone'])
+    convert(model, layers, QuantizationConfig.parse({}).layer_configs(layers))
+    assert type(model.backbone) is QuantizedMultiheadAttention
+    assert len(layers) == (6 if 'kdim' in options else 4)
+    calibrate(model, lambda: model.backbone(query, key, value, **mask))
+    error = (model.backbone(query, key, value, **mask)[0] - expected).abs().max()
+    assert 0 < error < 0.1 * expected.abs().max()
+    set_mode(model, Mode.FLOAT)
+    found, found_weights = model.backbone(query, key, value, **mask)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found_weights, weights)
+    per_head = model.backbone(query, key, value, average_attn_weights=False, **mask)[1]
+    torch.testing.assert_close(per_head.mean(1), weights)
+    assert model.backbone(query, key, value, need_weights=False, **mask)[1] is None
+    if masks == 'none':
+        single = [x[0] if options.get('batch_first') else x[:, 0] for x in (query, key, value)]
+        torch.testing.assert_close(model.backbone(*single)[0],
+                                   expected[0] if options.get('batch_first') else expected[:, 0])
