@@ -26,6 +26,7 @@ from psaq_mm.stanza import QuantizationConfig
 from .conftest import DEMO_CONFIG
 from .trace import Trace
 
+
 @pytest.fixture(scope='module')
 def detector():
     return MODELS.build(Config.fromfile(DEMO_CONFIG).model).eval()

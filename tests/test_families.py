@@ -7,7 +7,17 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from psaq_mm.models import attention_taps, extract_features, quantize_model
-from psaq_mm.quantization import Mode, QuantizedMultiheadAttention, calibrate, quantized_layers, quantizers, set_mode
+from psaq_mm.quantization import (
+    Mode,
+    QuantizedMultiheadAttention,
+    calibrate,
+    convert,
+    quantizable,
+    quantized_layers,
+    quantizers,
+    set_mode,
+)
+from psaq_mm.stanza import QuantizationConfig
 from psaq_mm.synthesis import PatchSimilarityTap
 
 from .trace import Trace
@@ -203,13 +213,12 @@ def test_multihead_attention_computes_what_torch_does(options, masks):
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
     mask = {
         'none': dict(),
-        'boolean': dict(attn_mask=torch.rand(length, keys) > 0.7, key_padding_mask=torch.tensor([[False] * 6 + [True]] * 2)),
+        'boolean': dict(attn_mask=torch.rand(length, keys) > 0.7,
+                        key_padding_mask=torch.tensor([[False] * 6 + [True]] * 2)),
         'float': dict(attn_mask=torch.randn(length, keys), key_padding_mask=torch.randn(batch, keys)),
         'per head': dict(attn_mask=torch.randn(batch * 4, length, keys)),
     }[masks]
     expected, weights = model.backbone(query, key, value, **mask)
-    from psaq_mm.quantization import convert, quantizable
-    from psaq_mm.stanza import QuantizationConfig
     layers = quantizable(model, ['backbone'])
     convert(model, layers, QuantizationConfig.parse({}).layer_configs(layers))
     assert type(model.backbone) is QuantizedMultiheadAttention

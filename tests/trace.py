@@ -6,8 +6,8 @@ aten = torch.ops.aten
 PRODUCTS = {aten.addmm.default, aten.mm.default, aten.bmm.default, aten.convolution.default, aten.baddbmm.default,
             aten.linear.default}
 FAKE_QUANTIZE = ('fake_quantize_per_tensor', 'fake_quantize_per_channel', '_fake_quantize')
-VIEWS = ('clone', 'expand', 'view', '_unsafe_view', 't', 'transpose', 'permute', 'reshape', '_reshape_alias', '_to_copy',
-         'as_strided', 'unsqueeze', 'slice', 'split')
+VIEWS = ('clone', 'expand', 'view', '_unsafe_view', 't', 'transpose', 'permute', 'reshape', '_reshape_alias',
+         '_to_copy', 'as_strided', 'unsqueeze', 'slice', 'split')
 
 
 class Trace(TorchDispatchMode):
@@ -41,6 +41,7 @@ class Trace(TorchDispatchMode):
             tensors = [a for a in args if isinstance(a, torch.Tensor) and a.dim() >= 2]
             self.products.append((name, [self.comes_quantized(t) for t in tensors[-2:]
                                          if func is not aten.convolution.default or t.dim() == 4]))
-        elif name.split('.')[0] in VIEWS and args and isinstance(args[0], torch.Tensor) and self.comes_quantized(args[0]):
-            self.mark(out)
+        elif name.split('.')[0] in VIEWS and args and isinstance(args[0], torch.Tensor):
+            if self.comes_quantized(args[0]):
+                self.mark(out)
         return out

@@ -1,5 +1,5 @@
 """The data-free loop, its hooks and data set, and what turns a stanza into a runner. Knows mmengine."""
-from .checkpoint import CheckpointError, read_checkpoint, save_quantized
+from .checkpoint import CheckpointError, convert_file, read_checkpoint, save_quantized
 from .compare import compare
 from .config import data_free_config, evaluation_gap, float_config, test_config
 from .hooks import QuantizationHook, QuantizedCheckpointHook, SyntheticImageHook
@@ -11,7 +11,7 @@ from .runner import QuantizationRunner
 
 __all__ = [
     'CheckpointError', 'DataFreeLoop', 'NoiseDataset', 'QuantizationHook', 'QuantizationRunner',
-    'QuantizedCheckpointHook', 'SyntheticImageHook', 'compare', 'comparison_table', 'data_free_config', 'evaluate',
-    'evaluation_gap', 'float_config', 'markdown', 'quantize', 'read_checkpoint', 'result_table', 'save_quantized',
-    'test_config', 'with_stanza', 'write_comparison', 'write_json'
+    'QuantizedCheckpointHook', 'SyntheticImageHook', 'compare', 'comparison_table', 'convert_file', 'data_free_config',
+    'evaluate', 'evaluation_gap', 'float_config', 'markdown', 'quantize', 'read_checkpoint', 'result_table',
+    'save_quantized', 'test_config', 'with_stanza', 'write_comparison', 'write_json'
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..models import convert_state
+from ..models import convert_state, convert_swin, is_original_swin
 from ..quantization import quantizers
 from ..version import __version__
 
@@ -104,6 +104,28 @@ def in_own_layout(content: dict, folder: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(dict(meta=plain(content['meta']), state_dict=content['state_dict']), path)
     return str(path)
+
+
+def convert_file(source: str, target: str) -> int:
+    """Writes a checkpoint of the original Swin detectors or segmentors in the layout of mmdet 3 and mmseg 1.
+
+    Returns:
+        int: Number of tensors written.
+
+    Raises:
+        CheckpointError: If the checkpoint cannot be read, or has another layout.
+    """
+    content = read_checkpoint(source)
+    state = content['state_dict']
+    if not is_original_swin(state):
+        has = 'is in the layout of mmdet 3 and mmseg 1 already' if any(
+            key.startswith('backbone.stages.') for key in state) else f'has keys like {_listing(sorted(state))}'
+        raise CheckpointError(f"{content['path']} {has}; what can be converted are Swin detectors and segmentors with "
+                              "keys like 'backbone.layers.0.blocks.0.attn.qkv.weight'")
+    state = convert_swin(state)
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(dict(meta=plain(content['meta']), state_dict=state), Path(target))
+    return len(state)
 
 
 # Buffers that follow from the architecture; some versions store them, some don't.

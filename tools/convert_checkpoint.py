@@ -1,0 +1,35 @@
+"""Brings a checkpoint of Swin-Transformer-Object-Detection or -Semantic-Segmentation to mmdet 3's and mmseg 1's layout.
+
+    python tools/convert_checkpoint.py cascade_mask_rcnn_swin_small_patch4_window7.pth converted.pth
+
+tools/dfq.py does the same by itself when it loads such a file; this is for other tools.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description='Converts a mmdet 2 / mmseg 0 Swin checkpoint for mmdet 3 / mmseg 1.')
+    parser.add_argument('source', help='checkpoint: path or http(s) address')
+    parser.add_argument('target', help='file to write')
+    parser.add_argument('--overwrite', action='store_true', help='replace the target if it exists')
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()  # before the heavy imports: --help answers at once
+    from psaq_mm.engine import convert_file
+    from psaq_mm.errors import UserError
+    try:
+        if Path(args.target).exists() and not args.overwrite:
+            raise UserError(f'{args.target} exists: give another target, or --overwrite')
+        print(f'{args.target}: {convert_file(args.source, args.target)} tensors in the layout of mmdet 3 and mmseg 1')
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
