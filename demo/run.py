@@ -1,8 +1,9 @@
-"""The embedded demo: quantizes a small Mask R-CNN + Swin without data and compares with what else one could do.
+"""The embedded demos: quantize three small models without data and compare with what else one could do.
 
-    python demo/run.py             # or make demo
+    python demo/run.py                             # or make demo: detection, segmentation, classification
+    python demo/run.py segmentation --bits W4A8
 
-Renders the validation scenes, then full precision, noise, V1, V2 and real-data calibration side by side. Pictures and
+Renders the evaluation images, then full precision, noise, V1, V2 and real-data calibration side by side. Pictures and
 tables go to work_dirs/demo. Parts that are finished are not done again: delete that folder to start over.
 """
 import argparse
@@ -11,84 +12,63 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-METHODS = ('noise', 'psaq_v1', 'psaq_v2', 'real')
+sys.path[:0] = [str(HERE), str(HERE.parent / 'tools')]
+from grid import METHODS, bits  # noqa: E402
+
+CONFIGS = dict(detection='dfq_w8a8.py', segmentation='dfq_segmentation_w8a8.py',
+               classification='dfq_classification_w8a8.py')
+TITLES = dict(
+    detection='Mask R-CNN + Swin, 100 rendered scenes', segmentation='UperNet + Swin, 100 rendered scenes',
+    classification='ViT, 600 rendered objects')
 
 
-def draw_predictions(full_config, full_checkpoint, quantized, images, out):
-    """Writes a picture: each scene with full-precision predictions above, quantized below."""
-    import mmcv
-    import numpy as np
-    from mmdet.apis import inference_detector, init_detector
-    from mmdet.registry import VISUALIZERS
-    from PIL import Image
-
-    from psaq_mm.engine.hooks import grid
-    pictures = []
-    for config, checkpoint in ((full_config, full_checkpoint), quantized):
-        model = init_detector(config, str(checkpoint), device='cpu')
-        visualizer = VISUALIZERS.build(dict(type='DetLocalVisualizer', name=f'demo_{len(pictures)}'))
-        visualizer.dataset_meta = model.dataset_meta
-        for path in images:
-            image = mmcv.imread(str(path), channel_order='rgb')
-            image = mmcv.imrescale(image, 2.0)
-            result = inference_detector(model, mmcv.imread(str(path)))
-            instances = result.pred_instances[result.pred_instances.scores > 0.5].cpu()
-            instances.bboxes *= 2
-            instances.masks = torch_resize(instances.masks, image.shape[:2])
-            result.pred_instances = instances
-            visualizer.add_datasample('demo', image, result, draw_gt=False, pred_score_thr=0.5)
-            pictures.append(np.asarray(visualizer.get_image()))
-    Image.fromarray(grid(pictures, columns=len(images))).save(out)
-
-
-def torch_resize(masks, size):
-    """Boolean masks (N, h, w) enlarged to (N, *size)."""
-    import torch
-    if not len(masks):
-        return torch.zeros(0, *size, dtype=torch.bool)
-    return torch.nn.functional.interpolate(masks[None].float(), size=size, mode='nearest')[0].bool()
+def parse_args():
+    parser = argparse.ArgumentParser(description='The embedded demos.')
+    parser.add_argument('tasks', nargs='*', metavar='TASK', help=f'of {", ".join(CONFIGS)} (default: all)')
+    parser.add_argument('--methods', nargs='+', choices=METHODS, default=METHODS)
+    parser.add_argument('--bits', nargs='+', type=bits, metavar='WxAy', default=[(8, 8)], help='default: W8A8')
+    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo'))
+    parser.add_argument('--json', metavar='FILE', help='also write the numbers of all tasks to this file')
+    args = parser.parse_args()
+    wrong = [task for task in args.tasks if task not in CONFIGS]
+    if wrong:
+        parser.error(f"no demo '{wrong[0]}' (choose from {', '.join(CONFIGS)})")
+    return args
 
 
 def main():
-    parser = argparse.ArgumentParser(description='The embedded demo.')
-    parser.add_argument('--config', default=str(HERE / 'dfq_w8a8.py'), help='demo config')
-    parser.add_argument('--methods', nargs='+', choices=METHODS, default=METHODS)
-    parser.add_argument('--weight-bits', nargs='+', type=int, default=[8])
-    parser.add_argument('--work-dir', default='work_dirs/demo')
-    parser.add_argument('--json', metavar='FILE', help='also write the numbers to this file')
-    args = parser.parse_args()
+    args = parse_args()
     os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')  # small enough for any machine, and the same numbers on all
-    sys.path.insert(0, str(HERE))
+    import pictures
     import scenes
     from mmengine.config import Config
     from rich.console import Console
 
-    from psaq_mm.engine import compare, comparison_rows, comparison_table, float_config, markdown, write_json
+    from psaq_mm.engine import compare, float_config, write_comparison, write_json
     from psaq_mm.errors import UserError
-    for split in ('val', 'calib'):
-        scenes.write_split(HERE / 'data', split, *scenes.SPLITS[split])
-    out = Path(args.work_dir)
-    cfg = Config.fromfile(args.config)
-    try:
-        results = compare(cfg, args.methods, [(bits, 8) for bits in args.weight_bits], out)
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    header, rows = comparison_rows(results['runs'], results['full_precision'])
-    (out / 'table.md').write_text(markdown(header, rows))
-    write_json(results, out / 'metrics.json')
+    scenes.write(HERE / 'data', ('val', 'calib'))
+    console, everything, tables = Console(), {}, []
+    for task in args.tasks or CONFIGS:
+        out = args.work_dir / task
+        cfg = Config.fromfile(HERE / CONFIGS[task])
+        try:
+            everything[task] = results = compare(cfg, args.methods, args.bits, out)
+        except UserError as error:
+            print(f'error: {error}', file=sys.stderr)
+            return 2
+        table = write_comparison(results, out, TITLES[task])
+        best = results['runs'].get('W{}A{} psaq_v2'.format(*args.bits[0]))
+        if best:
+            picture = out / 'predictions.png'
+            pictures.draw(task, (float_config(cfg), cfg.load_from), (best['test_config'], best['checkpoint']),
+                          HERE / 'data', picture)
+            table.caption += (f"\nsynthetic images: {Path(best['checkpoint']).parent / 'synthetic.png'}"
+                              f'\npredictions, full precision above, quantized below: {picture}')
+        tables.append(table)
+    for table in tables:
+        console.print(table)
     if args.json:
-        write_json(results, args.json)
-    best = results['runs'].get(f'W{args.weight_bits[0]}A8 psaq_v2')
-    if best:
-        draw_predictions(float_config(cfg), cfg.load_from, (best['test_config'], best['checkpoint']),
-                         sorted((HERE / 'data' / 'val').glob('*.png'))[:4], out / 'predictions.png')
-    Console().print(comparison_table(results['runs'], results['full_precision'],
-                                     'Demo: Mask R-CNN + Swin, 100 rendered scenes; backbone and neck quantized'))
-    print(f'table: {out}/table.md')
-    if best:
-        print(f"synthetic images: {Path(best['checkpoint']).parent / 'synthetic.png'}\n"
-              f'predictions, full precision above, quantized below: {out}/predictions.png')
+        write_json(everything, args.json)
     return 0
 
 

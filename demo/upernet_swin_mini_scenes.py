@@ -53,7 +53,7 @@ optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=6e-4, weight_decay=0.05),
     paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0.,
-                       custom_keys=dict(relative_position_bias_table=dict(decay_mult=0.))),
+                       custom_keys=dict(backbone=dict(lr_mult=0.15))),
     clip_grad=dict(max_norm=5.0))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=150),

@@ -13,7 +13,7 @@ from mmengine.runner import Runner
 
 from psaq_mm.engine import CheckpointError, NoiseDataset, evaluation_gap, quantize, read_checkpoint
 from psaq_mm.engine.checkpoint import load_float
-from psaq_mm.engine.config import without_pretrained
+from psaq_mm.engine.config import default_scope, without_pretrained
 from psaq_mm.errors import UserError
 from psaq_mm.models import quantize_model
 from psaq_mm.quantization import quantizers
@@ -21,6 +21,7 @@ from psaq_mm.registry import HOOKS
 from psaq_mm.stanza import StanzaError
 
 from .conftest import DEMO_CHECKPOINT, DEMO_CONFIG, ROOT, run_tool
+from .test_converters import old_layout
 
 
 def config(path, work_dir, **stanza):
@@ -314,10 +315,17 @@ def test_checkpointed_activations_do_not_hide_the_tokens(small_config, tmp_path,
     assert same(weights(tmp_path), uninterrupted)
 
 
-def test_targets_that_never_run_and_backbones_without_attention_end_early(small_config, tmp_path):
-    with pytest.raises(UserError, match='rpn_head.*never runs'):
-        run(config(small_config, tmp_path, targets=['backbone', 'rpn_head']))
-    assert not list(tmp_path.glob('iter_*'))
+def test_heads_of_a_detector_are_quantized_when_they_are_named(small_config, tmp_path):
+    targets = ['backbone', 'neck', 'rpn_head', 'roi_head.bbox_head', 'roi_head.mask_head']
+    result = run(config(small_config, tmp_path, targets=targets))
+    assert result['scope'] == targets
+    state = weights(tmp_path)
+    for layer in ('rpn_head.rpn_conv', 'roi_head.bbox_head.fc_cls', 'roi_head.mask_head.conv_logits'):
+        assert torch.isfinite(state[f'{layer}.weight_quantizer.scale']).all()
+        assert torch.isfinite(state[f'{layer}.input_quantizer.scale']).all()
+
+
+def test_backbones_without_attention_end_early(small_config, tmp_path):
     cfg = Config.fromfile(small_config)
     cfg.model.backbone = dict(type='ResNet', depth=18, num_stages=4, out_indices=(0, 1, 2, 3))
     cfg.model.neck.in_channels = [64, 128, 256, 512]
@@ -392,26 +400,72 @@ def test_two_processes_play_and_evaluate(small_config, tmp_path):
 # -- configs ---------------------------------------------------------------------------------------------------------
 
 CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
+# Blocks of the backbone, and quantized weights beside four in each block: patch embedding, merging, neck, head.
+DEPTH = dict(swin_t=12, swin_s=24, deit_t=12, deit_s=12, deit_b=12)
+BESIDE = dict(mask=1 + 3 + 8, cascade=1 + 3 + 8, upernet_swin=1 + 3, upernet_deit=1 + 8, swin=1 + 3 + 1, deit=1 + 1)
+MISSING = dict(mask='annotations/instances_val2017.json', cascade='annotations/instances_val2017.json',
+               upernet='images/validation', swin='data/imagenet/val', deit='data/imagenet/val')
+SLOW = ('w4a8', 'deit_b')  # the same code as their siblings
 
 
-@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
-def test_paper_configs_build_and_run_one_complete_step_at_full_size(path, tmp_path):
+def starting_with(table, stem):
+    return next(value for key, value in table.items() if stem.startswith(key))
+
+
+@pytest.mark.parametrize('path', [
+    pytest.param(p, marks=[pytest.mark.slow] if any(word in p.stem for word in SLOW) else []) for p in CONFIGS
+], ids=lambda p: p.stem)
+def test_paper_configs_build_and_run_complete_steps_at_full_size(path, tmp_path):
     """The full model, its weights from a file of the official layout; a small image and two steps of each kind."""
     cfg = Config.fromfile(path)
-    assert cfg.load_from.startswith('https://download.openmmlab.com/mmdetection/v2.0/swin/mask_rcnn_swin-')
-    torch.save(dict(state_dict=MODELS.build(without_pretrained(copy.deepcopy(cfg.model))).state_dict()),
-               tmp_path / 'full.pth')
-    cfg.quantization.merge(dict(synthesis=dict(num_images=2, batch_size=1, size=(64, 64), steps=2),
+    default_scope(cfg)
+    model = MODELS.build(without_pretrained(copy.deepcopy(cfg.model)))
+    state = model.state_dict()
+    size = (64, 64)
+    if cfg.model.type == 'TimmClassifier':
+        assert cfg.model.pretrained is True and not cfg.get('load_from')
+        size = (224, 224)
+        head = 'head.fc.' if 'swin' in path.stem else 'head.'
+        state = {k.replace('head.', head) if k.startswith('head.') else k.removeprefix('backbone.'): v
+                 for k, v in state.items()}
+    elif path.stem.startswith('cascade'):
+        assert cfg.load_from.startswith('https://github.com/SwinTransformer/storage/releases/download/v1.0.2/cascade')
+        state = old_layout(state)
+    else:
+        assert cfg.load_from.startswith('https://download.openmmlab.com/mm')
+    torch.save(dict(state_dict=state), tmp_path / 'full.pth')
+    del model, state
+    cfg.quantization.merge(dict(synthesis=dict(num_images=2, batch_size=1, size=size, steps=2),
                                 game=dict(steps=2, evaluate_every=1)))
     cfg.work_dir = str(tmp_path / 'run')
     result = quantize(cfg, str(tmp_path / 'full.pth'))
     bits = int(path.stem.split('_w')[-1][0])
     assert result['bits'] == dict(weight=bits, activation=8)
-    assert 'annotations/instances_val2017.json does not exist' in result['not_evaluated']
-    depth = dict(t=12, s=24)[path.stem.split('swin_')[1][0]]
+    assert f'{starting_with(MISSING, path.stem)} does not exist' in result['not_evaluated']
+    depth = next(d for name, d in DEPTH.items() if name in path.stem)
     scales = [k for k in weights(tmp_path / 'run') if k.endswith('weight_quantizer.scale')]
-    assert len(scales) == depth * 4 + 1 + 3 + 8
+    assert len(scales) == depth * 4 + starting_with(BESIDE, path.stem)
     assert result['size_mb']['quantized'] < result['size_mb']['full_precision']
+
+
+def test_every_system_of_the_paper_has_its_configs():
+    detectors = [f'{kind}_swin_{size}' for kind in ('mask_rcnn', 'cascade_mask_rcnn') for size in 'ts']
+    segmentors = ['upernet_swin_t', 'upernet_swin_s', 'upernet_deit_s']
+    classifiers = ['deit_t', 'deit_s', 'deit_b', 'swin_t', 'swin_s']
+    assert {p.stem for p in CONFIGS} == {
+        f'{system}_w{bits}a8' for system in detectors + segmentors + classifiers for bits in (8, 4)}
+
+
+def test_cascade_is_built_as_it_was_trained():
+    cfg = Config.fromfile(ROOT / 'configs' / 'cascade_mask_rcnn_swin_s_w8a8.py')
+    assert cfg.model.type == 'CascadeRCNN' and cfg.model.backbone.depths == [2, 2, 18, 2]
+    heads = cfg.model.roi_head.bbox_head
+    assert [h.bbox_coder.target_stds for h in heads] == [[.1, .1, .2, .2], [.05, .05, .1, .1], [.033, .033, .067, .067]]
+    for head in heads:
+        assert (head.type, head.num_shared_convs, head.num_shared_fcs) == ('ConvFCBBoxHead', 4, 1)
+        assert head.norm_cfg.type == 'SyncBN' and head.loss_bbox.type == 'GIoULoss' and head.reg_decoded_bbox
+    scales = cfg.train_pipeline[3].transforms[0][0].scales
+    assert (scales[0], scales[-1], len(scales)) == ((480, 1333), (800, 1333), 11)
 
 
 def test_the_runner_type_of_base_dfq_converts_for_the_ecosystems_test_tool(small_config, tmp_path):
