@@ -1,3 +1,3 @@
-_base_ = ['mmseg::vit/vit_deit-s16_mln_upernet_8xb2-160k_ade20k-512x512.py', './_base_/dfq.py']
+_base_ = ['mmseg::vit/vit_deit-s16_mln_upernet_8xb2-160k_ade20k-512x512.py', './_base_/dfq_mmseg.py']
 load_from = 'https://download.openmmlab.com/mmsegmentation/v0.5/vit/upernet_deit-s16_mln_512x512_160k_ade20k/upernet_deit-s16_mln_512x512_160k_ade20k_20210621_161021-fb9a5dfb.pth'  # noqa: E501
 quantization = dict(weight=dict(bits=4), activation=dict(bits=8))

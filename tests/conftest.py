@@ -36,6 +36,8 @@ def scenes(tmp_path_factory):
     folder = tmp_path_factory.mktemp('scenes')
     renderer.write_split(folder, 'val', 6, 2)
     renderer.write_split(folder, 'calib', 4, 3)
+    renderer.write_objects(folder, 'val', 30, 5)
+    renderer.write_objects(folder, 'calib', 8, 6)
     return folder
 
 
@@ -73,4 +75,39 @@ def quantized_run(small_config, tmp_path_factory):
     """The work dir of one complete run of tools/dfq.py, and what it printed."""
     work_dir = tmp_path_factory.mktemp('run')
     done = run_tool('tools/dfq.py', small_config, '--work-dir', work_dir)
+    return work_dir, done.stdout
+
+
+def small_task(folder, scenes, task, **stanza):
+    """A config file on top of one of the other demos': few images, few steps, on rendered images of this test run."""
+    path = folder / f'small_{task}.py'
+    stanza = dict(synthesis=dict(num_images=6, batch_size=3, size=(96, 96), steps=4),
+                  game=dict(steps=8, evaluate_every=2, student_patience=3, image_patience=2), **stanza)
+    root = f'{scenes}/objects/' if task == 'classification' else f'{scenes}/'
+    path.write_text(f"""
+_base_ = ['{ROOT}/demo/dfq_{task}_w8a8.py']
+quantization = {stanza}
+default_hooks = dict(logger=dict(interval=2))
+val_dataloader = dict(dataset=dict(data_root='{root}'))
+test_dataloader = dict(dataset=dict(data_root='{root}'))
+calib_dataloader = dict(dataset=dict(data_root='{root}'))
+""")
+    return path
+
+
+@pytest.fixture(scope='session')
+def segmentation_config(scenes, tmp_path_factory):
+    return small_task(tmp_path_factory.mktemp('config'), scenes, 'segmentation')
+
+
+@pytest.fixture(scope='session')
+def classification_config(scenes, tmp_path_factory):
+    return small_task(tmp_path_factory.mktemp('config'), scenes, 'classification')
+
+
+@pytest.fixture(scope='session')
+def segmentation_run(segmentation_config, tmp_path_factory):
+    """As :func:`quantized_run`, of the segmentor."""
+    work_dir = tmp_path_factory.mktemp('segmentation')
+    done = run_tool('tools/dfq.py', segmentation_config, '--work-dir', work_dir)
     return work_dir, done.stdout

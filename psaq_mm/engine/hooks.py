@@ -30,14 +30,16 @@ class QuantizationHook(Hook):
     Also carries the loop's state through checkpoints.
 
     Args:
-        quantization (dict): The stanza.
+        quantization (dict, optional): The stanza. Default: the one in the runner's config.
     """
     priority = 'VERY_HIGH'
 
-    def __init__(self, quantization):
-        self.quantization = QuantizationConfig.parse(quantization)
+    def __init__(self, quantization=None):
+        self.quantization = None if quantization is None else QuantizationConfig.parse(quantization)
 
     def before_run(self, runner):
+        if self.quantization is None:
+            self.quantization = QuantizationConfig.parse(runner.cfg['quantization'])
         model = quantize_model(bare(runner.model), self.quantization)
         # A checkpoint follows: initialising weights would cost time and print that training starts from scratch.
         model._is_init = True
