@@ -32,5 +32,5 @@ $(READY): requirements/build.txt requirements/lock.txt setup.py
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements/lock.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps -e .
 	$(BIN)/python -m pip check
-	$(BIN)/python -c "import mmcv.ops, mmdet, psaq_mm"
+	$(BIN)/python -c "import psaq_mm, mmcv.ops, mmdet, mmseg, timm"
 	touch $(READY)

@@ -15,7 +15,7 @@ def read_version():
 setup(
     name='psaq_mm',
     version=read_version(),
-    description='Data-free quantization of OpenMMLab detectors (PSAQ-ViT V2)',
+    description='Data-free quantization of OpenMMLab detectors, segmentors and timm classifiers (PSAQ-ViT V2)',
     long_description=(HERE / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
@@ -27,8 +27,14 @@ setup(
         'mmengine>=0.10.4,<0.11',
         'mmcv>=2.0.0,<2.2.0',
         'mmdet>=3.3.0,<3.4',
+        'mmsegmentation>=1.2.0,<1.3',
+        'timm>=1.0.9',
+        'torchvision',  # timm imports it
         'numpy',
         'six',  # mmdet 3.3.0 imports it without declaring it
+        'ftfy',  # so does mmsegmentation 1.2.2
+        'regex',
+        'matplotlib',
         'rich',
         'Pillow',
     ],

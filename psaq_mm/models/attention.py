@@ -13,6 +13,7 @@ ATTENTIONS = (
     'mmdet.models.backbones.swin.WindowMSA',
     'mmseg.models.backbones.swin.WindowMSA',
     'timm.layers.attention.Attention',
+    'timm.models.vision_transformer.Attention',  # where older releases of timm have it
     'timm.models.swin_transformer.WindowAttention',
 )
 
@@ -29,7 +30,7 @@ def attention_types() -> tuple[type, ...]:
     found = []
     for path in ATTENTIONS:
         module, _, name = path.rpartition('.')
-        if module in sys.modules:
+        if hasattr(sys.modules.get(module), name):
             found.append(getattr(sys.modules[module], name))
     return tuple(found)
 
