@@ -4,8 +4,8 @@
     python benchmarks/published_quantizer.py --grid work_dirs/deit_tiny
 
 psaq_mm quantizes the operands of products. V1's code also quantizes the sums that carry the tokens from block to block
-(the residual stream) and the logits. This adds quantizers there, calibrates on the same images as the grid did and prints
-top-1 with each. The student is not trained: methods differ in their images only.
+(the residual stream) and the logits. This adds quantizers there, calibrates on the same images as the grid did and
+prints top-1 with each. The student is not trained: methods differ in their images only.
 """
 import argparse
 import sys
