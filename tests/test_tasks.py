@@ -19,7 +19,7 @@ def tool_of(package, name):
     return Path(package.__file__).parent / '.mim' / 'tools' / name
 
 
-def tested(tool, config, checkpoint, work_dir, *options):
+def run_test_tool(tool, config, checkpoint, work_dir, *options):
     done = run_tool(tool, config, checkpoint, '--work-dir', work_dir, *options, cwd=work_dir.parent)
     return done.stdout + done.stderr
 
@@ -46,7 +46,7 @@ def test_mmsegs_test_tool_takes_both_configs(segmentation_run, segmentation_conf
     metrics = json.loads((work_dir / 'metrics.json').read_text())
     maps = []
     for name, config in (('a', work_dir / 'test_config.py'), ('b', segmentation_config)):
-        text = tested(tool_of(mmseg, 'test.py'), config, work_dir / 'quantized.pth', work_dir / name, '--out',
+        text = run_test_tool(tool_of(mmseg, 'test.py'), config, work_dir / 'quantized.pth', work_dir / name, '--out',
                       work_dir / f'maps_{name}')
         assert number('mIoU', text) == pytest.approx(metrics['quantized']['mIoU'], abs=1e-3)
         maps.append([np.asarray(Image.open(p)) for p in sorted((work_dir / f'maps_{name}').glob('*.png'))])
@@ -103,7 +103,7 @@ def test_classification_end_to_end(classification_config, tmp_path):
     assert metrics['scope'] == ['backbone', 'head']
     assert 'top-1' in printed and f"{metrics['quantized']['accuracy/top1']:.1f}" in printed
     for package in (mmdet, mmseg):  # any mmengine test tool will do
-        text = tested(tool_of(package, 'test.py'), tmp_path / 'run' / 'test_config.py',
+        text = run_test_tool(tool_of(package, 'test.py'), tmp_path / 'run' / 'test_config.py',
                       tmp_path / 'run' / 'quantized.pth', tmp_path / package.__name__)
         assert number('accuracy/top1', text) == pytest.approx(metrics['quantized']['accuracy/top1'], abs=1e-3)
 
