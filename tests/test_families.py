@@ -44,14 +44,20 @@ def mmseg_swin():
         test_cfg=dict(mode='whole')))
 
 
-def mmseg_vit():
+MULTI_LEVEL = dict(type='MultiLevelNeck', in_channels=[32] * 4, out_channels=16, scales=[4, 2, 1, 0.5])
+
+
+def mmseg_vit(neck=MULTI_LEVEL):
     return MODELS.build(dict(
         _scope_='mmseg', type='EncoderDecoder',
         backbone=dict(type='VisionTransformer', img_size=(64, 64), patch_size=16, embed_dims=32, num_layers=4,
                       num_heads=4, out_indices=(0, 1, 2, 3), with_cls_token=True),
-        neck=dict(type='MultiLevelNeck', in_channels=[32] * 4, out_channels=16, scales=[4, 2, 1, 0.5]),
-        decode_head=dict(SEG_HEAD, in_channels=16, in_index=0), data_preprocessor=dict(type='SegDataPreProcessor'),
-        test_cfg=dict(mode='whole')))
+        neck=neck, decode_head=dict(SEG_HEAD, in_channels=neck.get('out_channels', 32), in_index=0),
+        data_preprocessor=dict(type='SegDataPreProcessor'), test_cfg=dict(mode='whole')))
+
+
+def mmseg_vit_pyramid():
+    return mmseg_vit(dict(type='Feature2Pyramid', embed_dim=32, norm_cfg=dict(type='BN')))
 
 
 def timm_swin():
@@ -79,6 +85,7 @@ FAMILIES = {
     mmdet_swin: (8, 1 + 3 + 8, 0),
     mmseg_swin: (8, 1 + 3 + 8, 0),
     mmseg_vit: (4, 1 + 4 + 4, 1),
+    mmseg_vit_pyramid: (4, 1 + 3, 1),
     timm_swin: (6, 1 + 2, 0),
     timm_vit: (3, 1, 1),
     timm_vit_unfused: (3, 1, 1),

@@ -4,12 +4,15 @@ import copy
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from psaq_mm.errors import UserError
 from psaq_mm.quantization import (
     ActivationConfig,
     FakeQuantizer,
+    LayerConfig,
     Mode,
+    QuantizedConvTranspose2d,
     QuantizerMismatchError,
     UncalibratedError,
     WeightConfig,
@@ -170,3 +173,25 @@ def test_state_round_trip_and_mismatch():
 def test_bfloat16_goes_in_and_out():
     quantizer = calibrated(ActivationConfig(), torch.randn(100))
     assert quantizer(torch.randn(3).bfloat16()).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize('groups', [1, 2])
+def test_a_transposed_convolution_has_a_scale_for_each_output_channel(groups):
+    layer = nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=groups)
+    layer.weight.data[:, 1] *= 50
+    config = LayerConfig(weight=WeightConfig(), activation=ActivationConfig())
+    converted = QuantizedConvTranspose2d.from_float(layer, config)
+    x = torch.randn(2, 4, 5, 7)
+    for output_size in (None, (10, 14)):
+        for quantizer in (converted.input_quantizer, converted.weight_quantizer):
+            quantizer.mode = Mode.FLOAT
+        assert torch.equal(converted(x, output_size), layer(x, output_size))
+    converted.input_quantizer.observe(x)
+    converted.weight_quantizer.observe(layer.weight)
+    for quantizer in (converted.input_quantizer, converted.weight_quantizer):
+        quantizer.calibrate()
+        quantizer.mode = Mode.QUANTIZE
+    scale = converted.weight_quantizer.scale
+    torch.testing.assert_close(scale, layer.weight.detach().abs().amax((0, 2, 3)) / 127)
+    expected = layer(x)
+    assert 0 < (converted(x) - expected).abs().max() < 0.02 * expected.abs().max()

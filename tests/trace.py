@@ -37,7 +37,8 @@ class Trace(TorchDispatchMode):
         elif func in PRODUCTS:
             weight = args[1] if func is not aten.addmm.default and func is not aten.baddbmm.default else args[2]
             inner = weight[0].numel() if func in (aten.convolution.default, aten.linear.default) else weight.shape[-2]
-            self.multiplications += out.numel() * inner
+            transposed = func is aten.convolution.default and args[6]
+            self.multiplications += (args[0] if transposed else out).numel() * inner
             tensors = [a for a in args if isinstance(a, torch.Tensor) and a.dim() >= 2]
             self.products.append((name, [self.comes_quantized(t) for t in tensors[-2:]
                                          if func is not aten.convolution.default or t.dim() == 4]))

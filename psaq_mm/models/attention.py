@@ -21,8 +21,9 @@ ATTENTIONS = (
 def layer_types() -> dict:
     """Quantized counterparts of torch's layers and of mmcv's wrappers, which differ for empty inputs of old torch."""
     from mmcv.cnn.bricks import wrappers
-    return {**LAYERS, wrappers.Linear.forward: LAYERS[nn.Linear.forward],
-            wrappers.Conv2d.forward: LAYERS[nn.Conv2d.forward]}
+    same = {getattr(wrappers, kind.__name__).forward: LAYERS[kind.forward]
+            for kind in (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)}
+    return {**LAYERS, **same}
 
 
 def attention_types() -> tuple[type, ...]:

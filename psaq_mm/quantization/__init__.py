@@ -16,13 +16,21 @@ from .conversion import (
     set_mode,
     unused_quantizers,
 )
-from .layers import CONTEXT, SCORES, QuantizedConv2d, QuantizedLinear, QuantizedMatMul, QuantizedMultiheadAttention
+from .layers import (
+    CONTEXT,
+    SCORES,
+    QuantizedConv2d,
+    QuantizedConvTranspose2d,
+    QuantizedLinear,
+    QuantizedMatMul,
+    QuantizedMultiheadAttention,
+)
 from .quantizer import FakeQuantizer, Mode, QuantizerMismatchError, UncalibratedError
 
 __all__ = [
     'ActivationConfig', 'CONTEXT', 'FakeQuantizer', 'FrozenConfig', 'LAYERS', 'LayerConfig', 'Mode', 'PatternError',
-    'QuantizedConv2d', 'QuantizedLinear', 'QuantizedMatMul', 'QuantizedMultiheadAttention', 'QuantizerMismatchError',
-    'SCORES', 'UncalibratedError', 'WeightConfig', 'attention_parts', 'calibrate', 'convert', 'convert_attention',
-    'match', 'model_bits', 'quantizable', 'quantized_layers', 'quantizer_mode', 'quantizers', 'set_mode',
-    'unused_quantizers'
+    'QuantizedConv2d', 'QuantizedConvTranspose2d', 'QuantizedLinear', 'QuantizedMatMul', 'QuantizedMultiheadAttention',
+    'QuantizerMismatchError', 'SCORES', 'UncalibratedError', 'WeightConfig', 'attention_parts', 'calibrate', 'convert',
+    'convert_attention', 'match', 'model_bits', 'quantizable', 'quantized_layers', 'quantizer_mode', 'quantizers',
+    'set_mode', 'unused_quantizers'
 ]

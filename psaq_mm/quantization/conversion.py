@@ -15,6 +15,7 @@ from .layers import (
     CONTEXT,
     SCORES,
     QuantizedConv2d,
+    QuantizedConvTranspose2d,
     QuantizedLayer,
     QuantizedLinear,
     QuantizedMatMul,
@@ -25,7 +26,11 @@ from .layers import (
 from .quantizer import FakeQuantizer, Mode
 
 # A layer is what its forward computes: subclasses that inherit it are the same layer.
-LAYERS = {nn.Linear.forward: QuantizedLinear, nn.Conv2d.forward: QuantizedConv2d}
+LAYERS = {
+    nn.Linear.forward: QuantizedLinear,
+    nn.Conv2d.forward: QuantizedConv2d,
+    nn.ConvTranspose2d.forward: QuantizedConvTranspose2d,
+}
 FloatLayers = Mapping[Callable, type]
 
 
@@ -154,7 +159,7 @@ def quantizers(model: nn.Module) -> dict[str, FakeQuantizer]:
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """All quantized Linear, Conv2d and matrix products of a model by name."""
+    """All quantized layers and matrix products of a model by name."""
     return {name: m for name, m in model.named_modules()
             if isinstance(m, QuantizedLayer) or isinstance(m, QuantizedMatMul) and m.a_quantizer is not None}
 

@@ -1,4 +1,4 @@
-"""Quantized counterparts of Linear, Conv2d, MultiheadAttention and the matrix products of attention."""
+"""Quantized counterparts of Linear, Conv2d, ConvTranspose2d, MultiheadAttention and of attention's matrix products."""
 from __future__ import annotations
 
 import torch
@@ -12,16 +12,17 @@ from .quantizer import FakeQuantizer
 
 
 class QuantizedLayer:
-    """What quantized Linear and Conv2d share: one quantizer for the input, one for the weight."""
+    """What quantized Linear, Conv2d and ConvTranspose2d share: one quantizer for the input, one for the weight."""
     input_quantizer: FakeQuantizer | None
     weight_quantizer: FakeQuantizer | None
 
-    def add_quantizers(self, config: LayerConfig, in_channels: int, out_channels: int, input_axis: int):
+    def add_quantizers(self, config: LayerConfig, in_channels: int, out_channels: int, input_axis: int,
+                       weight_axis: int = 0):
         self.input_quantizer = self.weight_quantizer = None
         if config.activation is not None:
             self.input_quantizer = FakeQuantizer(config.activation, in_channels, input_axis)
         if config.weight is not None:
-            self.weight_quantizer = FakeQuantizer(config.weight, out_channels, 0)
+            self.weight_quantizer = FakeQuantizer(config.weight, out_channels, weight_axis)
 
     def quantized(self, x: Tensor):
         """Input and weight as the integers represent them."""
@@ -67,6 +68,25 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
     def forward(self, x):
         x, weight = self.quantized(x)
         return self._conv_forward(x, weight, self.bias)
+
+
+class QuantizedConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
+    """``conv_transpose2d(q(x), q(weight), bias)``; x is (B, in_channels, H, W).
+
+    Its weight is (in_channels, out_channels / groups, h, w): with groups, the channels at one place of each group share
+    a scale.
+    """
+
+    @classmethod
+    def from_float(cls, layer: nn.ConvTranspose2d, config: LayerConfig):
+        new = _adopt(cls.__new__(cls), layer)
+        new.add_quantizers(config, layer.in_channels, layer.weight.shape[1], 1, weight_axis=1)
+        return new
+
+    def forward(self, x, output_size=None):
+        x, weight = self.quantized(x)
+        padding = self._output_padding(x, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation)
+        return F.conv_transpose2d(x, weight, self.bias, self.stride, self.padding, padding, self.groups, self.dilation)
 
 
 class QuantizedMatMul(nn.Module):
