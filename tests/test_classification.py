@@ -56,6 +56,23 @@ def test_wrong_folders_are_named(folder, tmp_path):
         folder_of(tmp_path / 'empty')
 
 
+def test_labels_that_cannot_be_the_models_are_found(folder):
+    folder_of(folder).check(3)
+    with pytest.raises(UserError, match='labels up to 2, the model has 2 classes'):
+        folder_of(folder).check(2)
+    with pytest.raises(UserError, match='3 class folders, the model has 1000 classes.*ann_file'):
+        folder_of(folder).check(1000)
+    (folder / 'val.txt').write_text('owl/2.png 20\n')
+    folder_of(folder, ann_file='val.txt').check(1000)
+    (folder / 'val.txt').write_text('owl/2.png 2\nowl/7.png 2\n')
+    with pytest.raises(UserError, match=r'val.txt: .*owl/7.png \(1 of 2 images\) does not exist'):
+        folder_of(folder, ann_file='val.txt')
+    with pytest.raises(UserError, match='list .*none.txt does not exist'):
+        folder_of(folder, ann_file='none.txt')
+    with pytest.raises(UserError, match="class 'bat' of metainfo has no folder"):
+        folder_of(folder, metainfo=dict(classes=('bat', 'cat')))
+
+
 def test_resize_edge_is_pillows_bicubic():
     resize = TRANSFORMS.build(dict(type='psaq_mm.ResizeEdge', scale=20))
     pixels = np.random.default_rng(0).integers(0, 256, (33, 70, 3), dtype=np.uint8)
@@ -123,6 +140,9 @@ def test_normalisation_is_the_pretrained_weights_own():
 @pytest.mark.parametrize('options, message', [
     (dict(model='deit_tinny'), "model.model = 'deit_tinny' is no model of timm"),
     (dict(model='deit_tiny_distilled_patch16_224'), 'two heads'),
+    (dict(model=3), "model.model = '3' is no model of timm"),
+    (dict(model='deit_tiny_patch16_224', pretrained='file.pth'), "pretrained = 'file.pth': must be True or False"),
+    (dict(model='deit_tiny_patch16_224', num_classes=0), 'num_classes = 0: a classifier needs at least one class'),
     (dict(model='deit_tiny_patch16_224', colour='red'), "cannot build 'deit_tiny_patch16_224' with .*colour"),
 ])
 def test_wrong_models_are_explained(options, message):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmengine.registry import MODELS
 
-from psaq_mm.engine.checkpoint import CheckpointError, float_checkpoint, load_float
+from psaq_mm.engine.checkpoint import CheckpointError, convert_file, float_checkpoint, load_float
 from psaq_mm.models.converters import convert_state, convert_swin, merging_order
 
 from .conftest import run_tool
@@ -128,6 +128,59 @@ def test_other_window_size_and_other_models_are_refused_by_name(tmp_path):
         load_float(model, float_checkpoint(model, str(path)))
 
 
+def test_malformed_files_of_a_known_layout_are_named(tmp_path):
+    path = tmp_path / 'old.pth'
+    key = 'backbone.layers.0.blocks.0.attn.qkv.weight'
+    torch.save({key: torch.ones(3), 'backbone.layers.0.downsample.norm.weight': torch.zeros(7)}, path)
+    with pytest.raises(CheckpointError, match='old.pth has the keys of a layout .* not its shapes'):
+        float_checkpoint(detector(), str(path))
+    with pytest.raises(CheckpointError, match='old.pth has the keys of a layout .* not its shapes'):
+        convert_file(str(path), str(tmp_path / 'new.pth'))
+    torch.save(old_layout(detector().state_dict()), path)
+    for target in (tmp_path, '/dev/null/new.pth'):
+        with pytest.raises(CheckpointError, match=f'cannot write {target}'):
+            convert_file(str(path), str(target))
+
+
+def vit(**options):
+    return MODELS.build(dict(
+        _scope_='mmseg', type='EncoderDecoder', data_preprocessor=dict(type='SegDataPreProcessor'),
+        backbone=dict(type='VisionTransformer', img_size=(64, 64), embed_dims=32, num_layers=1, num_heads=2,
+                      out_indices=-1, **options),
+        decode_head=dict(type='FCNHead', in_channels=32, in_index=0, channels=8, num_classes=3, num_convs=1),
+        test_cfg=dict(mode='whole'))).eval()
+
+
+def test_the_bias_of_mmsegs_patch_embedding(tmp_path):
+    """mmseg 0 has it, mmseg 1 only where asked: neither is dropped without a word, and none is a bias of zero."""
+    path, images = tmp_path / 'vit.pth', torch.randn(1, 3, 64, 64)
+    torch.save(spread(vit(patch_bias=True)).state_dict(), path)
+    plain = vit()
+    with pytest.raises(CheckpointError, match='patch_embed.projection.bias, which the model lacks. Set model.backbone'):
+        load_float(plain, float_checkpoint(plain, str(path)))
+    torch.save(spread(plain).state_dict(), path)
+    model = spread(vit(patch_bias=True))
+    load_float(model, float_checkpoint(model, str(path)))
+    with torch.no_grad():
+        torch.testing.assert_close(model(images, mode='tensor'), plain(images, mode='tensor'))
+
+
+@pytest.mark.parametrize('name, small, other', [
+    ('deit_tiny_patch16_224', dict(img_size=64, embed_dim=32, depth=1, num_heads=2), dict(img_size=128)),
+    ('swin_tiny_patch4_window7_224', dict(img_size=64, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 2)),
+     dict(window_size=2)),
+])
+def test_what_timm_would_resample_is_refused(name, small, other, tmp_path):
+    import timm
+    torch.save(timm.create_model(name, num_classes=5, **dict(small, **other)).state_dict(), tmp_path / 'timm.pth')
+    model = MODELS.build(dict(type='psaq_mm.TimmClassifier', model=name, num_classes=5, **small))
+    with pytest.raises(CheckpointError, match='(pos_embed|relative_position_bias_table) is .* in the model'):
+        load_float(model, float_checkpoint(model, str(tmp_path / 'timm.pth')), ('backbone', 'head'))
+    model = MODELS.build(dict(type='psaq_mm.TimmClassifier', model=name, num_classes=7, **dict(small, **other)))
+    with pytest.raises(CheckpointError, match='number of classes differs'):
+        load_float(model, float_checkpoint(model, str(tmp_path / 'timm.pth')), ('backbone', 'head'))
+
+
 def test_the_tool_converts_and_refuses(tmp_path):
     model = spread(detector())
     torch.save(dict(state_dict=old_layout(model.state_dict())), tmp_path / 'old.pth')
@@ -149,12 +202,13 @@ def test_the_tool_converts_and_refuses(tmp_path):
 def test_timms_and_older_layouts_of_classifiers():
     """Files of timm, and of Swin's authors, whose merging belongs to the stage before."""
     import timm
-    swin = dict(img_size=64, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 2), num_classes=5)
+    swin = dict(img_size=64, window_size=4, embed_dim=16, depths=(2, 2, 2), num_heads=(2, 2, 2), num_classes=5)
     source = spread(timm.create_model('swin_tiny_patch4_window7_224', **swin)).eval()
     state = source.state_dict()
     old = {}
     for key, value in state.items():
-        key = re.sub(r'layers\.1\.downsample', 'layers.0.downsample', key).replace('head.fc.', 'head.')
+        key = re.sub(r'layers\.(\d)\.downsample', lambda m: f'layers.{int(m[1]) - 1}.downsample', key)
+        key = key.replace('head.fc.', 'head.')
         old[key] = value
     images = torch.randn(2, 3, 64, 64)
     for layout in (state, old):

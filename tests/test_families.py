@@ -150,6 +150,22 @@ def test_every_product_that_runs_is_quantized(family, monkeypatch):
     assert all(name.startswith(('backbone.', 'neck.')) for name in quantizers(converted))
 
 
+def test_every_product_of_a_head_that_is_named_is_quantized(family):
+    model, images = family[0], images_for(family[0], 1)
+    head = next(name for name in ('bbox_head', 'decode_head', 'head') if hasattr(model, name))
+
+    def products(stanza, heads):
+        converted = calibrated(model, stanza, images, heads)
+        with torch.no_grad(), Trace() as trace:
+            extract_features(converted, images, heads)
+        return trace.products
+
+    without = products({}, False)
+    found = products(dict(targets=['backbone', *['neck'] * hasattr(model, 'neck'), head]), True)
+    assert len(found) > len(without)
+    assert all(len(operands) == 2 and all(operands) for _, operands in found), found
+
+
 def test_parameters_keep_their_names_and_a_state_dict_brings_the_scales(family):
     model, images = family[0], images_for(family[0])
     converted = calibrated(model, dict(weight=dict(bits=4)), images)

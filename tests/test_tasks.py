@@ -75,16 +75,17 @@ def changed(path, work_dir, **stanza):
 
 
 def test_the_decode_head_is_quantized_when_it_is_named(segmentation_config, tmp_path):
-    cfg = changed(segmentation_config, tmp_path, targets=['backbone', 'decode_head'], **{'game.steps': 40})
+    cfg = changed(segmentation_config, tmp_path, targets=['backbone', 'decode_head'],
+                  **{'game.steps': 40, 'weight.bits': 4})
     result = quantize(cfg, eval_float=False)
     assert result['scope'] == ['backbone', 'decode_head']
     content = torch.load(tmp_path / 'quantized.pth', weights_only=True)
     state = content['state_dict']
     assert torch.isfinite(state['decode_head.conv_seg.weight_quantizer.scale']).all()
     # the head's weights take part in the game: the logits are among what is compared
-    if content['meta']['game']['best'] < content['meta']['game']['initial']:
-        before = torch.load(ROOT / 'demo' / 'upernet_swin_mini_scenes.pth', weights_only=True)['state_dict']
-        assert not torch.equal(state['decode_head.conv_seg.weight'], before['decode_head.conv_seg.weight'].float())
+    assert content['meta']['game']['best'] < content['meta']['game']['initial']
+    before = torch.load(ROOT / 'demo' / 'upernet_swin_mini_scenes.pth', weights_only=True)['state_dict']
+    assert not torch.equal(state['decode_head.conv_seg.weight'], before['decode_head.conv_seg.weight'].float())
 
 
 def test_a_head_that_never_predicts_is_refused(segmentation_config, tmp_path):
@@ -106,6 +107,17 @@ def test_classification_end_to_end(classification_config, tmp_path):
         text = run_test_tool(tool_of(package, 'test.py'), tmp_path / 'run' / 'test_config.py',
                       tmp_path / 'run' / 'quantized.pth', tmp_path / package.__name__)
         assert number('accuracy/top1', text) == pytest.approx(metrics['quantized']['accuracy/top1'], abs=1e-3)
+
+
+def test_wrong_evaluation_data_is_found_before_any_work(classification_config, scenes, tmp_path):
+    cfg = changed(classification_config, tmp_path / 'run')
+    cfg.test_dataloader.dataset.metainfo = dict(classes=('disk', 'square'))
+    with pytest.raises(UserError, match='2 class folders, the model has 6 classes'):
+        quantize(cfg)
+    cfg.test_dataloader.dataset.update(metainfo={}, data_prefix=dict(img_path='val/disk'))  # a flat folder
+    with pytest.raises(UserError, match='no images .* in class folders of .*val/disk'):
+        quantize(cfg)
+    assert not (tmp_path / 'run').exists()
 
 
 def test_a_timm_file_is_recognised_and_converted(classification_config, tmp_path):

@@ -41,6 +41,9 @@ def grid(args):
     from psaq_mm.engine import compare, write_comparison
     cfg = load_config(args, f'work_dirs/{Path(args.config).stem}_grid')
     methods = args.methods or [m for m in METHODS if m != 'real' or cfg.get('calib_dataloader')]
+    if not args.methods and 'real' not in methods:
+        print("method 'real' is left out: the config has no calib_dataloader (a data loader of images that are not "
+              'evaluated on)')
     results = compare(cfg, methods, args.bits, cfg.work_dir, args.checkpoint)
     Console().print(write_comparison(results, cfg.work_dir, args.title or Path(args.config).stem, args.json))
 

@@ -28,12 +28,16 @@ class TimmClassifier(BaseModel):
     with_neck = False
 
     def __init__(self, model, num_classes=None, pretrained=False, data_preprocessor=None, init_cfg=None, **kwargs):
+        if not isinstance(pretrained, bool):
+            raise UserError(f'model.pretrained = {pretrained!r}: must be True or False; for a file set load_from')
         backbone = create(model, num_classes, pretrained, kwargs)
         mean, std = ([255 * v for v in backbone.pretrained_cfg[key]] for key in ('mean', 'std'))
         super().__init__(data_preprocessor or dict(
             type='mmengine.ImgDataPreprocessor', mean=mean, std=std, bgr_to_rgb=True), init_cfg)
         self.backbone = backbone
         self.head = self.backbone.get_classifier()
+        if isinstance(self.head, nn.Identity):
+            raise UserError(f'model.num_classes = {num_classes!r}: a classifier needs at least one class')
         if not isinstance(self.head, nn.Linear):
             raise UserError(f"model.model = '{model}': its classifier is a {type(self.head).__name__}, only a single "
                             'Linear layer is supported (distilled models have two heads)')
@@ -69,7 +73,7 @@ def create(model, num_classes, pretrained, kwargs) -> nn.Module:
     import timm
     if num_classes is not None:
         kwargs = dict(kwargs, num_classes=num_classes)
-    if not timm.is_model(model):
+    if not isinstance(model, str) or not timm.is_model(model):
         close = timm.list_models(f'*{str(model).split("_")[0]}*')[:5]
         raise UserError(f"model.model = '{model}' is no model of timm {timm.__version__}" +
                         (f' (e.g. {", ".join(close)})' if close else ''))

@@ -42,18 +42,39 @@ class ImageFolder(BaseDataset):
 
     def listed(self, folder):
         found = []
+        if not Path(self.ann_file).is_file():
+            raise UserError(f'ImageFolder: the list {self.ann_file} does not exist')
         for number, line in enumerate(Path(self.ann_file).read_text().splitlines(), 1):
             name, _, label = line.strip().rpartition(' ')
             if name and label.isdigit():
                 found.append((folder / name.strip(), int(label)))
             elif line.strip():
                 raise UserError(f"{self.ann_file}, line {number}: {line.strip()!r} is not 'FILE CLASS_INDEX'")
+        missing = [path for path, _ in found if not path.is_file()]
+        if missing:
+            raise UserError(f'{self.ann_file}: {missing[0]} ({len(missing)} of {len(found)} images) does not exist')
         return found
+
+    def check(self, num_classes: int) -> None:
+        """Raises a UserError if the labels cannot be those of a model with so many classes."""
+        folder = self.data_prefix['img_path']
+        largest = max(self.get_data_info(index)['gt_label'] for index in range(len(self)))
+        if largest >= num_classes:
+            raise UserError(f'ImageFolder: {folder} has labels up to {largest}, the model has {num_classes} classes')
+        folders = len(self.metainfo.get('classes') or ())
+        if not self.ann_file and folders != num_classes:
+            raise UserError(f'ImageFolder: {folder} has {folders} class folders, the model has {num_classes} classes: '
+                            'labels counted in the order of the folders would be wrong. Give dataset.ann_file, a list '
+                            'of FILE CLASS_INDEX')
 
     def in_folders(self, folder):
         if not folder.is_dir():
             raise UserError(f'ImageFolder: the folder {folder} does not exist')
-        classes = self.metainfo.get('classes') or sorted(p.name for p in folder.iterdir() if p.is_dir())
+        folders = sorted(p.name for p in folder.iterdir() if p.is_dir())
+        classes = self.metainfo.get('classes') or folders
+        missing = [name for name in classes if name not in folders]
+        if missing:
+            raise UserError(f"ImageFolder: class '{missing[0]}' of metainfo has no folder in {folder}")
         self._metainfo['classes'] = tuple(classes)
         return [(path, label) for label, name in enumerate(classes) for path in sorted((folder / name).rglob('*'))
                 if path.suffix.lower() in SUFFIXES]

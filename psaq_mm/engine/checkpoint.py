@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..models import convert_state, convert_swin, is_original_swin
+from ..models import PATCH_BIAS, convert_state, convert_swin, is_original_swin
 from ..quantization import quantizers
 from ..version import __version__
 
@@ -85,10 +87,24 @@ def float_checkpoint(model: nn.Module, source: str) -> dict:
 
     Returns:
         dict: ``layout`` names what it was converted from, if it was.
+
+    Raises:
+        CheckpointError: If it cannot be read or converted.
     """
     content = read_checkpoint(source)
-    content['state_dict'], content['layout'] = convert_state(content['state_dict'], model)
+    with conversion_of(content['path']):
+        content['state_dict'], content['layout'] = convert_state(content['state_dict'], model)
     return content
+
+
+@contextmanager
+def conversion_of(path: str) -> Iterator[None]:
+    """Makes whatever a converter stumbles over in a malformed file an error that names the file."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(f'{path} has the keys of a layout that psaq_mm converts, but not its shapes '
+                              f'({type(error).__name__}: {str(error).splitlines()[0]})') from None
 
 
 def in_own_layout(content: dict, folder: Path) -> str:
@@ -113,7 +129,7 @@ def convert_file(source: str, target: str) -> int:
         int: Number of tensors written.
 
     Raises:
-        CheckpointError: If the checkpoint cannot be read, or has another layout.
+        CheckpointError: If the checkpoint cannot be read, has another layout, or the target cannot be written.
     """
     content = read_checkpoint(source)
     state = content['state_dict']
@@ -122,9 +138,13 @@ def convert_file(source: str, target: str) -> int:
             key.startswith('backbone.stages.') for key in state) else f'has keys like {_listing(sorted(state))}'
         raise CheckpointError(f"{content['path']} {has}; what can be converted are Swin detectors and segmentors with "
                               "keys like 'backbone.layers.0.blocks.0.attn.qkv.weight'")
-    state = convert_swin(state)
-    Path(target).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(dict(meta=plain(content['meta']), state_dict=state), Path(target))
+    with conversion_of(content['path']):
+        state = convert_swin(state)
+    try:
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(dict(meta=plain(content['meta']), state_dict=state), Path(target))
+    except (OSError, RuntimeError) as error:  # torch reports some of what the system refuses as RuntimeError
+        raise CheckpointError(f'cannot write {target} ({error})') from None
     return len(state)
 
 
@@ -158,7 +178,7 @@ def load_float(model: nn.Module, checkpoint: dict, targets=('backbone', 'neck'))
         if k in state and state[k].shape != v.shape
     ]
     if shapes:
-        classes = all(re.match(r'\S*(fc_cls|fc_reg|conv_logits|conv_seg)\.', text) for text in shapes)
+        classes = all(re.match(r'(\S*(fc_cls|fc_reg|conv_logits|conv_seg)|head)\.', text) for text in shapes)
         hint = ('The number of classes differs: set num_classes in the model config to the checkpoint\'s.'
                 if classes else 'The checkpoint belongs to another architecture.')
         raise CheckpointError(f'{path} does not fit the model: {_listing(shapes)}. {hint}')
@@ -170,8 +190,10 @@ def load_float(model: nn.Module, checkpoint: dict, targets=('backbone', 'neck'))
     prefixes = tuple(f'{t}.' for t in targets)
     extra = sorted(k for k in state if k not in own and k.startswith(prefixes) and not k.endswith(DERIVED))
     if extra:
-        raise CheckpointError(f'{path} does not fit the model: it holds {_listing(extra)}, which the model lacks. The '
-                              'checkpoint belongs to another (deeper?) architecture')
+        hint = ('Set model.backbone.patch_bias = True: mmseg 1 builds its ViT without that bias, older files have it' if
+                extra == [PATCH_BIAS] else 'The checkpoint belongs to another (deeper?) architecture')
+        raise CheckpointError(
+            f'{path} does not fit the model: it holds {_listing(extra)}, which the model lacks. {hint}')
     broken = sorted(k for k in own if k in state and not torch.isfinite(state[k].float()).all())
     if broken:
         raise CheckpointError(f'{path} holds NaN or infinite values in {_listing(broken)}')

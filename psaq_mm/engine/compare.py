@@ -23,17 +23,18 @@ def _read(path: Path):
         return {}
 
 
-def _done(folder: Path, inputs: dict, work: Callable[[bool], dict]) -> dict:
+def _done(folder: Path, inputs: dict, work: Callable[[bool], dict], files: Iterable[str] = ()) -> dict:
     """The result of some work, from an earlier run if all of its inputs are the same.
 
     Args:
         folder (Path): Where the work leaves its files.
         inputs (dict): Everything the result depends on.
         work (Callable): ``work(resume) -> result``; resume is whether an interrupted run had the same inputs.
+        files (Iterable[str]): What it must have left there.
     """
     inputs = json.loads(json.dumps(inputs, default=str))
     saved = _read(folder / 'compared.json')
-    if saved.get('inputs') == inputs and 'result' in saved:
+    if saved.get('inputs') == inputs and 'result' in saved and all((folder / name).exists() for name in files):
         return saved['result']
     write_json(dict(inputs=inputs), folder / 'compared.json')
     result = work(saved.get('inputs') == inputs)
@@ -98,7 +99,8 @@ def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]]
                 del stanza['game']  # not played
             inputs = dict(common, stanza=stanza, calib=method == 'real' and cfg.get('calib_dataloader'),
                           images=reused and reused['made'])
-            result = runs[name] = _done(folder, inputs, functools.partial(_quantize, changed, weights))
+            files = ['quantized.pth', 'test_config.py'] + ['synthetic.pt'] * (method != 'real')
+            result = runs[name] = _done(folder, inputs, functools.partial(_quantize, changed, weights), files)
             if reused:  # V2's first stage counts, though it was done once for all
                 runs[name] = dict(result, minutes=round(result['minutes'] + reused['minutes'], 2))
             if method.startswith('psaq') and images is None:

@@ -78,8 +78,10 @@ def dataset_meta(cfg: Config, checkpoint_meta: dict) -> dict:
 
 def _paths(dataset):
     """Annotation file and image folder of a (possibly wrapped) data set config."""
-    while 'dataset' in dataset:
-        dataset = dataset['dataset']
+    if dataset.get('datasets'):
+        return [path for part in dataset['datasets'] for path in _paths(part)]
+    if 'dataset' in dataset:
+        return _paths(dataset['dataset'])
     root = dataset.get('data_root') or ''
     parts = [dataset.get('ann_file'), *(dataset.get('data_prefix') or {}).values()]
     return [p if Path(p).is_absolute() else str(Path(root) / p) for p in parts if isinstance(p, str) and p]

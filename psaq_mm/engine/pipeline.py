@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import get_world_size, init_dist, is_distributed, is_main_process
-from mmengine.registry import MODELS
+from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from ..errors import UserError
@@ -67,12 +67,27 @@ def evaluate(cfg: Config, checkpoint: str, work_dir: str, name: str) -> dict[str
     return {key: float(value) for key, value in runner.test().items()}
 
 
-def check(cfg: Config, checkpoint: str | None = None):
+def check_labels(cfg: Config, model) -> None:
+    """Finds out before any work whether the test data set's labels can be the model's.
+
+    Raises:
+        UserError: From a data set that can check that (``check(num_classes)``).
+    """
+    classes = getattr(getattr(model, 'head', None), 'out_features', None)
+    dataset = copy.deepcopy(cfg.test_dataloader['dataset'])
+    with DATASETS.switch_scope_and_registry(None) as registry:
+        checks = hasattr(registry.get(dataset['type']), 'check')
+    if classes and checks:
+        DATASETS.build(dataset).check(classes)
+
+
+def check(cfg: Config, checkpoint: str | None = None, evaluated: bool = True):
     """Everything that can be wrong with a config and its checkpoint, found before any work.
 
     Args:
         cfg (Config): With a ``quantization`` stanza.
         checkpoint (str, optional): Instead of the config's ``load_from``.
+        evaluated (bool): Whether the test data will be needed. Defaults to True.
 
     Returns:
         tuple: The parsed stanza, the checkpoint's content, size of the float and of the quantized model in MB.
@@ -90,6 +105,8 @@ def check(cfg: Config, checkpoint: str | None = None):
         raise CheckpointError('no full-precision checkpoint: set load_from in the config, or pass --checkpoint FILE')
     default_scope(cfg)
     model = MODELS.build(copy.deepcopy(cfg.model) if fetched else without_pretrained(copy.deepcopy(cfg.model)))
+    if evaluated and not evaluation_gap(cfg):
+        check_labels(cfg, model)
     float_size = model_bits(model) / MEGABYTE
     if fetched:
         content = dict(state_dict={k: v.clone() for k, v in model.state_dict().items()}, meta={}, layout='timm',
@@ -131,7 +148,7 @@ def quantize(cfg: Config,
     """
     work_dir = Path(cfg.work_dir)
     init_distributed(cfg)
-    quantization, content, float_size, quantized_size = check(cfg, checkpoint)
+    quantization, content, float_size, quantized_size = check(cfg, checkpoint, eval_float or eval_quantized)
     meta = dataset_meta(cfg, content['meta'])
     resume_from = find_latest_checkpoint(str(work_dir)) if resume else None
     if resume_from and get_world_size() > 1:

@@ -58,12 +58,21 @@ def is_timm(state: State) -> bool:
     return not any(key.startswith('backbone.') for key in state)
 
 
+PATCH_BIAS = 'backbone.patch_embed.projection.bias'
+
+
 def convert_timm(state: State, model: nn.Module) -> State:
-    """A bare classifier's weights, in timm's or an older layout that timm reads, as TimmClassifier has them."""
+    """A bare classifier's weights, in timm's or an older layout that timm reads, as TimmClassifier has them.
+
+    timm also resamples tables and patches of another size; here they stay as they are, so that loading refuses them.
+    """
     # timm keeps what it knows of older layouts beside each model.
     module = sys.modules[type(model.backbone).__module__]
     if hasattr(module, 'checkpoint_filter_fn'):
-        state = module.checkpoint_filter_fn(dict(state), model.backbone)
+        filtered = module.checkpoint_filter_fn(dict(state), model.backbone)
+        own = {id(value) for value in state.values()}
+        state = {key: state[key] if id(value) not in own and key in state and state[key].dim() == value.dim() else value
+                 for key, value in filtered.items()}
     return {re.sub(r'^head\.(fc\.)?', 'head.', key) if key.startswith('head.') else f'backbone.{key}': value
             for key, value in state.items()}
 
@@ -80,4 +89,6 @@ def convert_state(state: State, model: nn.Module) -> tuple[State, str | None]:
         return convert_swin(state), 'Swin-Transformer-Object-Detection'
     if hasattr(model.backbone, 'get_classifier') and is_timm(state):
         return convert_timm(state, model), 'timm'
+    if PATCH_BIAS in own and PATCH_BIAS not in state and f'{PATCH_BIAS[:-4]}weight' in state:
+        return {**state, PATCH_BIAS: torch.zeros_like(own[PATCH_BIAS])}, 'mmseg 1 without a bias of the patch embedding'
     return state, None
