@@ -114,7 +114,8 @@ def test_wrong_evaluation_data_is_found_before_any_work(classification_config, s
     cfg.test_dataloader.dataset.metainfo = dict(classes=('disk', 'square'))
     with pytest.raises(UserError, match='2 class folders, the model has 6 classes'):
         quantize(cfg)
-    cfg.test_dataloader.dataset.update(metainfo={}, data_prefix=dict(img_path='val/disk'))  # a flat folder
+    del cfg.test_dataloader.dataset['metainfo']
+    cfg.test_dataloader.dataset.data_prefix = dict(img_path='val/disk')  # a flat folder
     with pytest.raises(UserError, match='no images .* in class folders of .*val/disk'):
         quantize(cfg)
     assert not (tmp_path / 'run').exists()
