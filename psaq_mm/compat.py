@@ -7,6 +7,7 @@ none of them runs code from the file. ``weights_only`` stays on.
 torchvision: timm imports it, and mmengine's Runner does where it is installed. Its compiled part is built for one
 torch; beside another one, such as a CPU-only torch, it cannot load and the import fails.
 """
+import ctypes
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +39,25 @@ def allow_mmengine_checkpoints() -> None:
         containers += [(_reconstruct, f'{home}._reconstruct'), (scalar, f'{home}.scalar')]
     kinds = {type(np.dtype(code)) for code in '?bBhHiIlLqQefdg'}
     torch.serialization.add_safe_globals(containers + sorted(kinds, key=repr))
+
+
+# Numbers of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc's malloc to keep what a step frees for the next step, instead of returning it to the system.
+
+    Otherwise every large tensor of every step is zeroed again page by page: up to a third of a step on CPU. The peak
+    stays the same. Elsewhere than on glibc it does nothing.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    if mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 1 << 25):  # some versions take no more
+        mallopt(M_TRIM_THRESHOLD, -1)
+        mallopt(M_TOP_PAD, 1 << 26)
 
 
 _declared = []  # a Library takes its declarations back when it is collected

@@ -6,7 +6,13 @@ import torch
 from mmengine.registry import MODELS
 from torch import nn
 
-from psaq_mm.models import attention_taps, extract_features, quantize_model
+from psaq_mm.models import (
+    attention_blocks,
+    attention_taps,
+    checkpoint_blocks,
+    extract_features,
+    quantize_model,
+)
 from psaq_mm.quantization import (
     Mode,
     QuantizedMultiheadAttention,
@@ -184,7 +190,8 @@ def test_taps_see_the_patches_of_every_block(family):
     assert len(products) == blocks and set(prefixes) == {class_tokens}
     tap = PatchSimilarityTap(products, prefixes)
     images = images_for(model).requires_grad_()
-    converted.backbone(images)
+    with tap:
+        converted.backbone(images)
     if class_tokens:  # 16 x 16 patches, those at the border padded to be whole
         height, width = SIZES['timm' if hasattr(model, 'head') else 'mm']
         assert {t.shape[1] for t in tap.tokens} == {-(-height // 16) * -(-width // 16)}
@@ -207,6 +214,42 @@ def test_targets_may_name_heads(family):
         features = extract_features(converted, images, heads=True)
         assert len(features) > len(extract_features(converted, images))  # the head's outputs are compared, too
         torch.testing.assert_close(features[0], extract_features(converted, images)[0])
+
+
+def test_checkpointed_blocks_give_the_same_gradient(family):
+    """Activation checkpointing: fewer activations are kept, no number changes."""
+    model, blocks = family[:2]
+    images = images_for(model).requires_grad_()
+    results = []
+    for checkpointed in (False, True):
+        converted = quantize_model(copy.deepcopy(model), {})
+        set_mode(converted, Mode.FLOAT)
+        assert len(attention_blocks(converted.backbone)) == blocks
+        if checkpointed:
+            checkpoint_blocks(converted.backbone)
+        tap = PatchSimilarityTap(*attention_taps(converted.backbone))
+        for _ in range(2):  # the second pass ends at the last tap
+            tap.run(converted.backbone, images)
+            entropy = tap.entropy(len(images)).sum()
+            results.append((entropy.detach(), *torch.autograd.grad(entropy, images)))
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_the_fused_functions_are_those_of_their_parts(family, monkeypatch):
+    model, images = family[0], images_for(family[0])
+    converted = calibrated(model, dict(activation=dict(observer='percentile', percentile=95.0)), images)  # some clipped
+    gradients = []
+    for plain in (False, True):
+        if plain:
+            monkeypatch.setattr('psaq_mm.quantization.layers._trains', lambda *tensors: False)
+        loss = sum(f.square().mean() for f in extract_features(converted, images))
+        gradients.append(torch.autograd.grad(loss, [p for p in converted.parameters() if p.requires_grad],
+                                             allow_unused=True))
+    assert sum(g is not None for g in gradients[0]) > 10
+    for a, b in zip(*gradients):  # another order of summation moves a few values over the edge between two integers
+        assert (a is None) == (b is None) and (a is None or (a - b).norm() <= 1e-3 * b.norm() + 1e-7), (a - b).norm()
 
 
 # -- nn.MultiheadAttention, in every way it can be called --------------------------------------------------------------

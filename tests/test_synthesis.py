@@ -37,6 +37,18 @@ def test_total_variation_of_known_images():
     assert torch.allclose(total_variation(doubled), torch.tensor([0.75, 1.5]), atol=1e-5)  # images are independent
 
 
+def test_gradient_of_total_variation_is_autograds():
+    images = torch.randn(2, 3, 9, 12, dtype=torch.float64, requires_grad=True)
+    differences = (images[..., :, :-1] - images[..., :, 1:], images[..., :-1, :] - images[..., 1:, :],
+                   images[..., 1:, :-1] - images[..., :-1, 1:], images[..., :-1, :-1] - images[..., 1:, 1:])
+    plain = torch.stack([d.flatten(1).square().mean(1).sqrt() for d in differences]).mean(0)
+    torch.testing.assert_close(total_variation(images), plain)
+    weights = torch.tensor([1.0, -3.0], dtype=torch.float64)
+    expected, = torch.autograd.grad((plain * weights).sum(), images)
+    found, = torch.autograd.grad((total_variation(images) * weights).sum(), images)
+    torch.testing.assert_close(found, expected)
+
+
 def test_prior_pulls_from_both_sides():
     config = SynthesisConfig(tv_target=0.75, tv_weight=2.0)
     ramp = torch.arange(8.0).expand(1, 3, 8, 8)
@@ -188,18 +200,37 @@ def test_student_never_ends_worse_than_its_plain_calibration():
     assert all(torch.equal(a, b) for a, b in zip(start, student.parameters()))
 
 
+def test_a_turn_of_the_student_runs_the_teacher_once_a_batch():
+    played, _ = game(lower=1e-9, upper=1e9, student_patience=6, image_patience=2)
+    forward, passes = played.teacher.forward, []
+    played.teacher.forward = lambda images: passes.append(len(images)) or forward(images)
+    for number in range(6):
+        assert played.turn == 'student'
+        played.step(random.Random(number))
+    assert len(passes) == 2  # two batches evolve
+    for number in range(2):
+        played.step(random.Random(number))
+    assert len(passes) == 4
+    played.step(random.Random(9))
+    assert len(passes) == 5 and played.turn == 'student'  # the images moved: a new lesson
+
+
 def test_state_carries_the_game_on():
-    first, student = game(student_patience=3, evaluate_every=2)
+    first, student = game(student_patience=3, evaluate_every=2, lower=1e-9, image_patience=3)
     for number in range(7):
         first.step(random.Random(number))
     state, weights = copy.deepcopy(first.state_dict()), copy.deepcopy(student.state_dict())
     torch.manual_seed(0)
-    second, other = game(student_patience=3, evaluate_every=2)
+    second, other = game(student_patience=3, evaluate_every=2, lower=1e-9, image_patience=3)
     second.teacher.load_state_dict(first.teacher.state_dict())
     other.load_state_dict(weights)
     second.load_state_dict(state)
     second.holdout = first.holdout
     assert second.turn == first.turn and second.best == first.best
+    assert first.lessons and second.lessons == first.lessons
+    for index in first.lessons:  # drawn again as they were
+        for a, b in zip(first.lesson(index, None), second.lesson(index, None)):
+            assert torch.equal(a, b) if torch.is_tensor(a) else torch.equal(a[0], b[0])
     second.turn = first.turn = 'images'  # the student's Adam is the runner's to restore
     a, b = first.step(random.Random(9)), second.step(random.Random(9))
     assert a == b

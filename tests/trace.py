@@ -5,7 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten = torch.ops.aten
 PRODUCTS = {aten.addmm.default, aten.mm.default, aten.bmm.default, aten.convolution.default, aten.baddbmm.default,
             aten.linear.default}
-FAKE_QUANTIZE = ('fake_quantize_per_tensor', 'fake_quantize_per_channel', '_fake_quantize')
+FAKE_QUANTIZE = ('fake_quantize.default', 'fake_quantize_per_tensor', 'fake_quantize_per_channel', '_fake_quantize')
 VIEWS = ('clone', 'expand', 'view', '_unsafe_view', 't', 'transpose', 'permute', 'reshape', '_reshape_alias',
          '_to_copy', 'as_strided', 'unsqueeze', 'slice', 'split')
 

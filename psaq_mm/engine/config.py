@@ -125,7 +125,7 @@ def data_free_config(cfg: Config,
     Raises:
         UserError: If method 'real' has no ``calib_dataloader`` to take images from.
     """
-    stanza, synthesis, game = quantization.to_dict(), quantization.synthesis, quantization.game
+    stanza, synthesis = quantization.to_dict(), quantization.synthesis
     seed = (cfg.get('randomness') or {}).get('seed')
     seed = 0 if seed is None else seed
     run = copy.deepcopy(cfg)
@@ -148,12 +148,8 @@ def data_free_config(cfg: Config,
             dataset=dict(type='psaq_mm.NoiseDataset', num_images=shard * world, sizes=synthesis.size,
                          group=batch * world, seed=seed, metainfo=meta))
     run.train_cfg = dict(type='psaq_mm.DataFreeLoop', quantization=stanza, checkpoint=checkpoint, amp=amp)
-    run.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='Adam', lr=quantization.student_lr))
-    if synthesis.method == 'psaq_v2' and game.steps:
-        begin = 0 if synthesis.reuse else -(-shard // batch) * synthesis.steps  # where the game does
-        run.param_scheduler = [
-            dict(type='CosineAnnealingLR', by_epoch=False, begin=begin, end=begin + game.steps, eta_min_ratio=0.01)
-        ]
+    run.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(
+        type='Adam', lr=quantization.student_lr, fused=True))
     hooks = {k: v for k, v in (cfg.get('default_hooks') or {}).items() if k in KEPT_HOOKS}
     hooks.setdefault('logger', dict(type='LoggerHook', interval=50))
     hooks['logger'] = dict(hooks['logger'], interval=min(hooks['logger'].get('interval', 50), 50))

@@ -5,6 +5,7 @@ Read :meth:`DataFreeLoop.run` from top to bottom for the whole method.
 from __future__ import annotations
 
 import copy
+import math
 import random
 import time
 from contextlib import nullcontext
@@ -14,13 +15,16 @@ from mmengine import dist
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop
 
+from ..compat import keep_freed_memory
 from ..errors import UserError
-from ..models import attention_taps, beyond_features, extract_features
+from ..models import attention_taps, beyond_features, checkpoint_blocks, extract_features
 from ..quantization import Mode, calibrate, quantizers, set_mode, unused_quantizers
 from ..registry import LOOPS
 from ..stanza import ROOT, QuantizationConfig
 from ..synthesis import Game, ImageOptimizer, PatchSimilarityTap, augment, learning_rate, prior_loss, valid_range
 from .checkpoint import load_float, read_checkpoint
+
+PLATEAU = 0.01  # nats a block: a rise of the entropy that counts for synthesis.patience; our choice
 
 
 def reduce_range(low, high, merge):
@@ -86,6 +90,7 @@ class DataFreeLoop(BaseLoop):
         self.game_iters = self.quantization.game.steps if synthesis.method == 'psaq_v2' else 0
         self.images, self.noise = [], []
         self.optimizer = self.game = self.restored = None
+        self.plateau = {}
         self.minutes = dict(synthesis=0.0, calibration=0.0, game=0.0)
 
     epoch = property(lambda self: self._epoch)
@@ -145,11 +150,16 @@ class DataFreeLoop(BaseLoop):
         for module in self.student.modules():  # reentrant checkpointing would hide the tokens from the gradient
             if getattr(module, 'with_cp', False):
                 module.with_cp = False
+        self.device = next(self.student.parameters()).device
         self.teacher = copy.deepcopy(self.student)
         load_float(self.teacher, read_checkpoint(self.checkpoint), self.quantization.targets)
         set_mode(self.teacher, Mode.FLOAT)
         self.teacher.requires_grad_(False)
-        self.device = next(self.student.parameters()).device
+        if self.device.type == 'cpu':
+            keep_freed_memory()
+        if self.quantization.synthesis.checkpointing:
+            for player in (self.teacher, self.student):
+                checkpoint_blocks(player.backbone)
         preprocessor = self.student.data_preprocessor
         channels = next(p for p in self.student.parameters() if p.dim() == 4).shape[1]
         self.low, self.high = (v.to(self.device) for v in valid_range(
@@ -209,25 +219,41 @@ class DataFreeLoop(BaseLoop):
         config = self.quantization.synthesis
         index, step = divmod(self._iter, config.steps)
         if self.optimizer is None:
-            self.optimizer = ImageOptimizer(self.images[index], self.low, self.high, config.lr)
+            start = self.images[index]
+            if index and config.warm_start and self.images[index - 1].shape == start.shape:
+                start = start.lerp(self.images[index - 1], config.warm_start)
+            self.optimizer = ImageOptimizer(start, self.low, self.high, config.lr)
+            self.plateau = dict(entropy=-math.inf, since=0)
             if self.restored is not None and self.restored['optimizer'] is not None:
                 self.optimizer.load_state_dict(self.restored['optimizer'])
                 self.restored['optimizer'] = None
+                self.plateau = self.restored['plateau']
         log = {}
 
         def objective(images):
             view = augment(images, config, rng)
             with self.precision():
-                self.teacher.backbone(view)
-            entropy, prior = self.tap.entropy(len(view), config.bandwidth), prior_loss(view, config)
+                self.tap.run(self.teacher.backbone, view)
+            entropy, prior = self.tap.entropy(len(view), config.bandwidth, config.density), prior_loss(view, config)
             log.update(entropy=entropy.mean().item() / self.blocks, prior=prior.mean().item())
             return (prior - entropy).mean()
 
         self.optimizer.step(objective, learning_rate(step, config))
-        if step == config.steps - 1:
+        if self.has_plateaued(log['entropy']):
+            self._iter += config.steps - 1 - step  # the steps that are left do not take place
+        if self._iter % config.steps == config.steps - 1:
             self.images[index] = self.optimizer.images.detach()
             self.optimizer = None
         return log
+
+    def has_plateaued(self, entropy):
+        """Whether the entropy of the batch, in nats a block, has ceased to rise."""
+        if entropy > self.plateau['entropy'] + PLATEAU:
+            self.plateau = dict(entropy=entropy, since=0)
+        else:
+            self.plateau['since'] += 1
+        patience = self.quantization.synthesis.patience
+        return patience is not None and self.plateau['since'] >= patience
 
     @property
     def blocks(self):
@@ -292,6 +318,11 @@ class DataFreeLoop(BaseLoop):
         wrapper.zero_grad()
 
     def game_step(self, rng):
+        """One update of the game, the student's learning rate on half a cosine down to a hundredth."""
+        done = (self._iter - self.synthesis_iters) / self.game_iters
+        share = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
+        for group in self.runner.optim_wrapper.param_groups:
+            group['lr'] = self.quantization.student_lr * share
         log = self.game.step(rng)
         if 'entropy' in log:
             log['entropy'] /= self.blocks
@@ -313,6 +344,7 @@ class DataFreeLoop(BaseLoop):
         return dict(
             images=[batch.detach().cpu() for batch in self.images],
             optimizer=self.optimizer and self.optimizer.state_dict(),
+            plateau=dict(self.plateau),
             game=self.game and self.game.state_dict(),
             minutes=dict(self.minutes),
             settings=self.settings())

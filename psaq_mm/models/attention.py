@@ -1,9 +1,11 @@
 """Where attention lives in each model family."""
 from __future__ import annotations
 
+import functools
 import sys
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ..quantization import CONTEXT, LAYERS, attention_parts
 
@@ -36,6 +38,31 @@ def attention_types() -> tuple[type, ...]:
     return tuple(found)
 
 
+def attention_blocks(backbone: nn.Module) -> list[nn.Module]:
+    """The blocks that hold the attentions of a converted backbone: members of a ModuleList or Sequential."""
+    modules = dict(backbone.named_modules())
+    blocks = {}
+    for name, module in modules.items():
+        if not hasattr(module, CONTEXT):
+            continue
+        while '.' in name:
+            owner = name.rpartition('.')[0]
+            if isinstance(modules[owner], (nn.ModuleList, nn.Sequential)):
+                blocks[name] = modules[name]
+                break
+            name = owner
+    return list(blocks.values())
+
+
+def checkpoint_blocks(backbone: nn.Module) -> None:
+    """Makes attention blocks recompute their activations in the backward pass, in place.
+
+    Not the last one, in which a pass for patch similarities ends.
+    """
+    for block in attention_blocks(backbone)[:-1]:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
 def prefix_tokens(backbone: nn.Module) -> int:
     """How many leading tokens of a backbone are no patches: class token, distillation token, registers.
 
@@ -59,7 +86,7 @@ def attention_taps(backbone: nn.Module) -> tuple[list[nn.Module], list[int]]:
     products = []
     for module in backbone.modules():
         if hasattr(module, CONTEXT):
-            products.append(getattr(module, CONTEXT))
+            products.append(getattr(module, CONTEXT).output)
         elif attention_parts(module, kinds):
             raise ValueError(f'{type(module).__name__} is not converted: the tap needs its products as modules')
     return products, [prefix_tokens(backbone)] * len(products)

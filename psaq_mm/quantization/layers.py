@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import UserError
 from .config import LayerConfig
-from .quantizer import FakeQuantizer
+from .quantizer import FakeQuantizer, Mode, fake_quantize, zero_at
 
 
 class QuantizedLayer:
@@ -23,6 +23,13 @@ class QuantizedLayer:
             self.input_quantizer = FakeQuantizer(config.activation, in_channels, input_axis)
         if config.weight is not None:
             self.weight_quantizer = FakeQuantizer(config.weight, out_channels, weight_axis)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``F.linear(q(x), q(weight), bias)``."""
+        if _rounds(self.input_quantizer, self.weight_quantizer) and _trains(x, weight):
+            return _LinearFunction.apply(x, weight, bias, self.input_quantizer, self.weight_quantizer)
+        x, weight = self.quantized(x)
+        return F.linear(x, weight, bias)
 
     def quantized(self, x: Tensor):
         """Input and weight as the integers represent them."""
@@ -42,6 +49,73 @@ def _adopt(new: nn.Module, old: nn.Module):
     return new
 
 
+def _rounds(*quantizers):
+    """Whether any quantizer rounds in its present mode."""
+    return any(q is not None and q.mode is Mode.QUANTIZE for q in quantizers)
+
+
+def _rounded(quantizer, x):
+    """Values on the grid and the places of those outside it; untouched where there is no quantizer that rounds."""
+    if quantizer is None or not quantizer.rounds(x):
+        return x, torch.empty(0, dtype=torch.int64)
+    return fake_quantize(x, *quantizer.parameters_for(x))
+
+
+def _trains(*tensors):
+    """Whether the functions below, which know both a product and its quantizers, are to be used.
+
+    They keep less and compute less for the backward pass than autograd would of the parts. Elsewhere (inference, GPU,
+    autocast) the parts are as good.
+    """
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors) and all(
+        t.device.type == 'cpu' and t.dtype == torch.float32 for t in tensors) and not torch.is_autocast_enabled('cpu')
+
+
+class _LinearFunction(torch.autograd.Function):
+    """``F.linear(q(x), q(weight), bias)`` with straight-through gradients."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, input_quantizer, weight_quantizer):
+        x, x_outside = _rounded(input_quantizer, x)
+        weight, weight_outside = _rounded(weight_quantizer, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, x_outside,
+                              weight if ctx.needs_input_grad[0] else None, weight_outside)
+        ctx.shape = x.shape
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, x_outside, weight, weight_outside = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        x_grad = weight_grad = bias_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = zero_at(rows @ weight, x_outside).view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            weight_grad = zero_at(rows.T @ x.reshape(-1, x.shape[-1]), weight_outside)
+        if ctx.needs_input_grad[2]:
+            bias_grad = rows.sum(0)
+        return x_grad, weight_grad, bias_grad, None, None
+
+
+class _MatMulFunction(torch.autograd.Function):
+    """``q(a) @ q(b)`` with straight-through gradients; b may be a transposed view, its memory is taken as it lies."""
+
+    @staticmethod
+    def forward(ctx, a, b, a_quantizer, b_quantizer):
+        ctx.transposed = b.stride(-2) < b.stride(-1)
+        a, a_outside = _rounded(a_quantizer, a)
+        b, b_outside = _rounded(b_quantizer, b.mT if ctx.transposed else b)
+        ctx.save_for_backward(a, a_outside, b, b_outside)
+        return a @ (b.mT if ctx.transposed else b)
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, a_outside, b, b_outside = ctx.saved_tensors
+        a_grad = zero_at(grad @ (b if ctx.transposed else b.mT), a_outside)
+        b_grad = zero_at(grad.mT @ a if ctx.transposed else a.mT @ grad, b_outside)
+        return a_grad, b_grad.mT if ctx.transposed else b_grad, None, None
+
+
 class QuantizedLinear(QuantizedLayer, nn.Linear):
     """``F.linear(q(x), q(weight), bias)``; x is (..., in_features)."""
 
@@ -52,8 +126,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         return new
 
     def forward(self, x):
-        x, weight = self.quantized(x)
-        return F.linear(x, weight, self.bias)
+        return self.linear(x, self.weight, self.bias)
 
 
 class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
@@ -90,7 +163,10 @@ class QuantizedConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
 
 
 class QuantizedMatMul(nn.Module):
-    """``q(a) @ q(b)``: both operands are activations, one scale each."""
+    """``q(a) @ q(b)``: both operands are activations, one scale each.
+
+    The product passes through ``output``, an identity: hooks on it see it however it was computed.
+    """
 
     def __init__(self, config: LayerConfig):
         super().__init__()
@@ -98,15 +174,78 @@ class QuantizedMatMul(nn.Module):
         if config.activation is not None:
             self.a_quantizer = FakeQuantizer(config.activation)
             self.b_quantizer = FakeQuantizer(config.activation)
+        self.output = nn.Identity()
+
+    @property
+    def is_float(self) -> bool:
+        """Whether this is a plain product at the moment."""
+        return all(q is None or q.mode is Mode.FLOAT for q in (self.a_quantizer, self.b_quantizer))
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         if self.a_quantizer is not None:
+            if not self.is_float and _trains(a, b):
+                return self.output(_MatMulFunction.apply(a, b, self.a_quantizer, self.b_quantizer))
             a, b = self.a_quantizer(a), self.b_quantizer(b)
-        return torch.matmul(a, b)
+        return self.output(torch.matmul(a, b))
 
 
 MATMULS = (torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.bmm)
 SCORES, CONTEXT = 'matmul_scores', 'matmul_context'  # q @ k^T and softmax(scores) @ v
+
+
+def _masked(scores, mask):
+    return scores.masked_fill(mask, float('-inf')) if mask.dtype == torch.bool else scores + mask
+
+
+def _attend(scores, context, query, key, value, masks=(), dropout=0.0):
+    """Attention out of two modules for its products.
+
+    Args:
+        scores, context (QuantizedMatMul): The products.
+        query, key, value (Tensor): (B, heads, N, d); the query is scaled.
+        masks (Sequence[Tensor]): Added to the scores; True means masked in boolean ones.
+        dropout (float): Of the weights.
+
+    Returns:
+        tuple[Tensor, Tensor]: (B, heads, N, d) and the weights, (B, heads, N, keys).
+    """
+    out = scores(query, key.transpose(-2, -1))
+    for mask in masks:
+        out = _masked(out, mask)
+    weights = F.dropout(out.softmax(-1), dropout, dropout > 0)
+    return context(weights, value), weights
+
+
+class _AttentionFunction(torch.autograd.Function):
+    """:func:`_attend` without dropout, for training: as torch's fused kernels do, it keeps nothing of the size of the
+    scores and computes them again in the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask, scores, context):
+        query, query_outside = _rounded(scores.a_quantizer, query)
+        key, key_outside = _rounded(scores.b_quantizer, key)
+        value, value_outside = _rounded(context.b_quantizer, value)
+        ctx.quantizer = context.a_quantizer
+        ctx.save_for_backward(query, query_outside, key, key_outside, value, value_outside, mask)
+        return _rounded(ctx.quantizer, _AttentionFunction.weights(query, key, mask))[0] @ value
+
+    @staticmethod
+    def weights(query, key, mask):
+        scores = query @ key.mT
+        return (scores if mask is None else _masked(scores, mask)).softmax(-1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, query_outside, key, key_outside, value, value_outside, mask = ctx.saved_tensors
+        weights = _AttentionFunction.weights(query, key, mask)
+        rounded, outside = _rounded(ctx.quantizer, weights)
+        value_grad = zero_at(rounded.mT @ grad, value_outside)
+        grad = zero_at(grad @ value.mT, outside)
+        grad = torch._softmax_backward_data(grad, weights, -1, weights.dtype)
+        mask_grad = grad.sum_to_size(mask.shape) if ctx.needs_input_grad[3] else None
+        query_grad, key_grad = zero_at(grad @ key, query_outside), zero_at(grad.mT @ query, key_outside)
+        return query_grad, key_grad, value_grad, mask_grad, None, None
 
 
 class _MatMulRedirection(TorchFunctionMode):
@@ -130,18 +269,23 @@ class _MatMulRedirection(TorchFunctionMode):
         return getattr(self.attention, SCORES if self.calls == 1 else CONTEXT)(*args, **(kwargs or {}))
 
     def fused(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        """What ``F.scaled_dot_product_attention`` computes, with its two products visible."""
+        """What ``F.scaled_dot_product_attention`` computes, in two products where they are to be quantized."""
+        scores, context = getattr(self.attention, SCORES), getattr(self.attention, CONTEXT)
+        if scores.is_float and context.is_float:
+            return context.output(F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal,
+                                                                 scale=scale, enable_gqa=enable_gqa))
         if enable_gqa:
             key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
         if is_causal:
             attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
         if scale is None:
             scale = query.shape[-1]**-0.5
-        scores = getattr(self.attention, SCORES)(query * scale, key.transpose(-2, -1))
-        if attn_mask is not None:
-            scores = scores.masked_fill(~attn_mask, float('-inf')) if attn_mask.dtype == torch.bool else \
-                scores + attn_mask
-        return getattr(self.attention, CONTEXT)(F.dropout(scores.softmax(-1), dropout_p, dropout_p > 0), value)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = ~attn_mask
+        if _trains(query, key, value) and not dropout_p:
+            return context.output(_AttentionFunction.apply(query * scale, key, value, attn_mask, scores, context))
+        masks = () if attn_mask is None else (attn_mask, )
+        return _attend(scores, context, query * scale, key, value, masks, dropout_p)[0]
 
     def count(self, products):
         self.calls += products
@@ -221,7 +365,9 @@ class QuantizedProjection(QuantizedLayer, nn.Module):
         Returns:
             list[Tensor]: (B, N_i, out_features / len(inputs)) each.
         """
-        x, weight = self.quantized(torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0])
+        if len(inputs) == 1:
+            return [self.linear(inputs[0], self.weight, biases[0])]
+        x, weight = self.quantized(torch.cat(inputs, 1))
         parts = x.split([i.shape[1] for i in inputs], 1)
         return [F.linear(p, w, b) for p, w, b in zip(parts, weight.chunk(len(inputs)), biases)]
 
@@ -232,12 +378,6 @@ PACKED, SEPARATE = ('in_proj', ), ('q_proj', 'k_proj', 'v_proj')
 def projections(attention: nn.MultiheadAttention) -> tuple[str, ...]:
     """Names of the input projections: one for all, or three where key or value have another width than the query."""
     return PACKED if attention.in_proj_weight is not None else SEPARATE
-
-
-def _masked(scores, mask):
-    if mask is None:
-        return scores
-    return scores.masked_fill(mask, float('-inf')) if mask.dtype == torch.bool else scores + mask
 
 
 def _same(a, b):
@@ -273,12 +413,11 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
         if self.add_zero_attn:
             k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
         q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-        scores = getattr(self, SCORES)(q * q.shape[-1]**-0.5, k.transpose(-2, -1))
-        for mask in (attn_mask, key_padding_mask):
-            if mask is not None:  # added keys are never masked
-                scores = _masked(scores, F.pad(mask, (0, scores.shape[-1] - mask.shape[-1])))
-        weights = F.dropout(scores.softmax(-1), self.dropout, self.training)
-        out = self.out_proj(getattr(self, CONTEXT)(weights, v).transpose(1, 2).flatten(2))
+        masks = [F.pad(mask, (0, k.shape[2] - mask.shape[-1])) for mask in (attn_mask, key_padding_mask)
+                 if mask is not None]  # added keys are never masked
+        out, weights = _attend(getattr(self, SCORES), getattr(self, CONTEXT), q * q.shape[-1]**-0.5, k, v, masks,
+                               self.dropout if self.training else 0.0)
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
         if not need_weights:
             weights = None
         elif average_attn_weights:

@@ -26,7 +26,17 @@ class SynthesisConfig(FrozenConfig):
     lr: float = Field(0.25, gt=0, description="Adam's peak learning rate, in units of normalised pixels; V1 uses "
                       '0.20 to 0.25')
     warmup: float = Field(0.2, ge=0, lt=1, description='share of the steps with a rising learning rate; V1: 100 of 500')
+    patience: int | None = Field(
+        None, ge=1, description='a batch is done early when its entropy has not risen by 0.01 nats a block for so many '
+        'steps; None: never')
+    warm_start: float = Field(
+        0.0, ge=0, lt=1, description='share of the previous batch in where a batch starts, the rest is noise')
+    checkpointing: bool = Field(
+        False, description='compute attention blocks again in the backward pass instead of keeping their activations: '
+        'for images too large for the memory, about a third slower')
     bandwidth: float = Field(0.01, ge=0.002, le=0.5, description='of the similarity density; 0.01 as in V1')
+    density: Literal['binned', 'exact'] = Field(
+        'binned', description="how the density is estimated: 'exact' is the same to 1e-4 nats and tens of times slower")
     tv_weight: float = Field(1.0, ge=0, description='weight of the total-variation prior')
     tv_target: float = Field(
         0.31, ge=0, description='root-mean-square difference of neighbouring normalised pixels the prior pulls '

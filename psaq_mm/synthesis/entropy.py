@@ -3,90 +3,204 @@
 Facts (PSAQ-ViT): tokens are the output of attention x V averaged over heads; Gamma is their pairwise cosine
 similarity; its entries get a Gaussian kernel density with bandwidth 0.01, whose differential entropy is maximised.
 
-Ours: the density. V1's code evaluates the kernel at 10 points between minimum and maximum, spaced ten or more
-bandwidths apart, through a (10, N x N) intermediate. Here the entries are spread linearly onto a grid a quarter
-bandwidth apart over all of [-1, 1] and the grid is convolved with the kernel: one pass over the entries whatever the
-number of points, nothing larger than Gamma is stored, and the estimate sees every entry.
+Ours: how. V1's code evaluates the kernel at 10 points between minimum and maximum, spaced ten or more bandwidths apart,
+through a (10, N x N) intermediate, so that it sees few of the entries. Here the density is known everywhere, at grid
+points a quarter bandwidth apart over all of [-1, 1], by one of two estimators:
+
+- ``binned`` (default): entries are counted in bins of 1/32 bandwidth, the counts are convolved with the kernel by
+  Fourier transforms. One pass over the entries whatever the number of points.
+- ``exact``: every entry adds its kernel to the grid points within MARGIN bandwidths, in chunks. Tens of times slower;
+  what ``binned`` is measured against (benchmarks/density.py).
+
+Both use that Gamma is symmetric with a constant diagonal, visit it in strips, and are one autograd function from
+normalised tokens to entropy: nothing larger than Gamma exists, and what is kept for the gradient is two bytes an entry.
 """
 from __future__ import annotations
 
 import functools
+import math
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BANDWIDTH = 0.01  # V1 code
-POINTS_PER_BANDWIDTH = 4  # linear spreading widens the kernel's variance by 1/(6 * 4^2): 1 %; our choice
-MARGIN = 5  # bandwidths of grid beyond [-1, 1]: the kernel is below 4e-6 of its peak there
+POINTS = 4  # grid points a bandwidth: the trapezoid rule of the entropy is then exact to 1e-4 nats; our choice
+BINS = 8  # bins a grid point: counting widens the kernel's variance by 1/(12 * 32^2), 0.01 %; our choice
+MARGIN = 5  # bandwidths where the kernel ends, below 4e-6 of its peak
 FLOOR = 1e-8  # density below which log() is not followed; moves the entropy by less than 1e-6
+STRIPS = 4  # of Gamma, above WHOLE tokens: 5/8 of it are visited, the upper triangle and some
+WHOLE = 512  # up to so many tokens a group (a window, mostly) Gamma is one strip; measured to be faster
+CHUNK = 1 << 14  # entries at a time whose kernels the exact estimator evaluates
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Grid points and bins that cover [-1, 1] and the kernel's tails; the middle of a point's bins is the point."""
+    bandwidth: float
+    bin: float  # width of a bin
+    step: float  # between grid points
+    start: float  # lower edge of the first bin
+    points: int
+    kernel: Tensor  # spectrum of the kernel of an entry by its distance, in bins, from the first bin of a point
+    slope: Tensor  # spectrum of the derivative of that by the entry
+
+    @property
+    def bins(self) -> int:
+        return self.points * BINS
+
+    @property
+    def length(self) -> int:
+        """Of the Fourier transforms; the margins keep what wraps around apart."""
+        return 1 << (self.bins - 1).bit_length()
+
+    def density(self, mass: Tensor) -> Tensor:
+        """Density at the points (images, points), float64, of a mass in each bin (images, bins)."""
+        spectrum = torch.fft.rfft(mass.double(), self.length) * self.kernel.conj()
+        return torch.fft.irfft(spectrum, self.length)[:, :self.bins:BINS]
+
+    def gradient(self, by_density: Tensor) -> Tensor:
+        """Derivative by an entry in each bin (images, bins) from that by the density at each point, float64."""
+        comb = by_density.new_zeros(len(by_density), self.length)
+        comb[:, :self.bins:BINS] = by_density
+        return torch.fft.irfft(torch.fft.rfft(comb) * self.slope, self.length)[:, :self.bins]
 
 
 @functools.lru_cache(maxsize=8)
-def _grid(bandwidth: float, device: torch.device):
-    """Grid start, spacing, the kernel (points, points) and its derivative by the second point, in float32."""
-    spacing = bandwidth / POINTS_PER_BANDWIDTH
-    start = -1 - MARGIN * bandwidth
-    count = int(round((2 + 2 * MARGIN * bandwidth) / spacing)) + 1
-    at = torch.arange(count, dtype=torch.float64) * spacing
-    offset = (at[:, None] - at[None, :]) / bandwidth
+def _grid(bandwidth: float, device: torch.device) -> _Grid:
+    step = bandwidth / POINTS
+    points = math.ceil(2 / step) + 2 * MARGIN * POINTS + 3
+    length = 1 << (points * BINS - 1).bit_length()
+    bins = torch.fft.fftfreq(length, 1 / length, dtype=torch.float64)  # 0, 1, ..., -2, -1: distances around the circle
+    offset = (bins - (BINS - 1) / 2) / (POINTS * BINS)  # in bandwidths
     kernel = torch.exp(-0.5 * offset**2) / (bandwidth * (2 * torch.pi)**0.5)
-    derivative = kernel * offset / bandwidth
-    return start, spacing, kernel.float().to(device), derivative.float().to(device)
+    kernel, slope = (torch.fft.rfft(k).to(device) for k in (kernel, -kernel * offset / bandwidth))
+    return _Grid(bandwidth, step / BINS, step, -1 - MARGIN * bandwidth - step, points, kernel, slope)
 
 
-def _place(values: Tensor, start: float, spacing: float, points: int):
-    """Each value's grid cell (int64) and how far into it the value lies (0..1)."""
-    position = (values - start) / spacing
-    # Clamp: rounding may leave [-1, 1] by an ulp. NaN goes to cell 0 and stays NaN in the share, so in the entropy.
-    index = position.floor().clamp_(0, points - 2).nan_to_num_(0)
-    return index.long(), position.sub_(index)
+def _strips(tokens: int):
+    """Row ranges of Gamma; each strip holds the columns from its first row on."""
+    height = tokens if tokens <= WHOLE else -(-tokens // STRIPS)
+    return [(first, min(first + height, tokens)) for first in range(0, tokens, height)]
 
 
-class _DensityEntropy(torch.autograd.Function):
+def _entropy(density: Tensor, step: float) -> tuple[Tensor, Tensor]:
+    """Entropy (images,) and its derivative by the density at each point (images, points), trapezoid rule.
+
+    The density vanishes at both ends, so the rule is the plain sum.
+    """
+    log_density = density.clamp(min=FLOOR).log()
+    return -(density * log_density).sum(1) * step, -(log_density + 1) * step
+
+
+class _BinnedEntropy(torch.autograd.Function):
+    """Normalised tokens (groups, N, d) to entropy (images,); the groups of an image follow each other."""
 
     @staticmethod
-    def forward(ctx, values, bandwidth):
-        values = values.detach()
-        start, spacing, kernel, derivative = _grid(bandwidth, values.device)
-        images, entries = values.shape
-        points = kernel.shape[0]
-        index, share = _place(values, start, spacing, points)
-        flat = index.add_(torch.arange(images, device=values.device)[:, None] * points).flatten()
-        whole = torch.bincount(flat, minlength=images * points).view(images, points).to(values.dtype)
-        right = torch.bincount(flat, share.flatten(), minlength=images * points).view(images, points).to(values.dtype)
-        mass = whole - right
-        mass[:, 1:] += right[:, :-1]
-        density = mass @ kernel / entries
-        log_density = density.clamp(min=FLOOR).log()
-        # The density vanishes at both ends, so the trapezoid rule is the plain sum.
-        entropy = -(density * log_density).sum(1) * spacing
-        # What moving one entry at each grid point changes; between points it is interpolated.
-        slope = -((log_density + 1) @ derivative) * spacing / entries
-        ctx.save_for_backward(values, slope)
-        ctx.grid = start, spacing, points
-        return entropy
+    def forward(ctx, tokens, images, bandwidth):
+        grid, (groups, count, _) = _grid(bandwidth, tokens.device), tokens.shape
+        counts = torch.zeros(images, grid.bins, dtype=torch.int64, device=tokens.device)
+        indices = []
+        for first, last in _strips(count):
+            similarity = tokens[:, first:last] @ tokens[:, first:].transpose(1, 2)
+            # To the number of the bin. NaN would become any number: it goes to the first bin, and to the entropy below.
+            index = similarity.sub_(grid.start).div_(grid.bin).nan_to_num_(0).to(torch.int16)
+            index = index.view(images, groups // images, last - first, count - first)
+            for image, part in enumerate(index):
+                counts[image] += torch.bincount(part.flatten(), minlength=grid.bins)
+                beside = part[..., last - first:]  # the square on the diagonal: these stand for two entries each
+                if beside.numel():
+                    counts[image] += torch.bincount(beside.flatten(), minlength=grid.bins)
+            indices.append(index)
+        entries = groups // images * count * count
+        entropy, slope = _entropy(grid.density(counts) / entries, grid.step)
+        slope = (grid.gradient(slope) / entries).to(tokens.dtype)
+        ctx.save_for_backward(tokens, slope, *indices)
+        entropy = entropy.to(tokens.dtype)
+        return entropy + 0 * tokens.view(images, -1).sum(1)  # NaN where a token is
 
     @staticmethod
     def backward(ctx, grad):
-        values, slope = ctx.saved_tensors
-        index, share = _place(values, *ctx.grid)
-        left = slope.gather(1, index)
-        right = slope.gather(1, index.add_(1))
-        return left.lerp_(right, share).mul_(grad[:, None]), None
+        tokens, slope, *indices = ctx.saved_tensors
+        slope = slope * grad[:, None]
+        images, count = len(slope), tokens.shape[1]
+        total = torch.zeros_like(tokens)
+        for (first, last), index in zip(_strips(count), indices):
+            part = torch.empty(index.shape, dtype=tokens.dtype, device=tokens.device)
+            for image in range(images):
+                torch.index_select(slope[image], 0, index[image].flatten().int(), out=part[image].view(-1))
+            _spread(total, part.view(-1, last - first, count - first), tokens, first, last)
+        return total, None, None
 
 
-def density_entropy(values: Tensor, bandwidth: float = BANDWIDTH) -> Tensor:
-    """Differential entropy of the kernel density of values in [-1, 1].
+def _spread(total: Tensor, part: Tensor, tokens: Tensor, first: int, last: int) -> None:
+    """Adds to the tokens' gradient what a strip of Gamma's gradient, (groups, rows, columns), makes of it.
 
-    Args:
-        values (Tensor): (images, entries), float32.
-        bandwidth (float): Standard deviation of the Gaussian kernel. Defaults to 0.01 (V1 code).
-
-    Returns:
-        Tensor: (images,), in nats. At most log(2), the entropy of the uniform density on [-1, 1], up to the kernel's
-        width; about log(bandwidth) + 1.42 when all values are equal.
+    Every entry counts twice: (i, j) and (j, i). In the square on the diagonal both are there, beside it one.
     """
-    return _DensityEntropy.apply(values, bandwidth)
+    total[:, first:last].baddbmm_(part, tokens[:, first:], alpha=2)
+    total[:, last:].baddbmm_(part[..., last - first:].transpose(1, 2), tokens[:, first:last], alpha=2)
+
+
+class _ExactEntropy(torch.autograd.Function):
+    """The same, each entry's kernel evaluated at the grid points around it."""
+
+    @staticmethod
+    def kernels(similarity, grid):
+        """Nearest grid points of a chunk of entries, and the distances to them in bandwidths, (entries, taps) each."""
+        reach = torch.arange(-MARGIN * POINTS, MARGIN * POINTS + 1, device=similarity.device)
+        # Grid point i lies half a step behind the lower edge of its first bin.
+        place = (similarity - grid.start) / grid.step - 0.5
+        nearest = place.nan_to_num(MARGIN * POINTS).round()
+        return nearest.long()[:, None] + reach, (place[:, None] - nearest[:, None] - reach) / POINTS
+
+    @staticmethod
+    def forward(ctx, tokens, images, bandwidth):
+        grid, (groups, count, _) = _grid(bandwidth, tokens.device), tokens.shape
+        density = torch.zeros(images, grid.points, dtype=torch.float64, device=tokens.device)
+        peak = 1 / (bandwidth * (2 * torch.pi)**0.5)
+        for image, windows in enumerate(tokens.view(images, -1, *tokens.shape[1:])):
+            for _, _, similarity, weight in _ExactEntropy.chunks(windows):
+                points, offset = _ExactEntropy.kernels(similarity, grid)
+                values = torch.exp(-0.5 * offset.double()**2) * (peak * weight[:, None])
+                density[image].index_add_(0, points.flatten(), values.flatten())
+        entries = groups // images * count * count
+        entropy, slope = _entropy(density / entries, grid.step)
+        ctx.save_for_backward(tokens, (slope / entries).to(tokens.dtype))
+        ctx.bandwidth = bandwidth
+        return entropy.to(tokens.dtype) + 0 * tokens.view(images, -1).sum(1)
+
+    @staticmethod
+    def chunks(windows):
+        """Window, rows, entries and weights of the upper triangle of Gamma, some rows at a time."""
+        count = windows.shape[1]
+        rows = max(1, CHUNK // count)
+        column = torch.arange(count, device=windows.device)
+        for window, tokens in enumerate(windows):
+            for first in range(0, count, rows):
+                similarity = tokens[first:first + rows] @ tokens.T
+                row = column[first:first + rows, None]
+                weight = (column > row) * 2.0 + (column == row)
+                yield window, first, similarity.flatten(), weight.flatten()
+
+    @staticmethod
+    def backward(ctx, grad):
+        tokens, slope = ctx.saved_tensors
+        images, grid = len(slope), _grid(ctx.bandwidth, tokens.device)
+        total = torch.zeros_like(tokens)
+        peak = 1 / (ctx.bandwidth**2 * (2 * torch.pi)**0.5)
+        for image, (windows, out) in enumerate(zip(*(t.view(images, -1, *t.shape[1:]) for t in (tokens, total)))):
+            for window, first, similarity, weight in _ExactEntropy.chunks(windows):
+                points, offset = _ExactEntropy.kernels(similarity, grid)
+                change = (slope[image][points] * torch.exp(-0.5 * offset**2) * -offset).sum(1) * (peak * weight)
+                change = change.view(-1, tokens.shape[1]) * grad[image]
+                out[window, first:first + len(change)] += change @ windows[window]
+                out[window] += change.T @ windows[window, first:first + len(change)]
+        return total, None, None
+
+
+ESTIMATORS = dict(binned=_BinnedEntropy, exact=_ExactEntropy)
 
 
 def patch_similarity(tokens: Tensor) -> Tensor:
@@ -98,47 +212,77 @@ def patch_similarity(tokens: Tensor) -> Tensor:
     Returns:
         Tensor: Gamma, (groups, N, N), in [-1, 1].
     """
-    tokens = torch.nn.functional.normalize(tokens.float(), dim=-1)
+    tokens = F.normalize(tokens.float(), dim=-1)
     return tokens @ tokens.transpose(1, 2)
 
 
-def patch_similarity_entropy(tokens: Tensor, images: int, bandwidth: float = BANDWIDTH) -> Tensor:
-    """Entropy of the patch similarities of one block.
+def patch_similarity_entropy(tokens: Tensor, images: int, bandwidth: float = BANDWIDTH,
+                             density: str = 'binned') -> Tensor:
+    """Differential entropy of the kernel density of one block's patch similarities.
 
     Args:
         tokens (Tensor): (groups, N, d): one group an image, or with window attention one a window; the windows of an
             image follow each other and are pooled into one density.
         images (int): Number of images; divides the number of groups.
-        bandwidth (float): See :func:`density_entropy`.
+        bandwidth (float): Standard deviation of the Gaussian kernel. Defaults to 0.01 (V1 code).
+        density (str): 'binned' or 'exact', see above. Defaults to 'binned'.
 
     Returns:
-        Tensor: (images,), in nats.
+        Tensor: (images,), in nats. At most log(2), the entropy of the uniform density on [-1, 1], up to the kernel's
+        width; about log(bandwidth) + 1.42 when all similarities are equal.
     """
-    return density_entropy(patch_similarity(tokens).reshape(images, -1), bandwidth)
+    return ESTIMATORS[density].apply(F.normalize(tokens.float(), dim=-1), images, bandwidth)
+
+
+class Enough(Exception):
+    """Ends a forward pass whose last tokens have been seen; never leaves :meth:`PatchSimilarityTap.run`."""
 
 
 class PatchSimilarityTap:
-    """Collects the tokens of attention blocks while a model runs.
+    """Collects the tokens of attention blocks while a model runs inside ``with tap:``, and only then.
 
     Args:
-        products (list[nn.Module]): The modules that compute ``softmax(scores) @ v``, output (groups, heads, N, d).
+        products (list[nn.Module]): The modules that put out ``softmax(scores) @ v``, (groups, heads, N, d).
         class_tokens (list[int]): How many leading tokens of each are no patches, and are left out.
     """
 
     def __init__(self, products, class_tokens):
         self.tokens = []
+        self.last = None  # how many tokens a whole pass gives, once one has shown it
+        self.listens = self.stops = False
         self.handles = [
             product.register_forward_hook(functools.partial(self._collect, skip))
             for product, skip in zip(products, class_tokens)
         ]
 
     def _collect(self, skip, module, inputs, output):
+        if not self.listens:
+            return
         self.tokens.append(output.mean(1)[:, skip:])
+        if self.stops and len(self.tokens) == self.last:
+            raise Enough
 
-    def entropy(self, images: int, bandwidth: float = BANDWIDTH) -> Tensor:
-        """Sum over blocks of the entropy since the last call, (images,), in nats; forgets the tokens."""
+    def __enter__(self):
+        self.tokens, self.listens = [], True
+        return self
+
+    def __exit__(self, *unused):
+        self.listens = self.stops = False
+
+    def run(self, model, images: Tensor) -> None:
+        """Runs a model no deeper than to its last tapped block; what lies behind it has no part in the entropy."""
+        with self:
+            self.stops = True
+            try:
+                model(images)
+                self.last = len(self.tokens)
+            except Enough:
+                pass
+
+    def entropy(self, images: int, bandwidth: float = BANDWIDTH, density: str = 'binned') -> Tensor:
+        """Sum over blocks of the entropy of what was collected, (images,), in nats; forgets the tokens."""
         tokens, self.tokens = self.tokens, []
-        return torch.stack([patch_similarity_entropy(t, images, bandwidth) for t in tokens]).sum(0)
+        return torch.stack([patch_similarity_entropy(t, images, bandwidth, density) for t in tokens]).sum(0)
 
     def remove(self) -> None:
         """Takes the hooks off."""

@@ -68,6 +68,7 @@ class Game:
         self.turn, self.turn_updates, self.updates, self.student_updates = STUDENT, 0, 0, 0
         self.turns = 1
         self.reference = self.average = None
+        self.lessons, self.cache = {}, {}
 
     def start(self) -> None:
         """Measures the plainly calibrated student: the reference of the game and the first candidate for the best."""
@@ -83,9 +84,7 @@ class Game:
     @torch.no_grad()
     def measure(self, images: Tensor) -> float:
         """Mean discrepancy on a batch."""
-        teacher = self.teacher(images)
-        self.tap.tokens.clear()
-        return discrepancy(teacher, self.student(images)).mean().item()
+        return discrepancy(self.teacher(images), self.student(images)).mean().item()
 
     def evaluate(self) -> float:
         """Mean discrepancy on the held-back images."""
@@ -98,8 +97,8 @@ class Game:
             dict: Numbers for the log: ``discrepancy`` (relative to the teacher's magnitude), ``ratio`` (to the plain
             calibration), ``entropy`` when images moved, ``holdout`` when it was measured.
         """
-        optimizer = self.optimizers[self.updates % len(self.optimizers)]
-        log = self._image_update(optimizer, rng) if self.turn == IMAGES else self._student_update(optimizer, rng)
+        index = self.updates % len(self.optimizers)
+        log = self._image_update(index, rng) if self.turn == IMAGES else self.student_update(index, rng)
         ratio = self.mean(log['discrepancy']) / self.reference
         self.average += SMOOTHING * (ratio - self.average)
         self.updates += 1
@@ -120,27 +119,41 @@ class Game:
     def _switch(self, turn):
         self.turn, self.turn_updates, self.turn_start = turn, 0, self.average
         self.turns += 1
+        self.lessons, self.cache = {}, {}
 
-    def _image_update(self, optimizer, rng):
+    def _image_update(self, index, rng):
         log = {}
 
         def objective(images):
             view = augment(images, self.synthesis, rng)
-            teacher = self.teacher(view)
-            entropy = self.tap.entropy(len(view), self.synthesis.bandwidth)
+            with self.tap:
+                teacher = self.teacher(view)
+            entropy = self.tap.entropy(len(view), self.synthesis.bandwidth, self.synthesis.density)
             gap = discrepancy(teacher, self.student(view))
             log.update(discrepancy=gap.mean().item(), entropy=entropy.mean().item())
             gain = (gap / self.reference).clamp(max=self.config.bound)
             return (prior_loss(view, self.synthesis) - entropy - self.config.weight * gain).mean()
 
-        optimizer.step(objective)
+        self.optimizers[index].step(objective)
         return log
 
-    def _student_update(self, optimizer, rng):
-        view = augment(optimizer.images.detach(), self.synthesis, rng)
-        with torch.no_grad():
-            teacher = self.teacher(view)
-            self.tap.tokens.clear()
+    def lesson(self, index: int, rng: random.Random) -> tuple[Tensor, Features]:
+        """A view of a batch and the teacher's features of it; they stay the same for as long as a student's turn lasts.
+
+        The images do not change meanwhile, so the teacher needs to run but once a batch and turn.
+        """
+        if index not in self.cache:
+            if index not in self.lessons:
+                self.lessons[index] = rng.getrandbits(32)  # all that a checkpoint has to hold
+            rng = random.Random(self.lessons[index])
+            view = augment(self.optimizers[index].images.detach(), self.synthesis, rng)
+            with torch.no_grad():
+                self.cache[index] = view, self.teacher(view)
+        return self.cache[index]
+
+    def student_update(self, index: int, rng: random.Random) -> dict:
+        """One update of the student on a batch; as :meth:`step`, without the rules."""
+        view, teacher = self.lesson(index, rng)
         gap = discrepancy(teacher, self.student(view)).mean()
         self.update(gap / self.reference)
         return dict(discrepancy=gap.item())
@@ -160,7 +173,7 @@ class Game:
             parameter.copy_(self.best_parameters[name])
 
     PLAIN = ('turn', 'turn_updates', 'turn_start', 'updates', 'student_updates', 'turns', 'reference', 'average',
-             'best', 'initial', 'best_parameters')
+             'best', 'initial', 'best_parameters', 'lessons')
 
     def state_dict(self):
         return dict({name: getattr(self, name) for name in self.PLAIN},

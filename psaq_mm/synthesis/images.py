@@ -27,8 +27,34 @@ def valid_range(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Te
     return -mean / std, (255 - mean) / std
 
 
+class _TotalVariation(torch.autograd.Function):
+    """Written out, since on a small model autograd of four differences costs as much as a tenth of a teacher pass."""
+
+    @staticmethod
+    def forward(ctx, images):
+        gradient, values = torch.zeros_like(images), []
+        height, width = images.shape[-2:]
+        for down, right in ((0, 1), (1, 0), (1, -1), (1, 1)):
+            # Each pixel that has a neighbour in this direction, and the neighbours.
+            columns, others = (slice(max(0, -right * s), width - max(0, right * s)) for s in (1, -1))
+            here, there = (..., slice(0, height - down), columns), (..., slice(down, height), others)
+            difference = images[here] - images[there]
+            count = difference[0].numel()
+            value = torch.linalg.vector_norm(difference, dim=(1, 2, 3), keepdim=True) / count**0.5
+            difference *= 1 / (4 * count * value.clamp(min=1e-6))
+            gradient[here] += difference
+            gradient[there] -= difference
+            values.append(value.flatten())
+        ctx.save_for_backward(gradient)
+        return torch.stack(values).mean(0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.saved_tensors[0] * grad[:, None, None, None]
+
+
 def total_variation(images: Tensor) -> Tensor:
-    """Root-mean-square difference between neighbours, summed over the four directions V1 uses and divided by four.
+    """Root-mean-square difference between neighbours, mean over the four directions that V1 uses.
 
     Args:
         images (Tensor): (B, C, H, W).
@@ -36,9 +62,7 @@ def total_variation(images: Tensor) -> Tensor:
     Returns:
         Tensor: (B,), in the unit of the pixels: independent of image size and batch, unlike V1's norm over the batch.
     """
-    differences = (images[..., :, :-1] - images[..., :, 1:], images[..., :-1, :] - images[..., 1:, :],
-                   images[..., 1:, :-1] - images[..., :-1, 1:], images[..., :-1, :-1] - images[..., 1:, 1:])
-    return torch.stack([d.flatten(1).square().mean(1).clamp(min=1e-12).sqrt() for d in differences]).mean(0)
+    return _TotalVariation.apply(images)
 
 
 def prior_loss(images: Tensor, config: SynthesisConfig) -> Tensor:
@@ -75,7 +99,7 @@ class ImageOptimizer:
     def __init__(self, images: Tensor, low: Tensor, high: Tensor, lr: float):
         self.images = images.detach().clone().requires_grad_()
         self.low, self.high = low.to(images.device), high.to(images.device)
-        self.adam = torch.optim.Adam([self.images], lr=lr, betas=BETAS)
+        self.adam = torch.optim.Adam([self.images], lr=lr, betas=BETAS, fused=True)
         self._clip()
 
     @torch.no_grad()
