@@ -17,6 +17,7 @@ from psaq_mm.quantization import (
     UncalibratedError,
     WeightConfig,
 )
+from psaq_mm.quantization.quantizer import fake_quantize
 
 
 def calibrated(config, *batches, channels=1, axis=0):
@@ -195,3 +196,39 @@ def test_a_transposed_convolution_has_a_scale_for_each_output_channel(groups):
     torch.testing.assert_close(scale, layer.weight.detach().abs().amax((0, 2, 3)) / 127)
     expected = layer(x)
     assert 0 < (converted(x) - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize('shape, channels, axis', [((3, 50_000), 1, 0), ((2, 7, 40, 30), 1, 0), ((6, 5, 3, 3), 6, 0),
+                                                   ((4, 6, 3, 3), 6, 1), ((2, 9, 5), 5, 2)])
+@pytest.mark.parametrize('symmetric', [True, False])
+def test_fake_quantize_is_torchs_own_bit_for_bit(shape, channels, axis, symmetric):
+    x = torch.randn(shape) * 3
+    scale = torch.rand(channels) * 0.02 + 0.005
+    low, high = (-128, 127) if symmetric else (0, 255)
+    zero_point = torch.zeros(channels, dtype=torch.int32) if symmetric else torch.randint(
+        100, 150, (channels, ), dtype=torch.int32)
+
+    def torchs(value):
+        if channels == 1:
+            return torch.fake_quantize_per_tensor_affine(value, scale, zero_point, low, high)
+        return torch.fake_quantize_per_channel_affine(value, scale, zero_point, axis, low, high)
+
+    for value in (x, x.mT.contiguous().mT, x.repeat_interleave(2, -1)[..., ::2]):  # transposed, a part of a larger one
+        rounded, outside = fake_quantize(value, scale, zero_point, axis, low, high)
+        reference = value.clone().requires_grad_()
+        expected = torchs(reference)
+        assert torch.equal(rounded, expected)
+        expected.backward(torch.ones_like(expected))
+        assert 0 < len(outside) < value.numel()
+        assert torch.equal(outside, (reference.grad == 0).flatten().nonzero().flatten())
+
+
+def test_straight_through_gradient_of_a_quantizer_is_torchs_own():
+    quantizer = calibrated(ActivationConfig(observer='percentile', percentile=90.0), torch.randn(4, 500))
+    quantizer.mode = Mode.QUANTIZE
+    x = torch.randn(500, 4).mT.requires_grad_()  # not contiguous
+    weights = torch.randn(4, 500)
+    found, = torch.autograd.grad((quantizer(x) * weights).sum(), x)
+    expected, = torch.autograd.grad((torch.fake_quantize_per_tensor_affine(
+        x, quantizer.scale, quantizer.zero_point, 0, 255) * weights).sum(), x)
+    assert torch.equal(found, expected) and (found == 0).any()
