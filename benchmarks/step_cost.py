@@ -24,8 +24,8 @@ CASES = {
                       (800, 1344)),
 }
 
-# Student updates that share a teacher pass at the default settings: 20 updates a turn over 3 batches.
-LESSON = 20 / 3
+# Student updates that share a teacher pass.
+LESSON = 5
 
 
 def parse_args():
@@ -35,6 +35,7 @@ def parse_args():
     parser.add_argument('--steps', nargs='+', choices=('synthesis', 'student'), default=['synthesis', 'student'])
     parser.add_argument('--repeats', type=int, default=7, help='measurements of each side (default: 7)')
     parser.add_argument('--device', default='cpu')
+    parser.add_argument('--amp', action='store_true', help='our steps in bfloat16, the floor in float32')
     parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', default=[], help='as of tools/dfq.py, e.g. '
                         'quantization.synthesis.density=exact')
     parser.add_argument('--json', metavar='FILE')
@@ -75,7 +76,7 @@ def measure(steps, repeats, device):
     return [statistics.median(t) for t in times], [peak_bytes(step, device) for step in steps]
 
 
-def loop_of(path, batch, size, device, options):
+def loop_of(path, batch, size, device, options, amp=False):
     """A DataFreeLoop ready to step, and the library's own float model with the same weights."""
     import copy
     import tempfile
@@ -98,7 +99,7 @@ def loop_of(path, batch, size, device, options):
         model.init_weights()
     weights = f'{cfg.work_dir}/float.pth'
     torch.save(dict(state_dict=model.state_dict()), weights)
-    run = data_free_config(cfg, QuantizationConfig.parse(cfg.quantization), weights, {})
+    run = data_free_config(cfg, QuantizationConfig.parse(cfg.quantization), weights, {}, amp)
     run.log_level = 'ERROR'
     run.experiment_name = f'step_cost_{time.time_ns()}'
     runner = Runner.from_cfg(run)
@@ -111,12 +112,12 @@ def loop_of(path, batch, size, device, options):
     return loop, model.to(device).eval()
 
 
-def synthesis_case(path, batch, size, device, options):
+def synthesis_case(path, batch, size, device, options, amp=False):
     """A bare pass and a synthesis step."""
     import torch
 
     from psaq_mm.models import extract_features
-    loop, model = loop_of(path, batch, size, device, options)
+    loop, model = loop_of(path, batch, size, device, options, amp)
     model.requires_grad_(False)
     image = loop.images[0].clone().requires_grad_()
 
@@ -128,13 +129,13 @@ def synthesis_case(path, batch, size, device, options):
     return bare, lambda: loop.synthesis_step(random.Random(0))
 
 
-def student_case(path, batch, size, device, options):
+def student_case(path, batch, size, device, options, amp=False):
     """Adam on the float model; our update by the same loss; the teacher's pass that LESSON updates share."""
     import torch
 
     from psaq_mm.models import extract_features
     from psaq_mm.synthesis import discrepancy
-    loop, model = loop_of(path, batch, size, device, options)
+    loop, model = loop_of(path, batch, size, device, options, amp)
     loop.calibrate()
     loop.start_game()
     names = tuple(f'{t}.' for t in loop.quantization.targets)
@@ -184,7 +185,8 @@ def main():
     for case in args.cases:
         title, path, batch, size = CASES[case]
         for kind in args.steps:
-            steps = dict(synthesis=synthesis_case, student=student_case)[kind](path, batch, size, args.device, options)
+            steps = dict(synthesis=synthesis_case, student=student_case)[kind](path, batch, size, args.device, options,
+                                                                                       args.amp)
             (floor, ours, *shared), (floor_peak, *peaks) = measure(steps, args.repeats, args.device)
             times, peaks = (ours + sum(shared) / LESSON, floor), (max(peaks), floor_peak)
             results[f'{case} {kind}'] = dict(seconds=times, bytes=peaks, time=times[0] / times[1],

@@ -109,6 +109,55 @@ def test_a_comparison_goes_on_where_it_was_killed(small_config, tmp_path, killed
     assert (folder / 'synthetic.pt').exists()
 
 
+def test_a_batch_ends_early_when_its_entropy_ceases_to_rise(small_config, tmp_path, monkeypatch, killed_at):
+    from psaq_mm.engine import DataFreeLoop
+    monkeypatch.setattr('psaq_mm.engine.loop.PLATEAU', 1e9)  # no rise counts
+    steps, original = [], DataFreeLoop.synthesis_step
+
+    def counted(self, rng):
+        steps.append(self._iter)
+        return original(self, rng)
+
+    monkeypatch.setattr(DataFreeLoop, 'synthesis_step', counted)
+    stanza = {'synthesis.steps': 20, 'synthesis.patience': 2}
+    run(config(small_config, tmp_path / 'whole', **stanza))
+    assert steps == [0, 1, 2, 20, 21, 22]
+    killed_at(2)
+    with pytest.raises(KeyboardInterrupt):
+        run(config(small_config, tmp_path / 'killed', **stanza))
+    killed_at(None)
+    run(config(small_config, tmp_path / 'killed', **stanza), resume=True)
+    assert steps[6:] == [0, 1, 2, 20, 21, 22]
+    assert same(weights(tmp_path / 'killed'), weights(tmp_path / 'whole'))
+
+
+def images_of(work_dir):
+    return torch.load(work_dir / 'synthetic.pt', weights_only=True)['images']
+
+
+def test_a_warm_start_takes_its_share_of_the_previous_batch(small_config, tmp_path):
+    stanza = {'synthesis.method': 'psaq_v1', 'synthesis.steps': 1, 'synthesis.lr': 1e-6}
+    run(config(small_config, tmp_path / 'cold', **stanza))
+    run(config(small_config, tmp_path / 'warm', **{'synthesis.warm_start': 0.25, **stanza}))
+    cold, warm = images_of(tmp_path / 'cold'), images_of(tmp_path / 'warm')
+    torch.testing.assert_close(warm[0], cold[0])
+    torch.testing.assert_close(warm[1], 0.75 * cold[1] + 0.25 * cold[0], atol=1e-4, rtol=0)
+
+
+def test_checkpointing_and_the_exact_density_change_next_to_nothing(small_config, tmp_path, uninterrupted):
+    stanza = {'synthesis.method': 'psaq_v1', 'synthesis.steps': 2}
+    found = []
+    for name, more in (('plain', {}), ('checkpointing', {'synthesis.checkpointing': True}),
+                       ('exact', {'synthesis.density': 'exact'})):
+        run(config(small_config, tmp_path / name, **stanza, **more))
+        found.append(torch.cat(images_of(tmp_path / name)))
+    change = found[0] - torch.cat([b['inputs'][None] for b in NoiseDataset(6, [(64, 96)], 3)])
+    for other in found[1:]:  # Adam's first steps make a difference of every rounding error whose sign matters
+        assert (other - found[0]).abs().mean() < 0.1 * change.abs().mean()
+    whole = run(config(small_config, tmp_path / 'game', **{'synthesis.checkpointing': True}))
+    assert whole['quantized'] == {} and weights(tmp_path / 'game').keys() == uninterrupted.keys()
+
+
 @pytest.fixture(scope='module')
 def uninterrupted(small_config, tmp_path_factory):
     work_dir = tmp_path_factory.mktemp('whole')

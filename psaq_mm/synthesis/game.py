@@ -21,6 +21,9 @@ from .images import ImageOptimizer, augment, prior_loss
 
 Features = Sequence[Tensor]
 IMAGES, STUDENT = 'images', 'student'
+# Updates that a view and the teacher's features of it serve. Measured on DeiT-Tiny, W4A8, discrepancy on held-back images
+# after the game: 0.429 with a new view every time, 0.437 every third, 0.448 with one view for a whole turn.
+LESSON_USES = 5
 SMOOTHING = 0.3  # weight of the newest discrepancy in the average that turns are decided on
 
 
@@ -138,14 +141,17 @@ class Game:
         return log
 
     def lesson(self, index: int, rng: random.Random) -> tuple[Tensor, Features]:
-        """A view of a batch and the teacher's features of it; they stay the same for as long as a student's turn lasts.
+        """A view of a batch and the teacher's features of it, which serve several updates of a student's turn.
 
-        The images do not change meanwhile, so the teacher needs to run but once a batch and turn.
+        The images do not change meanwhile, so the teacher does not need to run for each of them.
         """
+        seed, uses = self.lessons.get(index, (None, LESSON_USES))
+        if uses == LESSON_USES:
+            seed, uses = rng.getrandbits(32), 0
+            self.cache.pop(index, None)
+        self.lessons[index] = seed, uses + 1  # all that a checkpoint has to hold
         if index not in self.cache:
-            if index not in self.lessons:
-                self.lessons[index] = rng.getrandbits(32)  # all that a checkpoint has to hold
-            rng = random.Random(self.lessons[index])
+            rng = random.Random(seed)
             view = augment(self.optimizers[index].images.detach(), self.synthesis, rng)
             with torch.no_grad():
                 self.cache[index] = view, self.teacher(view)
