@@ -59,8 +59,8 @@ class GameConfig(FrozenConfig):
     """The teacher-student game of V2. All values are our choice: the paper's text was not available to us."""
     steps: int = Field(200, ge=0, description='updates in all, of images and student together')
     student_lr: float | None = Field(
-        None, gt=0, description="peak learning rate of the student's Adam; None: 2e-6 at 8-bit weights, twice that for every "
-        'two bits less')
+        None, gt=0, description="peak learning rate of the student's Adam; None: 2e-6 at 8-bit weights, twice that "
+        'for every two bits less')
     image_lr: float = Field(0.05, gt=0, description="learning rate of the images' Adam, normalised pixels")
     weight: float = Field(1.0, ge=0, description='weight of the discrepancy in the image objective, beside the entropy')
     bound: float = Field(

@@ -21,8 +21,8 @@ from .images import ImageOptimizer, augment, prior_loss
 
 Features = Sequence[Tensor]
 IMAGES, STUDENT = 'images', 'student'
-# Updates that a view and the teacher's features of it serve. Measured on DeiT-Tiny, W4A8, discrepancy on held-back images
-# after the game: 0.429 with a new view every time, 0.437 every third, 0.448 with one view for a whole turn.
+# Updates that a view and the teacher's features of it serve. Measured on DeiT-Tiny, W4A8, discrepancy on held-back
+# images after the game: 0.429 with a new view every time, 0.437 every third, 0.448 with one view for a whole turn.
 LESSON_USES = 5
 SMOOTHING = 0.3  # weight of the newest discrepancy in the average that turns are decided on
 
