@@ -172,13 +172,32 @@ SCENE_DIGEST = 'bbaa9d07490cc52ee0709ae1fe6f4df7dbd1b4843390862137070c4765b44d8b
 
 def test_demo_and_benchmark_are_commands(tmp_path):
     benchmarks = ('benchmarks/nuclei.py', 'benchmarks/deit_tiny.py')
-    for script in ('demo/run.py', 'demo/scenes.py', 'demo/train.py', *benchmarks, 'tools/dfq.py', 'tools/grid.py',
-                   'tools/convert_checkpoint.py'):
+    more = sorted(path.relative_to(ROOT) for folder in ('tools', 'benchmarks') for path in (ROOT / folder).glob('*.py')
+                  if path.stem != 'common')
+    for script in ('demo/run.py', 'demo/scenes.py', 'demo/train.py', *more):
         assert 'usage' in run_tool(script, '--help').stdout
     for script in benchmarks:
         done = run_tool(script, '--bench', tmp_path, check=False)
         assert done.returncode == 2 and '--bench names the folder' in done.stderr
     assert 'choose from detection' in run_tool('demo/run.py', 'tracking', check=False).stderr
+
+
+def test_memory_of_a_step_is_near_that_of_a_bare_one(tmp_path):
+    """Times are for people to look at; allocations are the same every time."""
+    run_tool('benchmarks/step_cost.py', '--cases', 'deit_t', '--repeats', '1', '--json', tmp_path / 'j.json')
+    found = json.loads((tmp_path / 'j.json').read_text())
+    assert found['deit_t synthesis']['memory'] <= 1.15 and found['deit_t student']['memory'] <= 1.25
+    assert all(v > 0 for case in found.values() for v in case['seconds'] + case['bytes'])
+
+
+def test_the_density_benchmark_ranks_the_estimators(tmp_path):
+    run_tool('benchmarks/density.py', '--repeats', '1', '--json', tmp_path / 'j.json')
+    found = json.loads((tmp_path / 'j.json').read_text())
+    for kind in ('rendered', 'noise'):
+        binned, exact, ten = (found[f'{kind}, {n}'] for n in ('binned (default)', 'exact', 'ten points (V1)'))
+        assert exact['entropy_error'] < 1e-3 and binned['entropy_error'] < 2e-3 < ten['entropy_error']
+        assert exact['gradient_error'] < 1e-2 and binned['gradient_error'] < 5e-2 < ten['gradient_error']
+        assert binned['peak_mb'] < ten['peak_mb']
 
 
 def test_comparison_is_not_done_twice(small_config, tmp_path):
@@ -228,13 +247,18 @@ def test_real_images_keep_the_real_models_accuracy():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_real_weights_of_deit_tiny_keep_their_accuracy(tmp_path):
-    """../shared/bench, where it exists: full precision is what timm reports, W8A8 without data is within two points."""
+    """../shared/bench, where it exists: full precision is what timm reports, and no data is needed to come near it.
+
+    Bounds wide enough for 500 images on another processor; README.md says what was measured.
+    """
     bench = ROOT.parent / 'shared' / 'bench'
     if not (bench / 'deit_tiny').is_dir():
         pytest.skip(f'{bench} is not here: nothing real to measure on')
-    run_tool('benchmarks/deit_tiny.py', '--bench', bench, '--methods', 'real', '--bits', 'W8A8', '--out',
-             tmp_path, '--json', tmp_path / 'j.json', timeout=1800)
+    run_tool('benchmarks/deit_tiny.py', '--bench', bench, '--methods', 'psaq_v2', '--bits', 'W8A8', 'W4A8', '--out',
+             tmp_path, '--json', tmp_path / 'j.json', timeout=2400)
     results = json.loads((tmp_path / 'j.json').read_text())
     assert results['full_precision']['accuracy/top1'] == pytest.approx(77.8, abs=0.21)
-    assert results['runs']['W8A8 real']['quantized']['accuracy/top1'] > 75.8
+    for bits, loss in (('W8A8', 2.0), ('W4A8', 7.0)):
+        assert results['runs'][f'{bits} psaq_v2']['quantized']['accuracy/top1'] > 77.8 - loss, bits
