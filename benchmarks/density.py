@@ -108,8 +108,8 @@ def main():
             peak = peak_bytes(lambda e=estimator, b=blocks: [evaluate(e, t) for t in b], 'cpu')
             results[f'{kind}, {name}'] = dict(entropy_error=entropy, gradient_error=gradient,
                                               seconds=statistics.median(taken), peak_mb=peak / 1e6)
-    table = Table(title=f'{IMAGES} images, 144 patches, {len(BLOCKS)} blocks, bandwidth {args.bandwidth}: largest errors '
-                  'against a grid of 2001 points')
+    table = Table(title=f'{IMAGES} images, 144 patches, {len(BLOCKS)} blocks, bandwidth {args.bandwidth}: largest '
+                  'errors against a grid of 2001 points')
     for name in ('images, estimator', 'entropy, nats', 'gradient, relative', 'ms', 'peak, MB'):
         table.add_column(name, justify='right' if ',' not in name[:8] else 'left')
     for name, r in results.items():
