@@ -12,6 +12,9 @@ import sys
 import types
 from pathlib import Path
 
+# What is quantized beside the operands of products.
+SCOPES = {'products': '', 'residual': 'residual', 'logits': 'logits', 'both': 'residual logits'}
+
 
 def residual_forward(block, x):
     """timm's ViT block in evaluation, with both sums quantized."""
@@ -23,6 +26,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--grid', type=Path, default=Path('work_dirs/deit_tiny'), help="deit_tiny.py's --out")
     parser.add_argument('--weight-bits', type=int, default=8)
+    parser.add_argument('--scopes', nargs='+', choices=SCOPES, default=list(SCOPES), metavar='SCOPE',
+                        help=f'of {", ".join(SCOPES)} (default: all)')
     args = parser.parse_args()
     import torch
     from mmengine.config import Config
@@ -82,11 +87,10 @@ def main():
         return f'{100 * torch.cat(correct).float().mean():.1f}'
 
     table = Table(title=f'DeiT-Tiny W{args.weight_bits}A8, backbone and head quantized, top-1')
-    scopes = {'products': '', '+ residual stream': 'residual', '+ logits': 'logits', '+ both': 'residual logits'}
-    for name in ('calibration', *scopes):
+    for name in ('calibration', *args.scopes):
         table.add_column(name)
     for method, batches in calibration.items():
-        table.add_row(method, *(top1(calibrated(scope, batches)) for scope in scopes.values()))
+        table.add_row(method, *(top1(calibrated(SCOPES[scope], batches)) for scope in args.scopes))
     Console().print(table)
     return 0
 
