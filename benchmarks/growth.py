@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / 'benchmarks'))
-from step_cost import LESSON, measure, student_case, synthesis_case  # noqa: E402
+from step_cost import measure, student_case, synthesis_case  # noqa: E402
 
 # Axis of the plot: its values, and for each of them config, batch, (height, width) and options.
 AXES = {
@@ -31,7 +31,7 @@ def point(path, batch, size, options, repeats, device):
     seconds, peaks = measure(synthesis_case(ROOT / path, batch, size, device, options), repeats, device)
     (plain, student, lesson), student_peaks = measure(
         student_case(ROOT / path, batch, size, device, options), repeats, device)
-    return dict(zip(LINES, zip([*seconds, plain, student + lesson / LESSON],
+    return dict(zip(LINES, zip([*seconds, plain, student + lesson],
                                [p / 1e6 for p in (*peaks, student_peaks[0], max(student_peaks[1:]))])))
 
 

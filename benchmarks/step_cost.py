@@ -24,9 +24,6 @@ CASES = {
                       (800, 1344)),
 }
 
-# Student updates that share a teacher pass.
-LESSON = 5
-
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -130,7 +127,7 @@ def synthesis_case(path, batch, size, device, options, amp=False):
 
 
 def student_case(path, batch, size, device, options, amp=False):
-    """Adam on the float model; our update by the same loss; the teacher's pass that LESSON updates share."""
+    """Adam on the float model; our update by the same loss; the teacher's pass that ``view_updates`` updates share."""
     import torch
 
     from psaq_mm.models import extract_features
@@ -154,11 +151,17 @@ def student_case(path, batch, size, device, options, amp=False):
         adam.step()
 
     game = loop.game
+    kept = game.lesson(0, random.Random(0))
+
+    def update():
+        game.cache[0], game.lessons[0] = kept, (0, 0)
+        game.student_update(0, random.Random(0))
+
     def lesson():
-        game.cache.clear()
+        game.cache, game.lessons = {}, {}
         game.lesson(0, random.Random(0))
 
-    return plain, lambda: game.student_update(0, random.Random(0)), lesson
+    return plain, update, lesson
 
 
 def main():
@@ -188,7 +191,8 @@ def main():
             steps = dict(synthesis=synthesis_case, student=student_case)[kind](path, batch, size, args.device, options,
                                                                                        args.amp)
             (floor, ours, *shared), (floor_peak, *peaks) = measure(steps, args.repeats, args.device)
-            times, peaks = (ours + sum(shared) / LESSON, floor), (max(peaks), floor_peak)
+            share = options.get('quantization.game.view_updates', 1)
+            times, peaks = (ours + sum(shared) / share, floor), (max(peaks), floor_peak)
             results[f'{case} {kind}'] = dict(seconds=times, bytes=peaks, time=times[0] / times[1],
                                              memory=peaks[0] / peaks[1])
             table.add_row(f'{kind} step: {title}', *(f'{t:.3f}' for t in times), f'{times[0] / times[1]:.2f}',

@@ -200,8 +200,8 @@ def test_student_never_ends_worse_than_its_plain_calibration():
     assert all(torch.equal(a, b) for a, b in zip(start, student.parameters()))
 
 
-def test_a_turn_of_the_student_runs_the_teacher_once_a_batch():
-    played, _ = game(lower=1e-9, upper=1e9, student_patience=6, image_patience=2)
+def test_a_view_serves_several_updates_with_one_pass_of_the_teacher():
+    played, _ = game(lower=1e-9, upper=1e9, student_patience=6, image_patience=2, view_updates=3)
     forward, passes = played.teacher.forward, []
     played.teacher.forward = lambda images: passes.append(len(images)) or forward(images)
     for number in range(6):
@@ -216,12 +216,12 @@ def test_a_turn_of_the_student_runs_the_teacher_once_a_batch():
 
 
 def test_state_carries_the_game_on():
-    first, student = game(student_patience=3, evaluate_every=2, lower=1e-9, image_patience=3)
+    first, student = game(student_patience=3, evaluate_every=2, lower=1e-9, image_patience=3, view_updates=2)
     for number in range(7):
         first.step(random.Random(number))
     state, weights = copy.deepcopy(first.state_dict()), copy.deepcopy(student.state_dict())
     torch.manual_seed(0)
-    second, other = game(student_patience=3, evaluate_every=2, lower=1e-9, image_patience=3)
+    second, other = game(student_patience=3, evaluate_every=2, lower=1e-9, image_patience=3, view_updates=2)
     second.teacher.load_state_dict(first.teacher.state_dict())
     other.load_state_dict(weights)
     second.load_state_dict(state)
