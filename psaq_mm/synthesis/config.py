@@ -72,7 +72,7 @@ class GameConfig(FrozenConfig):
     student_patience: int = Field(20, ge=1, description="the student's turn ends after so many updates at the latest")
     image_patience: int = Field(5, ge=1, description="the images' turn ends after so many updates at the latest")
     view_updates: int = Field(
-        1, ge=1, description="student's updates that a random view of a batch, and the teacher's features of it, serve; "
+        1, ge=1, description="updates that a random view of a batch, and the teacher's features of it, serve; "
         'more are faster, and leave the student a little worse on held-back images (discrepancy of DeiT-Tiny at W4A8: '
         '0.429 with 1, 0.437 with 3, 0.448 with a whole turn)')
     holdout: float = Field(0.25, gt=0, lt=1, description='share of the images held back to choose the best student')
