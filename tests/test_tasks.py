@@ -61,7 +61,7 @@ def test_init_model_and_inferencer_give_the_same_map(segmentation_run, scenes):
     model = init_model(config, checkpoint, device='cpu')
     result = inference_model(model, path).pred_sem_seg.data[0].numpy()
     inferencer = MMSegInferencer(config, checkpoint, device='cpu')
-    assert np.array_equal(inferencer(path, show_progress=False)['predictions'], result)
+    assert np.array_equal(inferencer(path)['predictions'], result)
     assert model.dataset_meta['classes'][0] == 'ground'
     from psaq_mm.quantization import quantizers
     assert all(q.calibrated for q in quantizers(model).values()) and len(quantizers(model)) > 50
