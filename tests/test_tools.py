@@ -256,9 +256,8 @@ def test_real_weights_of_deit_tiny_keep_their_accuracy(tmp_path):
     bench = ROOT.parent / 'shared' / 'bench'
     if not (bench / 'deit_tiny').is_dir():
         pytest.skip(f'{bench} is not here: nothing real to measure on')
-    run_tool('benchmarks/deit_tiny.py', '--bench', bench, '--methods', 'psaq_v2', '--bits', 'W8A8', 'W4A8', '--out',
+    run_tool('benchmarks/deit_tiny.py', '--bench', bench, '--methods', 'psaq_v2', '--bits', 'W4A8', '--out',
              tmp_path, '--json', tmp_path / 'j.json', timeout=2400)
     results = json.loads((tmp_path / 'j.json').read_text())
     assert results['full_precision']['accuracy/top1'] == pytest.approx(77.8, abs=0.21)
-    for bits, loss in (('W8A8', 2.0), ('W4A8', 7.0)):
-        assert results['runs'][f'{bits} psaq_v2']['quantized']['accuracy/top1'] > 77.8 - loss, bits
+    assert results['runs']['W4A8 psaq_v2']['quantized']['accuracy/top1'] > 77.8 - 7.0
