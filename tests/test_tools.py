@@ -217,6 +217,7 @@ def test_comparison_is_not_done_twice(small_config, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_the_shipped_checkpoints_are_good_and_w8a8_keeps_it(tmp_path):
     """All evaluation images of the demos: good models in full precision, about as good without data."""
     run_tool('demo/run.py', '--methods', 'psaq_v2', '--work-dir', tmp_path, '--json', tmp_path / 'j.json', timeout=1800)
@@ -231,6 +232,7 @@ def test_the_shipped_checkpoints_are_good_and_w8a8_keeps_it(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_real_images_keep_the_real_models_accuracy():
     """../shared/bench, where it exists: the quantizer alone, calibrated on real nuclei, loses next to nothing."""
     bench = ROOT.parent / 'shared' / 'bench'
