@@ -6,7 +6,6 @@ Writes growth.png, growth.md and growth.json. Steps are measured as in step_cost
 multiplies the number of steps: time grows in proportion to it, memory (beyond the images) does not.
 """
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -41,7 +40,6 @@ def main():
     parser.add_argument('--repeats', type=int, default=3)
     parser.add_argument('--device', default='cpu')
     args = parser.parse_args()
-    os.environ.setdefault('PYTHONWARNINGS', 'ignore')
     import logging
     logging.disable(logging.WARNING)
     from matplotlib.figure import Figure

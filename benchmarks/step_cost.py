@@ -9,11 +9,14 @@ one process; times are medians, so a noisy machine changes the seconds more than
 allocated at the peak beyond weights, images and optimiser state, from torch's own record of allocations.
 """
 import argparse
-import os
 import random
 import statistics
 import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'tools'))
+from common import parse_options  # noqa: E402
 
 CASES = {
     'deit_t': ('DeiT-Tiny, batch 8, 224 x 224', 'configs/deit_t_w8a8.py', 8, (224, 224)),
@@ -101,7 +104,6 @@ def loop_of(path, batch, size, device, options, amp=False):
     run.experiment_name = f'step_cost_{time.time_ns()}'
     runner = Runner.from_cfg(run)
     loop = runner.train_loop
-    runner._train_loop = loop
     runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     runner.call_hook('before_run')
     runner.load_or_resume()
@@ -166,20 +168,16 @@ def student_case(path, batch, size, device, options, amp=False):
 
 def main():
     args = parse_args()
-    os.environ.setdefault('PYTHONWARNINGS', 'ignore')
     import logging
     import warnings
     warnings.simplefilter('ignore')
     logging.disable(logging.WARNING)
     import torch
-    from mmengine.config import DictAction
     from rich.console import Console
     from rich.table import Table
 
     from psaq_mm.engine import write_json
-    options = argparse.ArgumentParser()
-    options.add_argument('--cfg-options', nargs='+', action=DictAction)
-    options = options.parse_args(['--cfg-options', *args.cfg_options]).cfg_options if args.cfg_options else {}
+    options = parse_options(args.cfg_options)
     torch.manual_seed(0)
     table = Table(title=f'{args.device}, {torch.get_num_threads()} threads, medians of {args.repeats}')
     for name in ('', 'seconds', 'floor, s', 'time / floor', 'peak, MB', 'floor, MB', 'memory / floor'):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / 'demo'), str(ROOT / 'tools'), str(ROOT / 'benchmarks')]
+from common import parse_options  # noqa: E402
 from grid import bits  # noqa: E402
 
 DEMOS = dict(detection='dfq_w8a8.py', segmentation='dfq_segmentation_w8a8.py',
@@ -41,13 +42,10 @@ def main():
     if 'deit_tiny' in args.tasks and not args.bench:
         parser.error('--tasks deit_tiny needs --bench')
     from matplotlib.figure import Figure
-    from mmengine.config import Config, DictAction
+    from mmengine.config import Config
 
     from psaq_mm.engine import compare, markdown, with_stanza, write_json
     from psaq_mm.engine.report import metric_names, percent, title_of
-    options = argparse.ArgumentParser()
-    options.add_argument('--cfg-options', nargs='+', action=DictAction, default={})
-    options = options.parse_args(['--cfg-options', *args.cfg_options]).cfg_options if args.cfg_options else {}
     rows, results = [], {}
     for task in args.tasks:
         if task == 'deit_tiny':
@@ -59,7 +57,7 @@ def main():
             import scenes
             scenes.write(ROOT / 'demo' / 'data', ('val', ))
             cfg = Config.fromfile(ROOT / 'demo' / DEMOS[task])
-        cfg.merge_from_dict(options)
+        cfg.merge_from_dict(parse_options(args.cfg_options))
         for steps in args.steps:
             method = 'psaq_v1' if steps else 'noise'
             changed = with_stanza(cfg, synthesis=dict(steps=max(steps, 1)))

@@ -17,6 +17,14 @@ def config_arguments(parser):
     parser.add_argument('--json', metavar='FILE', help='also write the numbers to this file')
 
 
+def parse_options(words):
+    """The words behind --cfg-options as mmengine reads them, a dict. It is heavy to import: parsers keep the words."""
+    from mmengine.config import DictAction
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={})
+    return parser.parse_args(['--cfg-options', *words] if words else []).cfg_options
+
+
 def load_config(args, work_dir):
     """The config with the command line merged into it.
 
@@ -28,7 +36,7 @@ def load_config(args, work_dir):
         UserError: If it cannot be read, or an option is wrong.
     """
     import torch
-    from mmengine.config import Config, DictAction
+    from mmengine.config import Config
 
     from psaq_mm.errors import UserError
     if args.device == 'cuda' and not torch.cuda.is_available():
@@ -40,10 +48,8 @@ def load_config(args, work_dir):
     except Exception as error:  # mmengine raises all kinds of things, from SyntaxError to bare RuntimeError
         raise UserError(f'the config {args.config} cannot be read ({type(error).__name__}: {error})') from None
     if args.cfg_options:
-        parser = argparse.ArgumentParser()
-        parser.add_argument('--cfg-options', nargs='+', action=DictAction)
         try:
-            cfg.merge_from_dict(parser.parse_args(['--cfg-options', *args.cfg_options]).cfg_options)
+            cfg.merge_from_dict(parse_options(args.cfg_options))
         except Exception as error:
             raise UserError(f'--cfg-options {" ".join(args.cfg_options)}: must be KEY=VALUE with keys of the config '
                             f'({type(error).__name__}: {error})') from None

@@ -183,7 +183,7 @@ class QuantizedMatMul(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         if self.a_quantizer is not None:
-            if not self.is_float and _trains(a, b):
+            if _rounds(self.a_quantizer, self.b_quantizer) and _trains(a, b):
                 return self.output(_MatMulFunction.apply(a, b, self.a_quantizer, self.b_quantizer))
             a, b = self.a_quantizer(a), self.b_quantizer(b)
         return self.output(torch.matmul(a, b))

@@ -92,9 +92,8 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         outside, = ctx.saved_tensors
-        if len(outside):
-            grad = grad.clone(memory_format=torch.contiguous_format)
-            zero_at(grad, outside)
+        if len(outside):  # the gradient that comes in is not ours to change
+            grad = zero_at(grad.clone(memory_format=torch.contiguous_format), outside)
         return grad, None, None, None, None, None
 
 

@@ -33,7 +33,7 @@ class SynthesisConfig(FrozenConfig):
         0.0, ge=0, lt=1, description='share of the previous batch in where a batch starts, the rest is noise')
     checkpointing: bool = Field(
         False, description='compute attention blocks again in the backward pass instead of keeping their activations: '
-        'for images too large for the memory, about a third slower')
+        'for images too large for the memory; slower')
     bandwidth: float = Field(0.01, ge=0.002, le=0.5, description='of the similarity density; 0.01 as in V1')
     density: Literal['binned', 'exact'] = Field(
         'binned', description="how the density is estimated: 'exact' is the same to 1e-4 nats and tens of times slower")

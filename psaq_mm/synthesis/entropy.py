@@ -38,22 +38,17 @@ CHUNK = 1 << 14  # entries at a time whose kernels the exact estimator evaluates
 @dataclass(frozen=True)
 class _Grid:
     """Grid points and bins that cover [-1, 1] and the kernel's tails; the middle of a point's bins is the point."""
-    bandwidth: float
     bin: float  # width of a bin
     step: float  # between grid points
     start: float  # lower edge of the first bin
     points: int
+    length: int  # of the Fourier transforms; the margins keep what wraps around apart
     kernel: Tensor  # spectrum of the kernel of an entry by its distance, in bins, from the first bin of a point
     slope: Tensor  # spectrum of the derivative of that by the entry
 
     @property
     def bins(self) -> int:
         return self.points * BINS
-
-    @property
-    def length(self) -> int:
-        """Of the Fourier transforms; the margins keep what wraps around apart."""
-        return 1 << (self.bins - 1).bit_length()
 
     def density(self, mass: Tensor) -> Tensor:
         """Density at the points (images, points), float64, of a mass in each bin (images, bins)."""
@@ -76,7 +71,7 @@ def _grid(bandwidth: float, device: torch.device) -> _Grid:
     offset = (bins - (BINS - 1) / 2) / (POINTS * BINS)  # in bandwidths
     kernel = torch.exp(-0.5 * offset**2) / (bandwidth * (2 * torch.pi)**0.5)
     kernel, slope = (torch.fft.rfft(k).to(device) for k in (kernel, -kernel * offset / bandwidth))
-    return _Grid(bandwidth, step / BINS, step, -1 - MARGIN * bandwidth - step, points, kernel, slope)
+    return _Grid(step / BINS, step, -1 - MARGIN * bandwidth - step, points, length, kernel, slope)
 
 
 def _strips(tokens: int):
