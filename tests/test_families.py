@@ -6,6 +6,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import nn
 
+from psaq_mm.errors import UserError
 from psaq_mm.models import (
     attention_blocks,
     attention_taps,
@@ -14,11 +15,13 @@ from psaq_mm.models import (
     quantize_model,
 )
 from psaq_mm.quantization import (
+    ActivationConfig,
     Mode,
     QuantizedMultiheadAttention,
     calibrate,
     convert,
     quantizable,
+    quantize_residual,
     quantized_layers,
     quantizers,
     set_mode,
@@ -214,6 +217,48 @@ def test_targets_may_name_heads(family):
         features = extract_features(converted, images, heads=True)
         assert len(features) > len(extract_features(converted, images))  # the head's outputs are compared, too
         torch.testing.assert_close(features[0], extract_features(converted, images)[0])
+
+
+def test_residual_stream_is_quantized_where_asked(family):
+    """Both sums of every block, seen from outside: what a block puts out has no more values than the grid."""
+    model, blocks = family[:2]
+    images = images_for(model)
+    with torch.no_grad():
+        expected = extract_features(model, images)
+    converted = calibrated(model, dict(placement='all', activation=dict(bits=4)), images)
+    assert sum(name.endswith('_sum_quantizer') for name in quantizers(converted)) == 2 * blocks
+    seen = []
+    for block in attention_blocks(converted.backbone):
+        block.register_forward_hook(lambda block, inputs, output: seen.append(len(output.unique())))
+    with torch.no_grad():
+        extract_features(converted, images)
+        assert len(seen) == blocks and all(4 < values <= 16 for values in seen), seen
+        set_mode(converted, Mode.FLOAT)
+        for a, b in zip(expected, extract_features(converted, images)):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_placement_all_without_blocks_takes_single_layers_or_is_an_error(family):
+    head = next(name for name in ('bbox_head', 'decode_head', 'head', 'rpn_head') if hasattr(family[0], name))
+    model, settings = copy.deepcopy(family[0]), dict(placement='all', activation=dict(bits=4), targets=[head])
+    if not isinstance(model.head if head == 'head' else None, nn.Linear):
+        with pytest.raises(UserError, match="placement = 'all': .*no attention block"):
+            quantize_model(model, settings)
+        return
+    images = images_for(model)
+    converted = calibrated(model, settings, images, heads=True)  # a single layer: its output is quantized instead
+    with torch.no_grad():
+        integers = converted(images) / converted.head.output_quantizer.scale
+    torch.testing.assert_close(integers, integers.round(), rtol=0, atol=1e-4)
+
+
+def test_a_block_without_residual_sums_is_an_error():
+    class Block(nn.Module):
+        def forward(self, x):
+            return x + x.mean(0)
+    block = quantize_residual(Block(), ActivationConfig())
+    with pytest.raises(UserError, match='Block.forward makes 0 visible residual additions.*quantization.placement'):
+        block(torch.rand(2, 3, 4))
 
 
 def test_checkpointed_blocks_give_the_same_gradient(family):

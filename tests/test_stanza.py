@@ -19,7 +19,7 @@ def test_empty_stanza_is_w8a8_v2_of_backbone_and_neck():
 
 def test_learning_rate_of_the_student_follows_the_bits():
     rates = [QuantizationConfig.parse(dict(weight=dict(bits=bits))).student_lr for bits in (8, 7, 4)]
-    assert rates == pytest.approx([2e-6, 4e-6, 3.2e-5])
+    assert rates == pytest.approx([6e-6, 1.2e-5, 9.6e-5])
     assert QuantizationConfig.parse(dict(game=dict(student_lr=0.1))).student_lr == 0.1
 
 

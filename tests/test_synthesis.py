@@ -14,7 +14,9 @@ from psaq_mm.synthesis import (
     SynthesisConfig,
     augment,
     discrepancy,
+    distillation,
     learning_rate,
+    lesson_view,
     prior_loss,
     total_variation,
     valid_range,
@@ -65,6 +67,47 @@ def test_augmentation_only_moves_pixels_and_follows_the_seed():
         assert torch.equal(view.flatten(1).sort().values, images.flatten(1).sort().values)
     assert torch.equal(views[3], augment(images, config, random.Random(3)))
     assert len({v[0, 0, 0, 0].item() for v in views}) > 3
+
+
+def lesson(images, seed=0, **options):
+    return lesson_view(images, list(images), SynthesisConfig(jitter=0, flip=False), GameConfig(**options), LOW, HIGH,
+                       random.Random(seed))
+
+
+def test_lesson_views_follow_the_seed_and_leave_the_images_alone():
+    images = torch.rand(3, 3, 20, 32)
+    before = images.clone()
+    views = [lesson(images, seed) for seed in range(4)]
+    assert torch.equal(images, before)
+    assert torch.equal(views[2], lesson(images, 2)) and not torch.equal(views[2], views[3])
+    assert all(view.shape == images.shape and (view >= LOW).all() and (view <= HIGH).all() for view in views)
+    assert torch.equal(lesson(images, crop=1, color=0, mix=False), images)
+
+
+def test_each_variation_of_lesson_views_does_what_it_says():
+    images = torch.stack([torch.full((3, 40, 40), value) for value in (0.2, 0.7)])
+    mixed = lesson(images, 1, crop=1, color=0)
+    assert (set(mixed.unique().tolist()) == set(images.unique().tolist())
+            and not torch.equal(mixed, images))  # a rectangle of the other, at some seed
+    ramp = torch.linspace(0, 1, 40).expand(1, 3, 40, 40)
+    for seed in range(9):
+        crop = lesson(ramp, seed, crop=0.25, color=0, mix=False)[0, 0, 20]
+        slope = (crop[30] - crop[10]) / (ramp[0, 0, 20, 30] - ramp[0, 0, 20, 10])
+        assert 0.45 <= slope <= 1.0  # a side of at least half the image
+    colored = lesson(ramp, 3, crop=1, color=0.5, mix=False)[0]
+    span = colored.amax((1, 2)) - colored.amin((1, 2))
+    assert (0.4 <= span).all() and (span <= 1.8).all() and len(span.unique()) == 3
+
+
+def test_distillation_is_a_relative_squared_error_with_autograds_gradient():
+    torch.manual_seed(0)
+    teacher = [torch.randn(2, 3, 4, 4), 10 * torch.randn(2, 5)]
+    student = [torch.randn_like(t).requires_grad_() for t in teacher]
+    plain = sum((s - t).square().sum() / t.square().sum() for t, s in zip(teacher, student)) / 2
+    loss = distillation(teacher, student)
+    torch.testing.assert_close(loss, plain)
+    for a, b in zip(torch.autograd.grad(3 * loss, student), torch.autograd.grad(3 * plain, student)):
+        torch.testing.assert_close(a, b)
 
 
 def test_learning_rate_warms_up_and_falls_to_nearly_zero():

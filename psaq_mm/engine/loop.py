@@ -17,7 +17,7 @@ from mmengine.runner import BaseLoop
 
 from ..compat import keep_freed_memory
 from ..errors import UserError
-from ..models import attention_taps, beyond_features, checkpoint_blocks, extract_features
+from ..models import attention_taps, beyond_features, checkpoint_blocks, extract_features, with_blocks
 from ..quantization import Mode, calibrate, quantizers, set_mode, unused_quantizers
 from ..registry import LOOPS
 from ..stanza import ROOT, QuantizationConfig
@@ -205,12 +205,12 @@ class DataFreeLoop(BaseLoop):
         """The context in which features are computed: bfloat16 where asked for."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.amp else nullcontext()
 
-    def features(self, model):
+    def features(self, model, extractor=extract_features):
         """A feature extractor on a model, in the precision of the run."""
 
         def extract(images):
             with self.precision():
-                return extract_features(model, images, self.heads)
+                return extractor(model, images, self.heads)
 
         return extract
 
@@ -284,7 +284,8 @@ class DataFreeLoop(BaseLoop):
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(name in parameters)
         self.game = Game(config, synthesis, self.features(self.teacher), self.features(self.student), self.tap,
-                         parameters, self.update_student, evolving, held, self.low, self.high, mean_over_processes)
+                         parameters, self.update_student, evolving, held, self.low, self.high, mean_over_processes,
+                         (self.features(self.teacher, with_blocks), self.features(self.student, with_blocks)))
         if self.restored is not None and self.restored['game'] is not None:
             self.game.load_state_dict(self.restored['game'])
         else:

@@ -10,18 +10,24 @@ import copy
 from mmengine.registry import MODELS as ROOT_MODELS
 from torch import nn
 
+from ..errors import UserError
 from ..quantization import (
     CONTEXT,
+    ActivationConfig,
+    QuantizedLayer,
     QuantizerMismatchError,
     attention_parts,
     convert,
     convert_attention,
     quantizable,
+    quantize_output,
+    quantize_residual,
     quantizers,
+    settle,
 )
 from ..registry import MODELS
-from ..stanza import QuantizationConfig
-from .attention import attention_types, layer_types
+from ..stanza import ROOT, QuantizationConfig
+from .attention import attention_blocks, attention_types, layer_types
 
 
 def quantize_model(model: nn.Module, quantization) -> nn.Module:
@@ -46,8 +52,31 @@ def quantize_model(model: nn.Module, quantization) -> nn.Module:
     for module in list(model.backbone.modules()):  # attention left in float still shows its products to synthesis
         if attention_parts(module, attentions) and not hasattr(module, CONTEXT):
             convert_attention(module, {})
+    if quantization.placement == 'all':
+        quantize_outputs(model, targets, quantization.activation)
     model.register_load_state_dict_pre_hook(_refuse_other_quantizers)
     return model
+
+
+def quantize_outputs(model: nn.Module, targets: list[str], config: ActivationConfig) -> None:
+    """Quantizes what lies between the layers inside the targets, in place: residual sums of the backbone's attention
+    blocks, and the output of a target that is a single layer.
+
+    Raises:
+        UserError: If there is neither.
+    """
+    names = {module: f'{name}.' for name, module in model.named_modules()}
+    blocks = [block for block in attention_blocks(model.backbone)
+              if names[block].startswith(tuple(f'{target}.' for target in targets))]
+    singles = [layer for layer in map(model.get_submodule, targets) if isinstance(layer, QuantizedLayer)]
+    if not blocks and not singles:
+        raise UserError(f"{ROOT}.placement = 'all': the targets ({', '.join(targets)}) hold no attention block of the "
+                        'backbone and are no single layer')
+    for block in blocks:
+        quantize_residual(block, config)
+    for layer in singles:
+        quantize_output(layer, config)
+    settle(model)
 
 
 def _refuse_other_quantizers(model, state_dict, prefix, *unused):

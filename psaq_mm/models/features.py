@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
+from .attention import attention_blocks
+
 FEATURE_PARTS = ('backbone', 'neck')
 
 
@@ -42,6 +44,22 @@ def extract_features(model: nn.Module, images: Tensor, heads: bool = False) -> l
         del model.extract_feat
     dense = [] if hasattr(model, 'roi_head') else tensors(outputs)
     return [*tensors(features), *dense]
+
+
+def with_blocks(model: nn.Module, images: Tensor, heads: bool = False) -> list[Tensor]:
+    """:func:`extract_features`, and behind them what the backbone's attention blocks put out.
+
+    Args:
+        model (nn.Module): Converted; otherwise as there.
+    """
+    outputs = []
+    handles = [block.register_forward_hook(lambda block, inputs, output: outputs.extend(tensors(output)))
+               for block in attention_blocks(model.backbone)]
+    try:
+        return [*extract_features(model, images, heads), *outputs]
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def tensors(nested) -> Iterator[Tensor]:

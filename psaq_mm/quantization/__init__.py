@@ -14,6 +14,7 @@ from .conversion import (
     quantizer_mode,
     quantizers,
     set_mode,
+    settle,
     unused_quantizers,
 )
 from .layers import (
@@ -21,16 +22,19 @@ from .layers import (
     SCORES,
     QuantizedConv2d,
     QuantizedConvTranspose2d,
+    QuantizedLayer,
     QuantizedLinear,
     QuantizedMatMul,
     QuantizedMultiheadAttention,
 )
+from .outputs import quantize_output, quantize_residual
 from .quantizer import FakeQuantizer, Mode, QuantizerMismatchError, UncalibratedError
 
 __all__ = [
     'ActivationConfig', 'CONTEXT', 'FakeQuantizer', 'FrozenConfig', 'LAYERS', 'LayerConfig', 'Mode', 'PatternError',
-    'QuantizedConv2d', 'QuantizedConvTranspose2d', 'QuantizedLinear', 'QuantizedMatMul', 'QuantizedMultiheadAttention',
-    'QuantizerMismatchError', 'SCORES', 'UncalibratedError', 'WeightConfig', 'attention_parts', 'calibrate', 'convert',
-    'convert_attention', 'match', 'model_bits', 'quantizable', 'quantized_layers', 'quantizer_mode', 'quantizers',
-    'set_mode', 'unused_quantizers'
+    'QuantizedConv2d', 'QuantizedConvTranspose2d', 'QuantizedLayer', 'QuantizedLinear', 'QuantizedMatMul',
+    'QuantizedMultiheadAttention', 'QuantizerMismatchError', 'SCORES', 'UncalibratedError', 'WeightConfig',
+    'attention_parts', 'calibrate', 'convert', 'convert_attention', 'match', 'model_bits', 'quantizable',
+    'quantize_output', 'quantize_residual', 'quantized_layers', 'quantizer_mode', 'quantizers', 'set_mode',
+    'settle', 'unused_quantizers'
 ]

@@ -140,9 +140,14 @@ def convert(model: nn.Module,
         if id(module) not in converted:
             converted[id(module)] = counterparts[type(module).forward].from_float(module, configs[name])
         setattr(model.get_submodule(owner_name), attribute, converted[id(module)])
+    return settle(model)
+
+
+def settle(model: nn.Module) -> nn.Module:
+    """Tells quantizers that were added to a model their names, for errors, and moves them to its device."""
+    device = next(model.parameters()).device
     for name, quantizer in quantizers(model).items():
         quantizer.name = name
-        device = next(model.parameters()).device
         quantizer.to(device)
     return model
 

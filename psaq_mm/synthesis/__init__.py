@@ -1,11 +1,11 @@
 """Images from noise by patch-similarity entropy, and the teacher-student game. Knows only torch."""
 from .config import GameConfig, SynthesisConfig
 from .entropy import PatchSimilarityTap, patch_similarity, patch_similarity_entropy
-from .game import Game, discrepancy
-from .images import ImageOptimizer, augment, learning_rate, prior_loss, total_variation, valid_range
+from .game import Game, discrepancy, distillation
+from .images import ImageOptimizer, augment, learning_rate, lesson_view, prior_loss, total_variation, valid_range
 
 __all__ = [
     'Game', 'GameConfig', 'ImageOptimizer', 'PatchSimilarityTap', 'SynthesisConfig', 'augment', 'discrepancy',
-    'learning_rate', 'patch_similarity', 'patch_similarity_entropy', 'prior_loss', 'total_variation',
-    'valid_range'
+    'distillation', 'learning_rate', 'lesson_view', 'patch_similarity', 'patch_similarity_entropy', 'prior_loss',
+    'total_variation', 'valid_range'
 ]

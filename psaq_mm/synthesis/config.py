@@ -59,7 +59,7 @@ class GameConfig(FrozenConfig):
     """The teacher-student game of V2. All values are our choice: the paper's text was not available to us."""
     steps: int = Field(200, ge=0, description='updates in all, of images and student together')
     student_lr: float | None = Field(
-        None, gt=0, description="peak learning rate of the student's Adam; None: 2e-6 at 8-bit weights, twice that "
+        None, gt=0, description="peak learning rate of the student's Adam; None: 6e-6 at 8-bit weights, twice that "
         'for each bit less, as the step between two integers is')
     image_lr: float = Field(0.05, gt=0, description="learning rate of the images' Adam, normalised pixels")
     weight: float = Field(1.0, ge=0, description='weight of the discrepancy in the image objective, beside the entropy')
@@ -72,9 +72,13 @@ class GameConfig(FrozenConfig):
     student_patience: int = Field(20, ge=1, description="the student's turn ends after so many updates at the latest")
     image_patience: int = Field(5, ge=1, description="the images' turn ends after so many updates at the latest")
     view_updates: int = Field(
-        1, ge=1, description="updates that a random view of a batch, and the teacher's features of it, serve; "
-        'more are faster, and leave the student a little worse on held-back images (discrepancy of DeiT-Tiny at W4A8: '
-        '0.429 with 1, 0.437 with 3, 0.448 with a whole turn)')
+        4, ge=1, description="updates that a random view of a batch, and the teacher's features of it, serve: with "
+        'views as varied as these, as good as a new one for each, and faster')
+    crop: float = Field(0.35, gt=0, le=1, description="the student sees crops of at least this share of an image's "
+                        'area, enlarged to its size; 1: whole images')
+    color: float = Field(0.5, ge=0, lt=1, description='contrast of what the student sees varies by up to this share, '
+                         'brightness by up to so many standard deviations, colours by less than half as much')
+    mix: bool = Field(True, description='a rectangle of what the student sees comes from another image')
     holdout: float = Field(0.25, gt=0, lt=1, description='share of the images held back to choose the best student')
     evaluate_every: int = Field(20, ge=1, description='student updates between looks at the held-back images')
 

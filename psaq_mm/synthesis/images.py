@@ -6,10 +6,11 @@ import random
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
-from .config import SynthesisConfig
+from .config import GameConfig, SynthesisConfig
 
 BETAS = (0.5, 0.9)  # V1 code
 
@@ -77,6 +78,51 @@ def augment(images: Tensor, config: SynthesisConfig, rng: random.Random) -> Tens
     if config.flip and rng.random() < 0.5:
         images = images.flip(3)
     return images
+
+
+def lesson_view(images: Tensor, others: Sequence[Tensor], synthesis: SynthesisConfig, game: GameConfig, low: Tensor,
+                high: Tensor, rng: random.Random) -> Tensor:
+    """What the student is trained on: images varied far more than synthesis varies them, so that few go a long way.
+
+    A rectangle of each is replaced by that of another image, all are rolled and mirrored (:func:`augment`), cropped and
+    enlarged again, and change contrast, colour and brightness. Our choice.
+
+    Args:
+        images (Tensor): (B, C, H, W).
+        others (Sequence[Tensor]): Images that rectangles are taken from, (C, H, W) each.
+        synthesis (SynthesisConfig): For :func:`augment`.
+        game (GameConfig): ``crop``, ``color``, ``mix``.
+        low, high (Tensor): Valid range, (1, C, 1, 1).
+        rng (random.Random): Decides everything.
+
+    Returns:
+        Tensor: (B, C, H, W), inside the valid range.
+    """
+    batch, channels, height, width = images.shape
+
+    def window(share_y, share_x):
+        size = round(height * share_y), round(width * share_x)
+        top, left = (rng.randint(0, whole - part) for whole, part in zip((height, width), size))
+        return (..., slice(top, top + size[0]), slice(left, left + size[1]))
+
+    def factors(spread, *shape):
+        """1 plus up to ``spread``, or less by as much."""
+        count = math.prod(shape)
+        return 1 + images.new_tensor([rng.uniform(-spread, spread) for _ in range(count)]).view(shape)
+
+    if game.mix:
+        place = window(rng.uniform(0.2, 0.8), rng.uniform(0.2, 0.8))
+        images = images.clone()
+        for image in images:
+            image[place] = rng.choice(others)[place]
+    images = augment(images, synthesis, rng)
+    if game.crop < 1:
+        side = rng.uniform(game.crop, 1)**0.5
+        images = F.interpolate(images[window(side, side)], (height, width), mode='bilinear', align_corners=False)
+    if game.color:
+        images = images * factors(game.color, batch, 1, 1, 1) * factors(0.4 * game.color, batch, channels, 1, 1)
+        images = images + (factors(game.color, batch, channels, 1, 1) - 1)
+    return images.maximum(low).minimum(high)
 
 
 def learning_rate(step: int, config: SynthesisConfig) -> float:
