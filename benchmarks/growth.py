@@ -27,10 +27,11 @@ LINES = ('bare pass', 'synthesis step', 'plain training step', 'student step')
 
 def point(path, batch, size, options, repeats, device):
     """Seconds and peak MB of the four kinds of steps."""
+    from psaq_mm.synthesis import GameConfig
     seconds, peaks = measure(synthesis_case(ROOT / path, batch, size, device, options), repeats, device)
     (plain, student, lesson), student_peaks = measure(
         student_case(ROOT / path, batch, size, device, options), repeats, device)
-    return dict(zip(LINES, zip([*seconds, plain, student + lesson],
+    return dict(zip(LINES, zip([*seconds, plain, student + lesson / GameConfig().view_updates],
                                [p / 1e6 for p in (*peaks, student_peaks[0], max(student_peaks[1:]))])))
 
 

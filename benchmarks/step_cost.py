@@ -129,11 +129,11 @@ def synthesis_case(path, batch, size, device, options, amp=False):
 
 
 def student_case(path, batch, size, device, options, amp=False):
-    """Adam on the float model; our update by the same loss; the teacher's pass that ``view_updates`` updates share."""
+    """Adam on the float model; our update; the teacher's pass that ``view_updates`` updates share."""
     import torch
 
     from psaq_mm.models import extract_features
-    from psaq_mm.synthesis import discrepancy
+    from psaq_mm.synthesis import distillation
     loop, model = loop_of(path, batch, size, device, options, amp)
     loop.calibrate()
     loop.start_game()
@@ -149,7 +149,7 @@ def student_case(path, batch, size, device, options, amp=False):
 
     def plain():
         adam.zero_grad()
-        discrepancy(aim, extract_features(model, image, loop.heads)).mean().backward()
+        distillation(aim, extract_features(model, image, loop.heads)).backward()
         adam.step()
 
     game = loop.game
@@ -177,6 +177,7 @@ def main():
     from rich.table import Table
 
     from psaq_mm.engine import write_json
+    from psaq_mm.synthesis import GameConfig
     options = parse_options(args.cfg_options)
     torch.manual_seed(0)
     table = Table(title=f'{args.device}, {torch.get_num_threads()} threads, medians of {args.repeats}')
@@ -189,7 +190,7 @@ def main():
             steps = dict(synthesis=synthesis_case, student=student_case)[kind](path, batch, size, args.device, options,
                                                                                        args.amp)
             (floor, ours, *shared), (floor_peak, *peaks) = measure(steps, args.repeats, args.device)
-            share = options.get('quantization.game.view_updates', 1)
+            share = options.get('quantization.game.view_updates', GameConfig().view_updates)
             times, peaks = (ours + sum(shared) / share, floor), (max(peaks), floor_peak)
             results[f'{case} {kind}'] = dict(seconds=times, bytes=peaks, time=times[0] / times[1],
                                              memory=peaks[0] / peaks[1])

@@ -59,8 +59,7 @@ class _RelativeError(torch.autograd.Function):
 def distillation(teacher: Features, student: Features) -> Tensor:
     """What the student minimises: mean squared error relative to the teacher's mean square, mean over the maps.
 
-    Source: ours. Squares, where the discrepancy has magnitudes, and the blocks' outputs beside the features: measured
-    on DeiT-Tiny, README "What the student learns by".
+    Source: ours; the discrepancy has magnitudes.
 
     Args:
         teacher, student (Sequence[Tensor]): Maps, the same shapes pairwise; the teacher's have no gradient.
