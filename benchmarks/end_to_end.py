@@ -42,15 +42,16 @@ def main():
     from psaq_mm.engine import write_json
     table = Table('demo', 'checkout', 'minutes', 'peak, GB')
     results = {}
-    out = Path(tempfile.mkdtemp(prefix='end_to_end_'))
+    out = Path(tempfile.mkdtemp(prefix='end_to_end_'))  # stays, with the logs
+    print(f'runs and logs are in {out}', flush=True)
     for demo in DEMOS:
-        for repo in map(Path.resolve, args.repo):
+        for number, repo in enumerate(map(Path.resolve, args.repo)):
             if not (repo / 'demo' / demo).is_file():
                 continue
             write_scenes = 'import sys; sys.path[:0] = ["demo"]; import scenes; from pathlib import Path; ' \
                            'scenes.write(Path("demo/data"), ("val", ))'
             subprocess.run([sys.executable, '-c', write_scenes], cwd=repo, check=True)
-            folder = out / f'{repo.name}_{demo}'
+            folder = out / f'{number}_{demo}'
             with open(f'{folder}.log', 'w') as log:
                 minutes, peak = timed([sys.executable, 'tools/dfq.py', f'demo/{demo}', '--work-dir', folder], repo, log)
             results[f'{demo} {repo}'] = dict(minutes=minutes, peak_gb=peak)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / 'benchmarks'))
-from step_cost import measure, student_case, synthesis_case  # noqa: E402
+from step_cost import measure, student_case, student_cost, synthesis_case  # noqa: E402
 
 # Axis of the plot: its values, and for each of them config, batch, (height, width) and options.
 AXES = {
@@ -27,12 +27,11 @@ LINES = ('bare pass', 'synthesis step', 'plain training step', 'student step')
 
 def point(path, batch, size, options, repeats, device):
     """Seconds and peak MB of the four kinds of steps."""
-    from psaq_mm.synthesis import GameConfig
-    seconds, peaks = measure(synthesis_case(ROOT / path, batch, size, device, options), repeats, device)
-    (plain, student, lesson), student_peaks = measure(
-        student_case(ROOT / path, batch, size, device, options), repeats, device)
-    return dict(zip(LINES, zip([*seconds, plain, student + lesson / GameConfig().view_updates],
-                               [p / 1e6 for p in (*peaks, student_peaks[0], max(student_peaks[1:]))])))
+    case = ROOT / path, batch, size, device, options
+    seconds, peaks = measure(synthesis_case(*case), repeats, device)
+    trained = student_cost(*measure(student_case(*case), repeats, device))
+    seconds, peaks = ([*x, *y[::-1]] for x, y in zip((seconds, peaks), trained))
+    return dict(zip(LINES, zip(seconds, [p / 1e6 for p in peaks])))
 
 
 def main():

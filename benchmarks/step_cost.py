@@ -129,7 +129,7 @@ def synthesis_case(path, batch, size, device, options, amp=False):
 
 
 def student_case(path, batch, size, device, options, amp=False):
-    """Adam on the float model; our update; the teacher's pass that ``view_updates`` updates share."""
+    """Adam on the float model; an update of ours with a new lesson; one with the lesson of the update before."""
     import torch
 
     from psaq_mm.models import extract_features
@@ -153,17 +153,25 @@ def student_case(path, batch, size, device, options, amp=False):
         adam.step()
 
     game = loop.game
-    kept = game.lesson(0, random.Random(0))
+
+    def first():
+        game.uses = 0
+        game.lesson = None
+        game.student_update(random.Random(0))
 
     def update():
-        game.cache[0], game.lessons[0] = kept, (0, 0)
-        game.student_update(0, random.Random(0))
+        game.uses = 1
+        game.lesson = game.lesson or game.new_lesson(0)
+        game.student_update(random.Random(0))
 
-    def lesson():
-        game.cache, game.lessons = {}, {}
-        game.lesson(0, random.Random(0))
+    return plain, first, update
 
-    return plain, update, lesson
+
+def student_cost(times, peaks, uses=None):
+    """Seconds and peak bytes of an update, one in ``uses`` of which needs the teacher; and of plain training."""
+    from psaq_mm.synthesis import GameConfig
+    (plain, first, update), uses = times, uses or GameConfig().view_updates
+    return ((first + (uses - 1) * update) / uses, plain), (peaks[1], peaks[0])
 
 
 def main():
@@ -177,7 +185,6 @@ def main():
     from rich.table import Table
 
     from psaq_mm.engine import write_json
-    from psaq_mm.synthesis import GameConfig
     options = parse_options(args.cfg_options)
     torch.manual_seed(0)
     table = Table(title=f'{args.device}, {torch.get_num_threads()} threads, medians of {args.repeats}')
@@ -189,9 +196,11 @@ def main():
         for kind in args.steps:
             steps = dict(synthesis=synthesis_case, student=student_case)[kind](path, batch, size, args.device, options,
                                                                                        args.amp)
-            (floor, ours, *shared), (floor_peak, *peaks) = measure(steps, args.repeats, args.device)
-            share = options.get('quantization.game.view_updates', GameConfig().view_updates)
-            times, peaks = (ours + sum(shared) / share, floor), (max(peaks), floor_peak)
+            times, peaks = measure(steps, args.repeats, args.device)
+            if kind == 'student':
+                times, peaks = student_cost(times, peaks, options.get('quantization.game.view_updates'))
+            else:
+                times, peaks = times[::-1], peaks[::-1]
             results[f'{case} {kind}'] = dict(seconds=times, bytes=peaks, time=times[0] / times[1],
                                              memory=peaks[0] / peaks[1])
             table.add_row(f'{kind} step: {title}', *(f'{t:.3f}' for t in times), f'{times[0] / times[1]:.2f}',

@@ -16,7 +16,7 @@ from psaq_mm.engine.checkpoint import load_float
 from psaq_mm.engine.config import default_scope, without_pretrained
 from psaq_mm.errors import UserError
 from psaq_mm.models import quantize_model
-from psaq_mm.quantization import quantizers
+from psaq_mm.quantization import QuantizerMismatchError, quantizers
 from psaq_mm.registry import HOOKS
 from psaq_mm.stanza import StanzaError
 
@@ -371,6 +371,42 @@ def test_resume_with_other_settings_is_refused(small_config, tmp_path, killed_at
         run(config(small_config, tmp_path))
     with pytest.raises(UserError, match='--resume.*synthesis was.*steps'):
         run(config(small_config, tmp_path, **{'synthesis.steps': 5}), resume=True)
+
+
+def test_resume_in_another_precision_is_refused(small_config, tmp_path, killed_at):
+    killed_at(2)
+    with pytest.raises(KeyboardInterrupt):
+        run(config(small_config, tmp_path))
+    with pytest.raises(UserError, match='--resume.*amp was False, is True'):
+        run(config(small_config, tmp_path), resume=True, amp=True)
+
+
+def test_placement_all_goes_all_the_way(small_config, tmp_path, uninterrupted):
+    """Stanza to evaluated checkpoint, the game in bfloat16; neither placement takes the other's checkpoint."""
+    stanza = dict(placement='all', keep_float=['backbone.stages.0.blocks.1.mlp_sum'],
+                  overrides=[dict(pattern='*.stages.1.*_sum', activation=dict(bits=6))])
+    result = quantize(config(small_config, tmp_path, **stanza), amp=True, eval_float=False)
+    assert result['placement'] == 'all' and 'coco/bbox_mAP' in result['quantized']
+    state = weights(tmp_path)
+    sums = {name.removesuffix('_sum_quantizer.scale') for name in state if name.endswith('_sum_quantizer.scale')}
+    blocks = [f'backbone.stages.{stage}.blocks.{block}' for stage, depth in enumerate((2, 2, 4, 2))
+              for block in range(depth)]
+    assert sums == {f'{b}.{part}' for b in blocks for part in ('attention', 'mlp')} - {f'{blocks[1]}.mlp'}
+    for block in blocks:
+        assert state[f'{block}.attention_sum_quantizer.grid'][1] == (63 if 'stages.1' in block else 255)
+    assert not same({k: v for k, v in state.items() if k in uninterrupted}, uninterrupted)
+    for ours, theirs, words in ((dict(), state, 'quantizes .*_sum.*keeps it in float.*placement'),
+                                (stanza, uninterrupted, 'keeps in float .*_sum.*quantizes it.*placement')):
+        with pytest.raises(QuantizerMismatchError, match=words):
+            quantize_model(build(), ours).load_state_dict(theirs)
+
+
+def test_heads_that_nothing_compared_depends_on_are_calibrated_without_a_game(small_config, tmp_path):
+    run(config(small_config, tmp_path, targets=['roi_head.mask_head']))
+    state, source = weights(tmp_path), torch.load(DEMO_CHECKPOINT, weights_only=True)['state_dict']
+    assert torch.isfinite(state['roi_head.mask_head.conv_logits.weight_quantizer.scale']).all()
+    assert all(torch.equal(state[key], source[key]) for key in source)
+    assert 'No game: ' in ''.join(path.read_text() for path in tmp_path.glob('*/*.log'))
 
 
 def test_attention_in_float_is_still_tapped(small_config, tmp_path):

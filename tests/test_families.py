@@ -15,6 +15,7 @@ from psaq_mm.models import (
     quantize_model,
 )
 from psaq_mm.quantization import (
+    SUMS,
     ActivationConfig,
     Mode,
     QuantizedMultiheadAttention,
@@ -256,7 +257,7 @@ def test_a_block_without_residual_sums_is_an_error():
     class Block(nn.Module):
         def forward(self, x):
             return x + x.mean(0)
-    block = quantize_residual(Block(), ActivationConfig())
+    block = quantize_residual(Block(), {part: ActivationConfig() for part in SUMS})
     with pytest.raises(UserError, match='Block.forward makes 0 visible residual additions.*quantization.placement'):
         block(torch.rand(2, 3, 4))
 

@@ -41,6 +41,7 @@ def test_survives_a_config_file(tmp_path):
 @pytest.mark.parametrize('raw,words', [
     (dict(wieght=dict(bits=4)), ['quantization.wieght', "did you mean 'weight'", 'activation']),
     (dict(weight=dict(bit=4)), ['quantization.weight.bit = 4', "did you mean 'bits'", 'observer']),
+    (dict(placement='al'), ["quantization.placement = 'al'", "did you mean 'all'", 'operands']),
     (dict(weight=dict(bits=9)), ['quantization.weight.bits = 9', 'less than or equal to 8']),
     (dict(activation=dict(bits=1)), ['quantization.activation.bits = 1', 'greater than or equal to 2']),
     (dict(weight=dict(bits='8')), ["quantization.weight.bits = '8'", 'integer']),

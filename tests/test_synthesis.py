@@ -243,37 +243,71 @@ def test_student_never_ends_worse_than_its_plain_calibration():
     assert all(torch.equal(a, b) for a, b in zip(start, student.parameters()))
 
 
-def test_a_view_serves_several_updates_with_one_pass_of_the_teacher():
-    played, _ = game(lower=1e-9, upper=1e9, student_patience=6, image_patience=2, view_updates=3)
+def test_a_lesson_serves_several_updates_with_one_pass_of_the_teacher():
+    played, _ = game(lower=1e-9, upper=1e9, student_patience=7, image_patience=2, view_updates=3)
     forward, passes = played.teacher.forward, []
     played.teacher.forward = lambda images: passes.append(len(images)) or forward(images)
-    for number in range(6):
+    views = []
+    played.inner = played.teacher, lambda view: views.append(view) or played.student(view)
+    for number in range(7):
         assert played.turn == 'student'
         played.step(random.Random(number))
-    assert len(passes) == 2  # two batches evolve
+    assert len(passes) == 3
+    for first in (0, 3):
+        assert all(view is views[first] for view in views[first:first + 3])
+    assert not any(torch.equal(views[i], views[j]) for i, j in ((0, 3), (3, 6), (0, 6)))
     for number in range(2):
         played.step(random.Random(number))
-    assert len(passes) == 4
+    assert len(passes) == 5
     played.step(random.Random(9))
-    assert len(passes) == 5 and played.turn == 'student'  # the images moved: a new lesson
+    assert len(passes) == 6 and played.turn == 'student'  # the images moved: a new lesson
+
+
+def test_student_learns_inner_maps_and_is_judged_by_the_others():
+    played, _ = game()
+    losses = []
+    played.update = lambda loss: losses.append(loss.item())
+    plain = played.student_update(random.Random(0))
+    extra = torch.ones(2, 4)
+    played.inner = (lambda x: [*played.teacher(x), extra], lambda x: [*played.student(x), 3 * extra])
+    played.uses, played.lesson = 0, None
+    played.lessons -= 1  # the same batch
+    assert played.student_update(random.Random(0)) == plain
+    assert losses[1] == pytest.approx((losses[0] + 4) / 2)
+
+
+def test_averages_of_the_student_run_on_from_turn_to_turn():
+    played, _ = game(lower=1e-9, upper=1e9, student_patience=2, image_patience=2, view_updates=2)
+    starts = []
+    for number in range(8):
+        played.step(random.Random(number))
+        if played.turn_updates == 1:
+            starts.append((played.turn, played.turn_start, played.student_average, played.average))
+    turns = [turn for turn, *_ in starts]
+    assert turns == ['student', 'images', 'student', 'images']
+    assert starts[2][1] == starts[1][2] and starts[1][1] == starts[1][3]
 
 
 def test_state_carries_the_game_on():
-    first, student = game(student_patience=3, evaluate_every=2, lower=1e-9, image_patience=3, view_updates=2)
-    for number in range(7):
+    first, student = game(student_patience=5, evaluate_every=2, lower=1e-9, image_patience=3, view_updates=3)
+    for number in range(12):  # the fourth of the student's second turn: in the middle of a lesson
         first.step(random.Random(number))
+    assert first.turn == 'student' and first.uses == 1
     state, weights = copy.deepcopy(first.state_dict()), copy.deepcopy(student.state_dict())
     torch.manual_seed(0)
-    second, other = game(student_patience=3, evaluate_every=2, lower=1e-9, image_patience=3, view_updates=2)
+    second, other = game(student_patience=5, evaluate_every=2, lower=1e-9, image_patience=3, view_updates=3)
     second.teacher.load_state_dict(first.teacher.state_dict())
     other.load_state_dict(weights)
     second.load_state_dict(state)
     second.holdout = first.holdout
     assert second.turn == first.turn and second.best == first.best
-    assert first.lessons and second.lessons == first.lessons
-    for index in first.lessons:  # drawn again as they were
-        for a, b in zip(first.lesson(index, None), second.lesson(index, None)):
-            assert torch.equal(a, b) if torch.is_tensor(a) else torch.equal(a[0], b[0])
-    second.turn = first.turn = 'images'  # the student's Adam is the runner's to restore
-    a, b = first.step(random.Random(9)), second.step(random.Random(9))
-    assert a == b
+    view, maps = first.lesson
+    again, again_maps = second.new_lesson(second.seed)  # drawn again as it was
+    assert torch.equal(view, again) and torch.equal(maps[0], again_maps[0])
+    seen = []
+    for played in (first, second):  # the student's Adam is the runner's to restore
+        played.update = seen.append
+        seen.append(played.step(random.Random(9)))
+    assert seen[1] == seen[3] and torch.equal(seen[0], seen[2])
+    second.turn = first.turn = 'images'
+    assert first.step(random.Random(9)) == second.step(random.Random(9))

@@ -43,8 +43,9 @@ class QuantizationHook(Hook):
         model = quantize_model(bare(runner.model), self.quantization)
         # A checkpoint follows: initialising weights would cost time and print that training starts from scratch.
         model._is_init = True
-        runner.logger.info(f'{len(quantized_layers(model))} layers of {", ".join(self.quantization.targets)} are '
-                           f'quantized: W{self.quantization.weight.bits}A{self.quantization.activation.bits}')
+        config = self.quantization
+        runner.logger.info(f'{len(quantized_layers(model))} layers of {", ".join(config.targets)} are quantized: '
+                           f"W{config.weight.bits}A{config.activation.bits}, placement '{config.placement}'")
 
     def before_save_checkpoint(self, runner, checkpoint):
         if hasattr(runner.train_loop, 'state_dict'):

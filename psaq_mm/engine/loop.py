@@ -118,6 +118,7 @@ class DataFreeLoop(BaseLoop):
             self.calibrate()
         if self.game_iters:
             self.start_game()
+        if self.game_iters:
             while self._iter < self.max_iters:
                 self.iteration(self.game_step)
             self.finish_game()
@@ -275,7 +276,11 @@ class DataFreeLoop(BaseLoop):
         self.minutes['calibration'] = (time.perf_counter() - started) / 60
 
     def start_game(self):
-        """Sets the players up; a resumed run takes its seat where it left."""
+        """Sets the players up; a resumed run takes its seat where it left.
+
+        There is no game where nothing that is compared depends on what may change, as with the heads of two-stage
+        detectors alone as targets.
+        """
         started = time.perf_counter()
         config, synthesis = self.quantization.game, self.quantization.synthesis
         evolving, held = self.split(config.holdout)
@@ -283,6 +288,11 @@ class DataFreeLoop(BaseLoop):
         parameters = {n: p for n, p in self.student.named_parameters() if n.startswith(names) and p.requires_grad}
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(name in parameters)
+        if not any(f.requires_grad for f in self.features(self.student, with_blocks)(self.images[0][:1])):
+            self.runner.logger.warning('No game: features and raw outputs do not depend on any weight of the targets '
+                                       f'({", ".join(self.quantization.targets)}), which stay as they are')
+            self.game_iters = 0
+            return
         self.game = Game(config, synthesis, self.features(self.teacher), self.features(self.student), self.tap,
                          parameters, self.update_student, evolving, held, self.low, self.high, mean_over_processes,
                          (self.features(self.teacher, with_blocks), self.features(self.student, with_blocks)))
@@ -335,7 +345,7 @@ class DataFreeLoop(BaseLoop):
         game.finish()
         self.runner.logger.info(
             f'Game over after {game.turns} turns, {game.student_updates} student and '
-            f'{game.updates - game.student_updates} image updates: discrepancy on held-back images '
+            f'{game.image_updates} image updates: discrepancy on held-back images '
             f'{game.initial:.4f} -> {game.best:.4f}')
 
     # -- resume ----------------------------------------------------------------------------------------------------
@@ -352,7 +362,8 @@ class DataFreeLoop(BaseLoop):
 
     def settings(self):
         """What an interrupted run and the one that goes on from it must share."""
-        return dict(self.quantization.to_dict(), checkpoint=self.checkpoint, seed=self.runner.seed)
+        return dict(self.quantization.to_dict(), checkpoint=self.checkpoint, seed=self.runner.seed,
+                    amp=self.amp)
 
     def load_state_dict(self, state):
         """Takes the state in; :meth:`prepare` and the stages put it in place.

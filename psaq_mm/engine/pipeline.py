@@ -173,7 +173,7 @@ def quantize(cfg: Config,
         full_precision={}, quantized={}, size_mb=dict(full_precision=round(float_size, 2),
                                                       quantized=round(quantized_size, 2)),
         minutes=round(sum(minutes.values()), 2), synthesis_minutes=round(minutes['synthesis'], 2),
-        scope=list(quantization.targets),
+        scope=list(quantization.targets), placement=quantization.placement,
         bits=dict(weight=quantization.weight.bits, activation=quantization.activation.bits),
         method=quantization.synthesis.method, seed=runner.seed, checkpoint=str(work_dir / 'quantized.pth'),
         test_config=str(test_path), versions=versions())

@@ -72,8 +72,9 @@ def result_table(result: dict) -> Table:
 
 def scope_of(results: dict) -> str:
     """What is quantized, in words."""
-    scope = next(iter(results['runs'].values()))['scope'] if results['runs'] else ['nothing']
-    return f'{" and ".join(scope)} quantized, the rest in float'
+    run = next(iter(results['runs'].values()), {})
+    more = ', residual sums and outputs too' if run.get('placement') == 'all' else ''
+    return f'{" and ".join(run.get("scope", ["nothing"]))} quantized{more}, the rest in float'
 
 
 def comparison_rows(results: dict, minutes: bool = True):

@@ -39,11 +39,11 @@ def attention_types() -> tuple[type, ...]:
 
 
 def attention_blocks(backbone: nn.Module) -> list[nn.Module]:
-    """The blocks that hold the attentions of a converted backbone: members of a ModuleList or Sequential."""
-    modules = dict(backbone.named_modules())
+    """The blocks that hold the attentions of a backbone, converted or not: members of a ModuleList or Sequential."""
+    modules, kinds = dict(backbone.named_modules()), attention_types()
     blocks = {}
     for name, module in modules.items():
-        if not hasattr(module, CONTEXT):
+        if not hasattr(module, CONTEXT) and not attention_parts(module, kinds):
             continue
         while '.' in name:
             owner = name.rpartition('.')[0]

@@ -13,8 +13,9 @@ from torch import nn
 from ..errors import UserError
 from ..quantization import (
     CONTEXT,
-    ActivationConfig,
-    QuantizedLayer,
+    OUTPUT,
+    SUMS,
+    LayerConfig,
     QuantizerMismatchError,
     attention_parts,
     convert,
@@ -48,45 +49,72 @@ def quantize_model(model: nn.Module, quantization) -> nn.Module:
     kinds = layer_types()
     attentions = attention_types()
     layers = quantizable(model, targets, attentions, kinds)
-    convert(model, layers, quantization.layer_configs(layers), kinds)
+    outputs = between_layers(model, targets, kinds) if quantization.placement == 'all' else {}
+    configs = quantization.layer_configs({**layers, **outputs})
+    convert(model, layers, configs, kinds)
     for module in list(model.backbone.modules()):  # attention left in float still shows its products to synthesis
         if attention_parts(module, attentions) and not hasattr(module, CONTEXT):
             convert_attention(module, {})
-    if quantization.placement == 'all':
-        quantize_outputs(model, targets, quantization.activation)
+    quantize_outputs(model, [name for name in outputs if name in configs], configs)
     model.register_load_state_dict_pre_hook(_refuse_other_quantizers)
     return model
 
 
-def quantize_outputs(model: nn.Module, targets: list[str], config: ActivationConfig) -> None:
-    """Quantizes what lies between the layers inside the targets, in place: residual sums of the backbone's attention
-    blocks, and the output of a target that is a single layer.
+def between_layers(model: nn.Module, targets: list[str], layers: dict) -> dict[str, nn.Module]:
+    """What placement 'all' quantizes besides the layers, by name: ``attention_sum`` and ``mlp_sum`` of the backbone's
+    attention blocks inside the targets, and ``output`` of a target that is a single layer.
+
+    Args:
+        model (nn.Module): Not converted yet.
+        targets (list[str]): Names of submodules.
+        layers (dict): Float layers that can be quantized, by their forward function.
 
     Raises:
-        UserError: If there is neither.
+        UserError: If there is nothing.
     """
-    names = {module: f'{name}.' for name, module in model.named_modules()}
-    blocks = [block for block in attention_blocks(model.backbone)
-              if names[block].startswith(tuple(f'{target}.' for target in targets))]
-    singles = [layer for layer in map(model.get_submodule, targets) if isinstance(layer, QuantizedLayer)]
-    if not blocks and not singles:
+    names = {module: name for name, module in model.named_modules()}
+    found = {f'{names[block]}.{part}': block for block in attention_blocks(model.backbone) for part in SUMS
+             if f'{names[block]}.'.startswith(tuple(f'{target}.' for target in targets))}
+    for target in targets:
+        if type(model.get_submodule(target)).forward in layers:
+            found[f'{target}.{OUTPUT}'] = model.get_submodule(target)
+    if not found:
         raise UserError(f"{ROOT}.placement = 'all': the targets ({', '.join(targets)}) hold no attention block of the "
                         'backbone and are no single layer')
-    for block in blocks:
-        quantize_residual(block, config)
-    for layer in singles:
-        quantize_output(layer, config)
+    return found
+
+
+def quantize_outputs(model: nn.Module, names: list[str], configs: dict[str, LayerConfig]) -> None:
+    """Adds the quantizers between layers to a converted model, in place.
+
+    Args:
+        model (nn.Module): The model to change.
+        names (list[str]): Of :func:`between_layers`.
+        configs (dict[str, LayerConfig]): What each gets.
+    """
+    blocks = {}
+    for name in names:
+        owner, _, part = name.rpartition('.')
+        if part == OUTPUT:
+            quantize_output(model.get_submodule(owner), configs[name].activation)
+        else:
+            blocks.setdefault(owner, {})[part] = configs[name].activation
+    for name, parts in blocks.items():
+        quantize_residual(model.get_submodule(name), parts)
     settle(model)
 
 
 def _refuse_other_quantizers(model, state_dict, prefix, *unused):
-    """Scales for layers that this model keeps in float would be dropped without a word: not here."""
+    """Scales for what this model keeps in float would be dropped without a word, and others stay unknown: not here."""
     own = {f'{prefix}{name}.scale' for name in quantizers(model)}
-    extra = [key for key in state_dict if key.endswith('_quantizer.scale') and key not in own]
-    if extra:
-        raise QuantizerMismatchError(
-            f"the checkpoint quantizes '{extra[0].removesuffix('.scale')}' (and {len(extra) - 1} more), the config "
-            'keeps that layer in float: use the test config written beside the checkpoint, or correct quantization.')
+    theirs = {key for key in state_dict if key.startswith(prefix) and key.endswith('_quantizer.scale')}
+    for keys, saved, wanted in ((theirs - own, 'quantizes', 'keeps it in float'),
+                                (own - theirs if theirs else (), 'keeps in float', 'quantizes it')):
+        if keys:
+            name = min(keys).removesuffix('.scale').removesuffix('_quantizer')
+            raise QuantizerMismatchError(
+                f"the checkpoint {saved} '{name}' (and {len(keys) - 1} more), the config {wanted}: use the test config "
+                'written beside the checkpoint, or correct quantization (targets, placement, keep_float).')
 
 
 @MODELS.register_module('QuantizedModel')

@@ -22,18 +22,17 @@ from .layers import (
     SCORES,
     QuantizedConv2d,
     QuantizedConvTranspose2d,
-    QuantizedLayer,
     QuantizedLinear,
     QuantizedMatMul,
     QuantizedMultiheadAttention,
 )
-from .outputs import quantize_output, quantize_residual
+from .outputs import OUTPUT, SUMS, quantize_output, quantize_residual
 from .quantizer import FakeQuantizer, Mode, QuantizerMismatchError, UncalibratedError
 
 __all__ = [
-    'ActivationConfig', 'CONTEXT', 'FakeQuantizer', 'FrozenConfig', 'LAYERS', 'LayerConfig', 'Mode', 'PatternError',
-    'QuantizedConv2d', 'QuantizedConvTranspose2d', 'QuantizedLayer', 'QuantizedLinear', 'QuantizedMatMul',
-    'QuantizedMultiheadAttention', 'QuantizerMismatchError', 'SCORES', 'UncalibratedError', 'WeightConfig',
+    'ActivationConfig', 'CONTEXT', 'FakeQuantizer', 'FrozenConfig', 'LAYERS', 'LayerConfig', 'Mode', 'OUTPUT',
+    'PatternError', 'QuantizedConv2d', 'QuantizedConvTranspose2d', 'QuantizedLinear', 'QuantizedMatMul',
+    'QuantizedMultiheadAttention', 'QuantizerMismatchError', 'SCORES', 'SUMS', 'UncalibratedError', 'WeightConfig',
     'attention_parts', 'calibrate', 'convert', 'convert_attention', 'match', 'model_bits', 'quantizable',
     'quantize_output', 'quantize_residual', 'quantized_layers', 'quantizer_mode', 'quantizers', 'set_mode',
     'settle', 'unused_quantizers'

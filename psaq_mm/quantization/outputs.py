@@ -1,4 +1,4 @@
-"""What blocks and layers put out on integers, too: placement 'all', for hardware that keeps every tensor so."""
+"""Quantizers between layers: of the residual sums of attention blocks, and of what a layer puts out."""
 from __future__ import annotations
 
 import torch
@@ -9,8 +9,14 @@ from ..errors import UserError
 from .config import ActivationConfig
 from .quantizer import FakeQuantizer
 
-SUMS = ('attention_sum_quantizer', 'mlp_sum_quantizer')
+SUMS = ('attention_sum', 'mlp_sum')
+OUTPUT = 'output'
 ADDITIONS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+
+
+def quantizer_of(part: str) -> str:
+    """Name of the attribute that quantizes a part."""
+    return f'{part}_quantizer'
 
 
 class _SumRedirection(TorchFunctionMode):
@@ -33,7 +39,8 @@ class _SumRedirection(TorchFunctionMode):
         if func not in ADDITIONS or not all(map(self.is_stream, args[:2])):
             return result
         self.calls += 1
-        return result if self.calls > 2 else getattr(self.block, SUMS[self.calls - 1])(result)
+        quantizer = getattr(self.block, quantizer_of(SUMS[self.calls - 1]), None) if self.calls <= 2 else None
+        return result if quantizer is None else quantizer(result)
 
     def __exit__(self, kind, value, traceback):
         super().__exit__(kind, value, traceback)
@@ -54,24 +61,32 @@ class QuantizedResidual:
 _block_classes: dict[type, type] = {}
 
 
-def quantize_residual(block: nn.Module, config: ActivationConfig) -> nn.Module:
-    """Makes both residual sums of an attention block quantized, in place.
+def quantize_residual(block: nn.Module, configs: dict[str, ActivationConfig]) -> nn.Module:
+    """Makes residual sums of an attention block quantized, in place.
 
     Args:
         block (nn.Module): Its forward takes the stream (B, ..., C) first and makes two residual additions.
-        config (ActivationConfig): Of both sums, one scale each.
+        configs (dict[str, ActivationConfig]): By part, of SUMS; one that is not in here stays in float.
     """
     kind = type(block)
     if kind not in _block_classes:
         _block_classes[kind] = type(f'Residual{kind.__name__}', (QuantizedResidual, kind), dict(__module__=__name__))
     block.__class__ = _block_classes[kind]
-    for name in SUMS:
-        block.add_module(name, FakeQuantizer(config.model_copy(update=dict(granularity='per_tensor'))))
+    for part, config in configs.items():
+        block.add_module(quantizer_of(part), _per_tensor(config))
     return block
 
 
 def quantize_output(layer: nn.Module, config: ActivationConfig) -> nn.Module:
-    """Makes what a layer puts out quantized, in place; one scale."""
-    layer.add_module('output_quantizer', FakeQuantizer(config.model_copy(update=dict(granularity='per_tensor'))))
-    layer.register_forward_hook(lambda module, inputs, output: module.output_quantizer(output))
+    """Makes what a layer puts out quantized, in place."""
+    layer.add_module(quantizer_of(OUTPUT), _per_tensor(config))
+    layer.register_forward_hook(_round_output)
     return layer
+
+
+def _round_output(layer, inputs, output):
+    return getattr(layer, quantizer_of(OUTPUT))(output)
+
+
+def _per_tensor(config):
+    return FakeQuantizer(config.model_copy(update=dict(granularity='per_tensor')))

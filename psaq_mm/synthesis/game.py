@@ -100,10 +100,10 @@ class Game:
         self.inner = inner or (teacher, student)
         self.low, self.high = low, high
         self.holdout = holdout
-        self.turn, self.turn_updates, self.updates, self.student_updates = STUDENT, 0, 0, 0
-        self.turns = 1
-        self.reference = self.average = self.turn_start = None
-        self.lessons, self.cache = {}, {}
+        self.turn, self.turns, self.turn_updates, self.student_updates, self.image_updates = STUDENT, 1, 0, 0, 0
+        self.reference = self.average = self.student_average = self.turn_start = None
+        self.lesson = self.seed = None
+        self.lessons = self.uses = 0  # lessons begun; uses of the present one
 
     def start(self) -> None:
         """Measures the plainly calibrated student: the reference of the game and the first candidate for the best."""
@@ -130,26 +130,32 @@ class Game:
         """One update of the side whose turn it is; then decides whose turn is next.
 
         Returns:
-            dict: Numbers for the log: ``discrepancy`` (relative to the teacher's magnitude), ``ratio`` (to the plain
-            calibration), ``entropy`` when images moved, ``holdout`` when it was measured.
+            dict: Numbers for the log: ``discrepancy`` (relative to the teacher's magnitude), ``ratio`` (to that of the
+            plain calibration on images as they are), ``entropy`` when images moved, ``holdout`` when it was measured.
         """
-        index = self.updates % len(self.optimizers)
-        log = self._image_update(index, rng) if self.turn == IMAGES else self.student_update(index, rng)
+        fresh = self.turn == IMAGES or self.uses == 0  # a view seen before says less about the student
+        log = self._image_update(rng) if self.turn == IMAGES else self.student_update(rng)
         ratio = self.mean(log['discrepancy']) / self.reference
-        if self.turn_updates == 0:  # what the turn before saw was of another kind: lessons vary more than images
-            self.average = self.turn_start = ratio
-        self.average += SMOOTHING * (ratio - self.average)
-        self.updates += 1
+        if self.turn_updates == 0:
+            # Lessons differ more from each other than a turn changes them: the student's average goes on from turn to
+            # turn. That of the images starts anew, as the student has moved meanwhile.
+            self.average = self.student_average if self.turn == STUDENT and self.student_average else ratio
+            self.turn_start = self.average
+        if fresh:
+            self.average += SMOOTHING * (ratio - self.average)
         self.turn_updates += 1
         if self.turn == STUDENT:
             self.student_updates += 1
             if self.student_updates % self.config.evaluate_every == 0:
                 log['holdout'] = self._keep_best()
+        else:
+            self.image_updates += 1
         if self.turn == IMAGES and (self.turn_updates >= self.config.image_patience
                                     or self.average > self.config.upper * self.turn_start):
             self._switch(STUDENT)
         elif self.turn == STUDENT and (self.turn_updates >= self.config.student_patience
                                        or self.average < self.config.lower * self.turn_start):
+            self.student_average = self.average
             self._switch(IMAGES)
         log['ratio'] = ratio
         return log
@@ -157,9 +163,9 @@ class Game:
     def _switch(self, turn):
         self.turn, self.turn_updates = turn, 0
         self.turns += 1
-        self.lessons, self.cache = {}, {}
+        self.uses, self.lesson = 0, None
 
-    def _image_update(self, index, rng):
+    def _image_update(self, rng):
         log = {}
 
         def objective(images):
@@ -172,33 +178,33 @@ class Game:
             gain = (gap / self.reference).clamp(max=self.config.bound)
             return (prior_loss(view, self.synthesis) - entropy - self.config.weight * gain).mean()
 
-        self.optimizers[index].step(objective)
+        self.optimizers[self.image_updates % len(self.optimizers)].step(objective)
         return log
 
-    def lesson(self, index: int, rng: random.Random) -> tuple[Tensor, Features]:
-        """A view of a batch and the teacher's features of it, which serve ``view_updates`` of the student's updates.
+    def new_lesson(self, seed: int) -> tuple[Tensor, Features]:
+        """A view of the batch whose turn it is, and the teacher's maps of it."""
+        images = self.optimizers[(self.lessons - 1) % len(self.optimizers)].images.detach()
+        others = [image for o in self.optimizers if o.images.shape[1:] == images.shape[1:]
+                  for image in o.images.detach()]
+        view = lesson_view(images, others, self.synthesis, self.config, self.low, self.high, random.Random(seed))
+        with torch.no_grad():
+            return view, self.inner[0](view)
 
-        The images do not change meanwhile, so the teacher does not need to run for each of them.
+    def student_update(self, rng: random.Random) -> dict:
+        """One update of the student; as :meth:`step`, without the rules.
+
+        The images do not change during its turn, so the teacher does not need to run for each update: a lesson serves
+        ``view_updates`` of them. One lesson is kept at a time.
         """
-        seed, uses = self.lessons.get(index, (None, self.config.view_updates))
-        if uses == self.config.view_updates:
-            seed, uses = rng.getrandbits(32), 0
-        self.lessons[index] = seed, uses + 1  # all that a checkpoint has to hold
-        if index not in self.cache:
-            images = self.optimizers[index].images.detach()
-            others = [image for o in self.optimizers if o.images.shape[1:] == images.shape[1:]
-                      for image in o.images.detach()]
-            view = lesson_view(images, others, self.synthesis, self.config, self.low, self.high, random.Random(seed))
-            with torch.no_grad():
-                self.cache[index] = view, self.inner[0](view)
-        lesson = self.cache[index]
-        if uses + 1 == self.config.view_updates:
-            del self.cache[index]
-        return lesson
-
-    def student_update(self, index: int, rng: random.Random) -> dict:
-        """One update of the student on a batch; as :meth:`step`, without the rules."""
-        view, teacher = self.lesson(index, rng)
+        if self.uses == 0:
+            self.seed = rng.getrandbits(32)  # all that a checkpoint has to hold
+            self.lessons += 1
+        if self.lesson is None:
+            self.lesson = self.new_lesson(self.seed)
+        view, teacher = self.lesson
+        self.uses = (self.uses + 1) % self.config.view_updates
+        if self.uses == 0:
+            self.lesson = None
         student = self.inner[1](view)
         with torch.no_grad():
             gap = discrepancy(teacher[:self.maps], student[:self.maps]).mean().item()
@@ -219,8 +225,8 @@ class Game:
         for name, parameter in self.parameters.items():
             parameter.copy_(self.best_parameters[name])
 
-    PLAIN = ('turn', 'turn_updates', 'turn_start', 'updates', 'student_updates', 'turns', 'reference', 'average',
-             'best', 'initial', 'best_parameters', 'lessons', 'maps')
+    PLAIN = ('turn', 'turns', 'turn_updates', 'turn_start', 'student_updates', 'image_updates', 'reference', 'average',
+             'student_average', 'best', 'initial', 'best_parameters', 'lessons', 'uses', 'seed', 'maps')
 
     def state_dict(self):
         return dict({name: getattr(self, name) for name in self.PLAIN},

@@ -105,10 +105,11 @@ def lesson_view(images: Tensor, others: Sequence[Tensor], synthesis: SynthesisCo
         top, left = (rng.randint(0, whole - part) for whole, part in zip((height, width), size))
         return (..., slice(top, top + size[0]), slice(left, left + size[1]))
 
-    def factors(spread, *shape):
-        """1 plus up to ``spread``, or less by as much."""
-        count = math.prod(shape)
-        return 1 + images.new_tensor([rng.uniform(-spread, spread) for _ in range(count)]).view(shape)
+    def some(spread):
+        """Random numbers between -spread and spread: one an image, plus one a channel that is less than half of it."""
+        numbers = [rng.uniform(-1, 1) for _ in range(batch * (1 + channels))]
+        numbers = spread * images.new_tensor(numbers).view(batch, 1 + channels, 1, 1)
+        return numbers[:, :1] + 0.4 * numbers[:, 1:]
 
     if game.mix:
         place = window(rng.uniform(0.2, 0.8), rng.uniform(0.2, 0.8))
@@ -120,8 +121,7 @@ def lesson_view(images: Tensor, others: Sequence[Tensor], synthesis: SynthesisCo
         side = rng.uniform(game.crop, 1)**0.5
         images = F.interpolate(images[window(side, side)], (height, width), mode='bilinear', align_corners=False)
     if game.color:
-        images = images * factors(game.color, batch, 1, 1, 1) * factors(0.4 * game.color, batch, channels, 1, 1)
-        images = images + (factors(game.color, batch, channels, 1, 1) - 1)
+        images = images * (1 + some(game.color)) + some(game.color)
     return images.maximum(low).minimum(high)
 
 
