@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DEMOS = ('dfq_w8a8.py', 'dfq_segmentation_w8a8.py', 'dfq_classification_w8a8.py')
+DEMOS = dict(detection='dfq_w8a8.py', segmentation='dfq_segmentation_w8a8.py',
+             classification='dfq_classification_w8a8.py')
 
 
 def timed(command, repo, log):
@@ -33,6 +34,7 @@ def timed(command, repo, log):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--repo', nargs='+', type=Path, default=[ROOT], help='checkouts (default: this one)')
+    parser.add_argument('--tasks', nargs='+', choices=DEMOS, default=list(DEMOS), metavar='TASK')
     parser.add_argument('--json', type=Path)
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
@@ -44,7 +46,7 @@ def main():
     results = {}
     out = Path(tempfile.mkdtemp(prefix='end_to_end_'))  # stays, with the logs
     print(f'runs and logs are in {out}', flush=True)
-    for demo in DEMOS:
+    for demo in map(DEMOS.get, args.tasks):
         for number, repo in enumerate(map(Path.resolve, args.repo)):
             if not (repo / 'demo' / demo).is_file():
                 continue

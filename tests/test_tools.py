@@ -258,8 +258,12 @@ def test_real_weights_of_deit_tiny_keep_their_accuracy(tmp_path):
     bench = ROOT.parent / 'shared' / 'bench'
     if not (bench / 'deit_tiny').is_dir():
         pytest.skip(f'{bench} is not here: nothing real to measure on')
-    run_tool('benchmarks/deit_tiny.py', '--bench', bench, '--methods', 'psaq_v2', '--bits', 'W4A8', '--out',
+    run_tool('benchmarks/deit_tiny.py', '--bench', bench, '--methods', 'psaq_v1', 'psaq_v2', '--bits', 'W4A8', '--out',
              tmp_path, '--json', tmp_path / 'j.json', timeout=2400)
+    run_tool('benchmarks/agreement.py', '--grid', tmp_path)
+    fidelity = json.loads((tmp_path / 'agreement.json').read_text())
+    assert fidelity['W4A8 psaq_v2']['kl'] < 0.9 * fidelity['W4A8 psaq_v1']['kl']
+    assert fidelity['W4A8 psaq_v2']['agreement'] > fidelity['W4A8 psaq_v1']['agreement']
     results = json.loads((tmp_path / 'j.json').read_text())
     assert results['full_precision']['accuracy/top1'] == pytest.approx(77.8, abs=0.21)
-    assert results['runs']['W4A8 psaq_v2']['quantized']['accuracy/top1'] > 77.8 - 7.0
+    assert results['runs']['W4A8 psaq_v2']['quantized']['accuracy/top1'] > 77.8 - 5.5

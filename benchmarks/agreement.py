@@ -1,0 +1,63 @@
+"""How closely each model of a DeiT-Tiny grid follows full precision on the 500 photographs: less noisy than top-1.
+
+    python benchmarks/deit_tiny.py --bench ../shared/bench --out work_dirs/deit_tiny
+    python benchmarks/agreement.py --grid work_dirs/deit_tiny
+
+Top-1 counts chance hits: a model that changes 70 of 500 answers can come out two points higher or lower. Agreement is
+the share of photographs with full precision's answer; the Kullback-Leibler divergence compares all probabilities.
+Labels play no part in either.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--grid', type=Path, default=Path('work_dirs/deit_tiny'), help="deit_tiny.py's --out")
+    args = parser.parse_args()
+    metrics = args.grid / 'metrics.json'
+    if not metrics.is_file():
+        print(f'error: {metrics} does not exist: run benchmarks/deit_tiny.py first, --grid names its --out',
+              file=sys.stderr)
+        return 2
+    import json
+    import logging
+    import warnings
+    warnings.simplefilter('ignore')
+    logging.disable(logging.WARNING)
+    import torch
+    from mmengine.config import Config
+    from mmengine.registry import MODELS
+    from mmengine.runner import Runner, load_checkpoint
+
+    from psaq_mm.engine import markdown, write_json
+    from psaq_mm.engine.config import default_scope, float_config, without_pretrained
+    cfg = Config.fromfile(args.grid / 'deit_tiny.py')
+    default_scope(cfg)
+    images = list(Runner.build_dataloader(cfg.test_dataloader))
+
+    @torch.no_grad()
+    def probabilities(cfg, checkpoint):
+        model = MODELS.build(without_pretrained(cfg.model.copy())).eval()
+        load_checkpoint(model, str(checkpoint), map_location='cpu', strict=True)
+        return torch.cat([model(model.data_preprocessor(data)['inputs']).log_softmax(1) for data in images])
+
+    full = probabilities(float_config(cfg), args.grid / 'full_precision.pth')
+    rows, results = [], {}
+    for label in json.loads(metrics.read_text())['runs']:
+        folder = args.grid / label.replace(' ', '_')
+        found = probabilities(Config.fromfile(folder / 'test_config.py'), folder / 'quantized.pth')
+        divergence = torch.nn.functional.kl_div(found, full, log_target=True, reduction='batchmean').item()
+        agreement = 100 * (found.argmax(1) == full.argmax(1)).float().mean().item()
+        results[label] = dict(agreement=agreement, kl=divergence)
+        rows.append([label, f'{agreement:.1f}', f'{divergence:.4f}'])
+        print(*rows[-1], flush=True)
+    text = markdown(['calibration', 'agreement, %', 'KL divergence, nats'], rows)
+    (args.grid / 'agreement.md').write_text(text)
+    write_json(results, args.grid / 'agreement.json')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
