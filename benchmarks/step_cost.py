@@ -25,13 +25,16 @@ CASES = {
                       (512, 512)),
     'mask_rcnn_800': ('Mask R-CNN Swin-T features, batch 1, 800 x 1344', 'configs/mask_rcnn_swin_t_w8a8.py', 1,
                       (800, 1344)),
+    'mask_rcnn_s_800': ('Mask R-CNN Swin-S features, batch 1, 800 x 1344', 'configs/mask_rcnn_swin_s_w8a8.py', 1,
+                        (800, 1344)),
 }
+DEFAULT = ('deit_t', 'swin_t', 'mask_rcnn_512', 'mask_rcnn_800')  # the last one is for a GPU
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--cases', nargs='+', choices=CASES, default=list(CASES), metavar='CASE',
-                        help=f'of {", ".join(CASES)} (default: all)')
+    parser.add_argument('--cases', nargs='+', choices=CASES, default=DEFAULT, metavar='CASE',
+                        help=f'of {", ".join(CASES)} (default: {" ".join(DEFAULT)})')
     parser.add_argument('--steps', nargs='+', choices=('synthesis', 'student'), default=['synthesis', 'student'])
     parser.add_argument('--repeats', type=int, default=7, help='measurements of each side (default: 7)')
     parser.add_argument('--device', default='cpu')
