@@ -35,9 +35,9 @@ class QuantizationConfig(FrozenConfig):
         description="submodules, heads too: 'decode_head', 'roi_head.mask_head'")
     patch_embed_bits: int = Field(8, ge=2, le=8, description='of convolutions that read the pixels, weight and input')
     placement: Literal['operands', 'all'] = Field(
-        'operands', description="'operands': of matrix products and convolutions; 'all': both residual sums of each "
-        "attention block, and what a target that is a single layer puts out (a classifier's logits), as well: as V1's "
-        'code does, for hardware that computes in integers only')
+        'operands', description="which activations are quantized: 'operands' of products and convolutions; 'all': "
+        "besides, both residual sums of each attention block, and what a target that is a single layer puts out (a "
+        "classifier's logits): two more of the places where V1's code quantizes")
     keep_float: tuple[str, ...] = Field((), strict=False, description='name patterns of layers left in float')
     overrides: tuple[LayerOverride, ...] = Field((), strict=False, description='later ones win')
     synthesis: SynthesisConfig = SynthesisConfig()
