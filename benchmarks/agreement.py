@@ -32,14 +32,14 @@ def main():
     from mmengine.runner import Runner, load_checkpoint
 
     from psaq_mm.engine import markdown, write_json
-    from psaq_mm.engine.config import default_scope, float_config, without_pretrained
+    from psaq_mm.engine.config import default_scope, float_config
     cfg = Config.fromfile(args.grid / 'deit_tiny.py')
     default_scope(cfg)
     images = list(Runner.build_dataloader(cfg.test_dataloader))
 
     @torch.no_grad()
     def probabilities(cfg, checkpoint):
-        model = MODELS.build(without_pretrained(cfg.model.copy())).eval()
+        model = MODELS.build(cfg.model).eval()
         load_checkpoint(model, str(checkpoint), map_location='cpu', strict=True)
         return torch.cat([model(model.data_preprocessor(data)['inputs']).log_softmax(1) for data in images])
 

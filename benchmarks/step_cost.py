@@ -152,7 +152,7 @@ def student_case(path, batch, size, device, options, amp=False):
 
     def plain():
         adam.zero_grad()
-        distillation(aim, extract_features(model, image, loop.heads)).backward()
+        torch.stack([*map(distillation, aim, extract_features(model, image, loop.heads))]).mean().backward()
         adam.step()
 
     game = loop.game

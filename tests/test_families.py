@@ -12,6 +12,7 @@ from psaq_mm.models import (
     attention_taps,
     checkpoint_blocks,
     extract_features,
+    extract_inner,
     quantize_model,
 )
 from psaq_mm.quantization import (
@@ -218,6 +219,19 @@ def test_targets_may_name_heads(family):
         features = extract_features(converted, images, heads=True)
         assert len(features) > len(extract_features(converted, images))  # the head's outputs are compared, too
         torch.testing.assert_close(features[0], extract_features(converted, images)[0])
+
+
+def test_inner_maps_are_those_of_every_third_block_and_the_last(family):
+    model, blocks = family[:2]
+    images, seen, expected = images_for(model), [], []
+    converted = calibrated(model, {}, images)
+    for block in attention_blocks(converted.backbone)[::-3]:
+        block.register_forward_hook(lambda block, inputs, output: expected.append(output))
+    with torch.no_grad():
+        features = extract_inner(converted, images, visit=seen.append)
+        assert len(seen) == len(expected) == -(-blocks // 3) and all(a is b for a, b in zip(seen, expected))
+        again = extract_inner(converted, images)
+    assert len(seen) * 2 == len(expected) and all(torch.equal(a, b) for a, b in zip(features, again))
 
 
 def test_residual_stream_is_quantized_where_asked(family):

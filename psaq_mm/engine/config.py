@@ -25,7 +25,7 @@ def without_pretrained(model):
     if isinstance(model, dict):
         for key, value in model.items():
             if key == 'pretrained':
-                model[key] = False if value is True else None
+                model[key] = False if isinstance(value, bool) else None
             elif key == 'init_cfg' and isinstance(value, dict) and value.get('type') == 'Pretrained':
                 model[key] = None
             else:

@@ -17,7 +17,7 @@ from mmengine.runner import BaseLoop
 
 from ..compat import keep_freed_memory
 from ..errors import UserError
-from ..models import attention_taps, beyond_features, checkpoint_blocks, extract_features, with_blocks
+from ..models import attention_taps, beyond_features, checkpoint_blocks, extract_features, extract_inner
 from ..quantization import Mode, calibrate, quantizers, set_mode, unused_quantizers
 from ..registry import LOOPS
 from ..stanza import ROOT, QuantizationConfig
@@ -206,12 +206,12 @@ class DataFreeLoop(BaseLoop):
         """The context in which features are computed: bfloat16 where asked for."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.amp else nullcontext()
 
-    def features(self, model, extractor=extract_features):
+    def features(self, model):
         """A feature extractor on a model, in the precision of the run."""
 
-        def extract(images):
+        def extract(images, visit=None):
             with self.precision():
-                return extractor(model, images, self.heads)
+                return extract_inner(model, images, self.heads, visit)
 
         return extract
 
@@ -288,14 +288,15 @@ class DataFreeLoop(BaseLoop):
         parameters = {n: p for n, p in self.student.named_parameters() if n.startswith(names) and p.requires_grad}
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(name in parameters)
-        if not any(f.requires_grad for f in self.features(self.student, with_blocks)(self.images[0][:1])):
+        maps = []
+        maps.extend(self.features(self.student)(self.images[0][:1], maps.append))
+        if not any(m.requires_grad for m in maps):
             self.runner.logger.warning('No game: features and raw outputs do not depend on any weight of the targets '
                                        f'({", ".join(self.quantization.targets)}), which stay as they are')
             self.game_iters = 0
             return
         self.game = Game(config, synthesis, self.features(self.teacher), self.features(self.student), self.tap,
-                         parameters, self.update_student, evolving, held, self.low, self.high, mean_over_processes,
-                         (self.features(self.teacher, with_blocks), self.features(self.student, with_blocks)))
+                         parameters, self.update_student, evolving, held, self.low, self.high, mean_over_processes)
         if self.restored is not None and self.restored['game'] is not None:
             self.game.load_state_dict(self.restored['game'])
         else:

@@ -1,7 +1,7 @@
 """What teacher and student are compared by, and what has to run so that every quantized layer sees data."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .attention import attention_blocks
 
 FEATURE_PARTS = ('backbone', 'neck')
+EVERY = 3  # attention blocks from one whose output the student learns to the next; our choice
 
 
 def beyond_features(targets: Iterable[str]) -> bool:
@@ -46,17 +47,25 @@ def extract_features(model: nn.Module, images: Tensor, heads: bool = False) -> l
     return [*tensors(features), *dense]
 
 
-def with_blocks(model: nn.Module, images: Tensor, heads: bool = False) -> list[Tensor]:
-    """:func:`extract_features`, and behind them what the backbone's attention blocks put out.
+def extract_inner(model: nn.Module, images: Tensor, heads: bool = False,
+                  visit: Callable[[Tensor], None] | None = None) -> list[Tensor]:
+    """:func:`extract_features` that shows what attention blocks put out, as soon as they do.
 
     Args:
         model (nn.Module): Converted; otherwise as there.
+        visit (Callable, optional): Called with the output of every third attention block, counted from the last one.
+            Nothing else keeps them. All of them would cost a tenth more memory in training.
     """
-    outputs = []
-    handles = [block.register_forward_hook(lambda block, inputs, output: outputs.extend(tensors(output)))
-               for block in attention_blocks(model.backbone)]
+    if visit is None:
+        return extract_features(model, images, heads)
+
+    def show(block, inputs, output):
+        for value in tensors(output):
+            visit(value)
+
+    handles = [block.register_forward_hook(show) for block in attention_blocks(model.backbone)[::-EVERY]]
     try:
-        return [*extract_features(model, images, heads), *outputs]
+        return extract_features(model, images, heads)
     finally:
         for handle in handles:
             handle.remove()

@@ -5,7 +5,7 @@ full-precision teacher and the quantized student; images raise it, the student l
 Ours: everything that makes this concrete. The discrepancy is taken relative to the teacher's features and to its
 value for the plainly calibrated student; a turn ends when its moving average has fallen (student) or risen (images) by
 a set factor since the turn began, or when patience ends; what images can gain by it is capped, so that they stay
-images; the student learns by squared errors, by the outputs of the attention blocks besides, and from views that vary
+images; the student learns by squared errors, by outputs of attention blocks besides, and from views that vary
 far more than the images; the one that wins is the best on held-back images that never evolve.
 """
 from __future__ import annotations
@@ -56,18 +56,18 @@ class _RelativeError(torch.autograd.Function):
         return None, ((student.float() - teacher.float()) * (2 * grad / (power * teacher.numel()))).to(student.dtype)
 
 
-def distillation(teacher: Features, student: Features) -> Tensor:
-    """What the student minimises: mean squared error relative to the teacher's mean square, mean over the maps.
+def distillation(teacher: Tensor, student: Tensor) -> Tensor:
+    """What the student minimises, for one map: mean squared error relative to the teacher's mean square.
 
     Source: ours; the discrepancy has magnitudes.
 
     Args:
-        teacher, student (Sequence[Tensor]): Maps, the same shapes pairwise; the teacher's have no gradient.
+        teacher, student (Tensor): The same shape; the teacher's has no gradient.
 
     Returns:
         Tensor: A scalar.
     """
-    return torch.stack([_RelativeError.apply(p, q) for p, q in zip(teacher, student)]).mean()
+    return _RelativeError.apply(teacher, student)
 
 
 class Game:
@@ -76,7 +76,8 @@ class Game:
     Args:
         config (GameConfig): Rules.
         synthesis (SynthesisConfig): Priors and augmentation of the images.
-        teacher, student (Callable): Feature extractors, (B, C, H, W) to a list of maps.
+        teacher, student (Callable): Feature extractors, (B, C, H, W) to a list of maps. With a function as second
+            argument they call it with each inner map that the student is to learn besides, as soon as it exists.
         tap (PatchSimilarityTap): On the teacher.
         parameters (dict[str, Tensor]): What the student may change, by name.
         update (Callable): ``update(loss)`` takes one optimiser step on the student.
@@ -84,20 +85,16 @@ class Game:
         holdout (list[Tensor]): Batches that don't, to choose the best student by.
         low, high (Tensor): Valid pixel range.
         mean (Callable, optional): Averages a float over processes.
-        inner (tuple[Callable, Callable], optional): As teacher and student, with more maps behind theirs that the
-            student is to learn as well.
     """
 
     def __init__(self, config: GameConfig, synthesis: SynthesisConfig, teacher: Callable[[Tensor], Features],
                  student: Callable[[Tensor], Features], tap: PatchSimilarityTap, parameters: dict[str, Tensor],
                  update: Callable[[Tensor], None], images: list[Tensor], holdout: list[Tensor], low: Tensor,
-                 high: Tensor, mean: Callable[[float], float] = float,
-                 inner: tuple[Callable[[Tensor], Features], Callable[[Tensor], Features]] | None = None):
+                 high: Tensor, mean: Callable[[float], float] = float):
         self.config, self.synthesis = config, synthesis
         self.teacher, self.student, self.tap = teacher, student, tap
         self.parameters, self.update, self.mean = parameters, update, mean
         self.optimizers = [ImageOptimizer(batch, low, high, config.image_lr) for batch in images]
-        self.inner = inner or (teacher, student)
         self.low, self.high = low, high
         self.holdout = holdout
         self.turn, self.turns, self.turn_updates, self.student_updates, self.image_updates = STUDENT, 1, 0, 0, 0
@@ -118,9 +115,7 @@ class Game:
     @torch.no_grad()
     def measure(self, images: Tensor) -> float:
         """Mean discrepancy on a batch."""
-        teacher = self.teacher(images)
-        self.maps = len(teacher)
-        return discrepancy(teacher, self.student(images)).mean().item()
+        return discrepancy(self.teacher(images), self.student(images)).mean().item()
 
     def evaluate(self) -> float:
         """Mean discrepancy on the held-back images."""
@@ -181,14 +176,15 @@ class Game:
         self.optimizers[self.image_updates % len(self.optimizers)].step(objective)
         return log
 
-    def new_lesson(self, seed: int) -> tuple[Tensor, Features]:
-        """A view of the batch whose turn it is, and the teacher's maps of it."""
+    def new_lesson(self, seed: int) -> tuple[Tensor, Features, Features]:
+        """A view of the batch whose turn it is, and the teacher's features and inner maps of it."""
         images = self.optimizers[(self.lessons - 1) % len(self.optimizers)].images.detach()
         others = [image for o in self.optimizers if o.images.shape[1:] == images.shape[1:]
                   for image in o.images.detach()]
         view = lesson_view(images, others, self.synthesis, self.config, self.low, self.high, random.Random(seed))
+        inner = []
         with torch.no_grad():
-            return view, self.inner[0](view)
+            return view, self.teacher(view, inner.append), inner
 
     def student_update(self, rng: random.Random) -> dict:
         """One update of the student; as :meth:`step`, without the rules.
@@ -201,14 +197,17 @@ class Game:
             self.lessons += 1
         if self.lesson is None:
             self.lesson = self.new_lesson(self.seed)
-        view, teacher = self.lesson
+        view, teacher, inner = self.lesson
         self.uses = (self.uses + 1) % self.config.view_updates
         if self.uses == 0:
             self.lesson = None
-        student = self.inner[1](view)
+        # An error computed when its map appears has its gradient computed when that is needed, and not kept till then.
+        inner, errors = iter(inner), []
+        student = self.student(view, lambda value: errors.append(distillation(next(inner), value)))
         with torch.no_grad():
-            gap = discrepancy(teacher[:self.maps], student[:self.maps]).mean().item()
-        self.update(distillation(teacher, student))
+            gap = discrepancy(teacher, student).mean().item()
+        errors.extend(map(distillation, teacher, student))
+        self.update(torch.stack(errors).mean())
         return dict(discrepancy=gap)
 
     def _keep_best(self):
@@ -226,7 +225,7 @@ class Game:
             parameter.copy_(self.best_parameters[name])
 
     PLAIN = ('turn', 'turns', 'turn_updates', 'turn_start', 'student_updates', 'image_updates', 'reference', 'average',
-             'student_average', 'best', 'initial', 'best_parameters', 'lessons', 'uses', 'seed', 'maps')
+             'student_average', 'best', 'initial', 'best_parameters', 'lessons', 'uses', 'seed')
 
     def state_dict(self):
         return dict({name: getattr(self, name) for name in self.PLAIN},
