@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .attention import attention_blocks
 
 FEATURE_PARTS = ('backbone', 'neck')
-EVERY = 3  # attention blocks from one whose output the student learns to the next; our choice
+EVERY = 2  # attention blocks from one whose output the student learns to the next; our choice
 
 
 def beyond_features(targets: Iterable[str]) -> bool:
@@ -53,8 +53,8 @@ def extract_inner(model: nn.Module, images: Tensor, heads: bool = False,
 
     Args:
         model (nn.Module): Converted; otherwise as there.
-        visit (Callable, optional): Called with the output of every third attention block, counted from the last one.
-            Nothing else keeps them. All of them would cost a tenth more memory in training.
+        visit (Callable, optional): Called with the output of every second attention block, counted from the last one.
+            Nothing else keeps them. All of them would cost more memory in training.
     """
     if visit is None:
         return extract_features(model, images, heads)
