@@ -182,9 +182,13 @@ class Game:
         others = [image for o in self.optimizers if o.images.shape[1:] == images.shape[1:]
                   for image in o.images.detach()]
         view = lesson_view(images, others, self.synthesis, self.config, self.low, self.high, random.Random(seed))
-        inner = []
+        inner, limit = [], torch.finfo(torch.float16).max
+
+        def keep(value):  # for as long as the lesson lasts, and exact to 0.05 %
+            inner.append(value.clamp(-limit, limit).half() if value.dtype == torch.float32 else value)
+
         with torch.no_grad():
-            return view, self.teacher(view, inner.append), inner
+            return view, self.teacher(view, keep), inner
 
     def student_update(self, rng: random.Random) -> dict:
         """One update of the student; as :meth:`step`, without the rules.
