@@ -22,12 +22,11 @@ DEMOS = dict(detection='dfq_w8a8.py', segmentation='dfq_segmentation_w8a8.py',
 
 
 def last_entropy(folder):
-    """Entropy of a block, nats, at the end of synthesis, from mmengine's scalars of a run."""
-    import json
-    files = sorted(folder.glob('*/vis_data/scalars.json'))
-    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    found = [line['entropy'] for line in lines if 'entropy' in line]
-    return found[-1] if found else float('nan')
+    """Entropy of a block, nats, at the end of synthesis, from the log of a run."""
+    import re
+    logs = ''.join(path.read_text() for path in sorted(folder.glob('*/*.log')))
+    found = re.findall(r' entropy: (-?[0-9.]+)', logs)
+    return float(found[-1]) if found else float('nan')
 
 
 def main():
@@ -70,7 +69,7 @@ def main():
             results.setdefault(task, {})[steps] = dict(
                 metric=name, full=percent(full, name), value=percent(metrics, name), entropy=entropy,
                 minutes=run['synthesis_minutes'])
-            rows.append([f'{task}, {steps}', f'{entropy:.3f}', title_of(name), f'{percent(full, name):.1f}',
+            rows.append([f'{task}, {steps}', f'{entropy:.3f}' if steps else '', title_of(name), f'{percent(full, name):.1f}',
                          f'{percent(metrics, name):.1f}', f"{run['synthesis_minutes']:.2f}"])
     text = markdown(['task, steps', 'entropy, nats a block', 'metric', 'full precision', 'quantized', 'minutes'], rows)
     (args.out / 'steps.md').write_text(text)

@@ -204,6 +204,12 @@ def test_reused_images_give_what_synthesising_gave(small_config, tmp_path):
         run(config(small_config, tmp_path / 'c', **{'synthesis.reuse': str(small_config)}))
 
 
+def test_each_run_of_a_process_shows_its_own_images(small_config, tmp_path):
+    for name in 'ab':
+        run(config(small_config, tmp_path / name, **{'synthesis.method': 'psaq_v1', 'synthesis.steps': 1}))
+    assert all(list((tmp_path / name).glob('*/vis_data/vis_image/synthetic_*.png')) for name in 'ab')
+
+
 def test_several_sizes_take_turns(small_config, tmp_path):
     run(config(small_config, tmp_path, **{'synthesis.method': 'psaq_v1', 'synthesis.size': ((64, 64), (48, 80)),
                                           'synthesis.steps': 1}))

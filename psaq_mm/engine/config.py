@@ -106,6 +106,14 @@ def calibration_gap(cfg: Config) -> str | None:
     return f"calib_dataloader: {missing[0]} does not exist, and method 'real' needs its images" if missing else None
 
 
+def name_visualizer(cfg: Config, name: str) -> None:
+    """Gives a config's Visualizer a name of its own: one that exists already, as after another run in the same process,
+    would go on showing everything in that run's folder.
+    """
+    if cfg.get('visualizer'):
+        cfg.visualizer['name'] = name
+
+
 def data_free_config(cfg: Config,
                      quantization: QuantizationConfig,
                      checkpoint: str,

@@ -23,6 +23,7 @@ from .config import (
     default_scope,
     evaluation_gap,
     float_config,
+    name_visualizer,
     test_config,
     without_pretrained,
 )
@@ -63,6 +64,7 @@ def evaluate(cfg: Config, checkpoint: str, work_dir: str, name: str) -> dict[str
     """
     cfg = copy.deepcopy(cfg)
     cfg.load_from, cfg.work_dir, cfg.experiment_name = checkpoint, work_dir, f'{name}_{time.time_ns()}'
+    name_visualizer(cfg, cfg.experiment_name)
     runner = Runner.from_cfg(cfg)
     return {key: float(value) for key, value in runner.test().items()}
 
@@ -160,6 +162,7 @@ def quantize(cfg: Config,
     test_path = work_dir / 'test_config.py'
     tested = test_config(cfg, quantization)
 
+    name_visualizer(run, f'data_free_{time.time_ns()}')
     runner = Runner.from_cfg(run)
     if content['layout']:
         runner.logger.info(f"{content['path']} has the layout of {content['layout']}: converted to {weights}")
