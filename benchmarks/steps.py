@@ -69,8 +69,9 @@ def main():
             results.setdefault(task, {})[steps] = dict(
                 metric=name, full=percent(full, name), value=percent(metrics, name), entropy=entropy,
                 minutes=run['synthesis_minutes'])
-            rows.append([f'{task}, {steps}', f'{entropy:.3f}' if steps else '', title_of(name), f'{percent(full, name):.1f}',
-                         f'{percent(metrics, name):.1f}', f"{run['synthesis_minutes']:.2f}"])
+            rows.append([f'{task}, {steps}', f'{entropy:.3f}' if steps else '', title_of(name),
+                         f'{percent(full, name):.1f}', f'{percent(metrics, name):.1f}',
+                         f"{run['synthesis_minutes']:.2f}"])
     text = markdown(['task, steps', 'entropy, nats a block', 'metric', 'full precision', 'quantized', 'minutes'], rows)
     (args.out / 'steps.md').write_text(text)
     write_json(results, args.out / 'steps.json')
