@@ -83,13 +83,14 @@ def test_resize_edge_is_pillows_bicubic():
     assert resize(dict(img=pixels[:20, :20]))['img'].shape == (20, 20, 3)
 
 
-def test_accuracy_against_sorting():
+@pytest.mark.parametrize('levels', [10**6, 3])  # with three levels nearly every score has its equals
+def test_accuracy_against_sorting(levels):
     torch.manual_seed(0)
-    scores, labels = torch.rand(200, 10), torch.randint(10, (200, ))
+    scores, labels = (torch.rand(200, 10) * levels).round(), torch.randint(10, (200, ))
     metric = METRICS.build(dict(type='psaq_mm.Accuracy', topk=(1, 3)))
     metric.process(None, [dict(pred_score=s, gt_label=int(y)) for s, y in zip(scores, labels)])
     found = metric.evaluate(200)
-    order = scores.argsort(1, descending=True)
+    order = scores.argsort(1, descending=True, stable=True)
     for k in (1, 3):
         assert found[f'accuracy/top{k}'] == pytest.approx(
             100 * (order[:, :k] == labels[:, None]).any(1).float().mean().item(), abs=1e-4)

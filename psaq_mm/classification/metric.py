@@ -23,8 +23,10 @@ class Accuracy(BaseMetric):
     def process(self, data_batch, data_samples):
         for sample in data_samples:
             scores = sample['pred_score']
-            # Rank of the true class: how many scores are higher. Ties count against the model only beyond them.
-            self.results.append(int((scores > scores[sample['gt_label']]).sum()))
+            # Rank of the true class as argmax and topk see it: of equal scores the first class wins.
+            label = sample['gt_label']
+            first = (scores > scores[label]).sum() + (scores[:label] == scores[label]).sum()
+            self.results.append(int(first))
 
     def compute_metrics(self, results):
         return {f'top{k}': 100 * sum(rank < k for rank in results) / len(results) for k in self.topk}
