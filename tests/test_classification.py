@@ -90,7 +90,7 @@ def test_accuracy_against_sorting(levels):
     metric = METRICS.build(dict(type='psaq_mm.Accuracy', topk=(1, 3)))
     metric.process(None, [dict(pred_score=s, gt_label=int(y)) for s, y in zip(scores, labels)])
     found = metric.evaluate(200)
-    order = scores.argsort(1, descending=True, stable=True)
+    order = torch.argsort(scores, dim=1, descending=True, stable=True)
     for k in (1, 3):
         assert found[f'accuracy/top{k}'] == pytest.approx(
             100 * (order[:, :k] == labels[:, None]).any(1).float().mean().item(), abs=1e-4)
