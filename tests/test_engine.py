@@ -364,7 +364,7 @@ def learning_rates(monkeypatch, cfg, **kwargs):
 
 def test_the_students_learning_rate_falls_over_the_game(small_config, tmp_path, monkeypatch):
     rates = learning_rates(monkeypatch, config(small_config, tmp_path / 'a'))
-    assert len(rates) == 2 * 4 + 8 and rates[:9] == [2e-6] * 9
+    assert len(rates) == 2 * 4 + 8 and rates[:9] == [6e-6] * 9
     assert rates[9:] == sorted(rates[9:], reverse=True) and rates[-1] < 0.2 * rates[0]
     images = str(tmp_path / 'a' / 'synthetic.pt')
     reused = learning_rates(monkeypatch, config(small_config, tmp_path / 'b', **{'synthesis.reuse': images}))
