@@ -76,7 +76,7 @@ def changed(path, work_dir, **stanza):
 
 def test_the_decode_head_is_quantized_when_it_is_named(segmentation_config, tmp_path):
     cfg = changed(segmentation_config, tmp_path, targets=['backbone', 'decode_head'],
-                  **{'game.steps': 40, 'weight.bits': 4})
+                  **{'game.steps': 40, 'game.student_lr': 2e-5, 'weight.bits': 4})
     result = quantize(cfg, eval_float=False)
     assert result['scope'] == ['backbone', 'decode_head']
     content = torch.load(tmp_path / 'quantized.pth', weights_only=True)
