@@ -1,6 +1,6 @@
 """Minutes and peak memory of a whole `tools/dfq.py` run on the demos, here and in other checkouts of this repository.
 
-    git worktree add /tmp/before 67adac3
+    git worktree add /tmp/before ff31954  # before steps were made cheap
     python benchmarks/end_to_end.py --repo . /tmp/before
 
 Demos that a checkout does not have are left out. A run includes start-up and both evaluations.
@@ -13,9 +13,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from steps import DEMOS
+
 ROOT = Path(__file__).resolve().parents[1]
-DEMOS = dict(detection='dfq_w8a8.py', segmentation='dfq_segmentation_w8a8.py',
-             classification='dfq_classification_w8a8.py')
 
 
 def timed(command, repo, log):
