@@ -16,9 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / 'demo'), str(ROOT / 'tools'), str(ROOT / 'benchmarks')]
 from common import parse_options  # noqa: E402
 from grid import bits  # noqa: E402
-
-DEMOS = dict(detection='dfq_w8a8.py', segmentation='dfq_segmentation_w8a8.py',
-             classification='dfq_classification_w8a8.py')
+from run import CONFIGS as DEMOS  # noqa: E402
 
 
 def last_entropy(folder):
