@@ -297,16 +297,19 @@ def test_checkpointed_blocks_give_the_same_gradient(family):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_of_the_fused_functions_are_those_of_their_parts(family, monkeypatch):
+@pytest.mark.parametrize('learned', [False, True], ids=['fixed ranges', 'learned ranges'])
+def test_gradients_of_the_fused_functions_are_those_of_their_parts(family, monkeypatch, learned):
     model, images = family[0], images_for(family[0])
     converted = calibrated(model, dict(activation=dict(observer='percentile', percentile=95.0)), images)  # some clipped
+    trained = [p for p in converted.parameters() if p.requires_grad]
+    if learned:
+        trained.extend(q.learn_range() for q in quantizers(converted).values())
     gradients = []
     for plain in (False, True):
         if plain:
             monkeypatch.setattr('psaq_mm.quantization.layers._trains', lambda *tensors: False)
         loss = sum(f.square().mean() for f in extract_features(converted, images))
-        gradients.append(torch.autograd.grad(loss, [p for p in converted.parameters() if p.requires_grad],
-                                             allow_unused=True))
+        gradients.append(torch.autograd.grad(loss, trained, allow_unused=True))
     assert sum(g is not None for g in gradients[0]) > 10
     for a, b in zip(*gradients):  # another order of summation moves a few values over the edge between two integers
         assert (a is None) == (b is None) and (a is None or (a - b).norm() <= 1e-3 * b.norm() + 1e-7), (a - b).norm()

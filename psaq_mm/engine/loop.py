@@ -90,7 +90,7 @@ class DataFreeLoop(BaseLoop):
         self.game_iters = self.quantization.game.steps if synthesis.method == 'psaq_v2' else 0
         self.images, self.noise = [], []
         self.optimizer = self.game = self.restored = None
-        self.plateau = {}
+        self.plateau, self.ranges = {}, {}
         self.minutes = dict(synthesis=0.0, calibration=0.0, game=0.0)
 
     epoch = property(lambda self: self._epoch)
@@ -288,12 +288,14 @@ class DataFreeLoop(BaseLoop):
         parameters = {n: p for n, p in self.student.named_parameters() if n.startswith(names) and p.requires_grad}
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(name in parameters)
+        parameters.update(self.learn_ranges(names))
         maps = []
         maps.extend(self.features(self.student)(self.images[0][:1], maps.append))
         if not any(m.requires_grad for m in maps):
             self.runner.logger.warning('No game: features and raw outputs do not depend on any weight of the targets '
                                        f'({", ".join(self.quantization.targets)}), which stay as they are')
             self.game_iters = 0
+            self.fix_ranges()
             return
         self.game = Game(config, synthesis, self.features(self.teacher), self.features(self.student), self.tap,
                          parameters, self.update_student, evolving, held, self.low, self.high, mean_over_processes)
@@ -303,6 +305,34 @@ class DataFreeLoop(BaseLoop):
             self.game.start()
             self.minutes['game'] += (time.perf_counter() - started) / 60
             self.announce(f'game, discrepancy of the plain calibration {self.game.initial:.4f} on held-back images', 3)
+
+    def learn_ranges(self, targets):
+        """Makes the ranges of activations trainable where the stanza wants it.
+
+        Args:
+            targets (tuple[str]): Beginnings of names.
+
+        Returns:
+            dict[str, Tensor]: What the game trains, by name.
+        """
+        lr = self.quantization.game.range_lr
+        self.ranges = {name: quantizer for name, quantizer in quantizers(self.student).items()
+                       if lr and name.startswith(targets) and not name.endswith('weight_quantizer')}
+        if not self.ranges:
+            return {}
+        stretches = {f'{name}.stretch': q.learn_range() for name, q in self.ranges.items()}
+        self.range_adam = torch.optim.Adam(stretches.values(), lr=lr)
+        if self.restored is not None and self.restored['ranges'] is not None:
+            for stretch, saved in zip(stretches.values(), self.restored['ranges']['stretches']):
+                stretch.data.copy_(saved)
+            self.range_adam.load_state_dict(self.restored['ranges']['adam'])
+        return stretches
+
+    def fix_ranges(self):
+        """Makes the learned ranges those of the model."""
+        for quantizer in self.ranges.values():
+            quantizer.fix_range()
+        self.ranges = {}
 
     def split(self, holdout):
         """Divides the images into evolving and held-back batches."""
@@ -328,13 +358,18 @@ class DataFreeLoop(BaseLoop):
                     dist.all_reduce(parameter.grad, 'mean')
         wrapper.step()
         wrapper.zero_grad()
+        if self.ranges:
+            self.range_adam.step()
+            self.range_adam.zero_grad()
 
     def game_step(self, rng):
-        """One update of the game, the student's learning rate on half a cosine down to a hundredth."""
+        """One update of the game, the student's learning rates on half a cosine down to a hundredth."""
         done = (self._iter - self.synthesis_iters) / self.game_iters
         share = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
         for group in self.runner.optim_wrapper.param_groups:
             group['lr'] = self.quantization.student_lr * share
+        if self.ranges:
+            self.range_adam.param_groups[0]['lr'] = self.quantization.game.range_lr * share
         log = self.game.step(rng)
         if 'entropy' in log:
             log['entropy'] /= self.blocks
@@ -344,6 +379,7 @@ class DataFreeLoop(BaseLoop):
         """Keeps the best student."""
         game = self.game
         game.finish()
+        self.fix_ranges()
         self.runner.logger.info(
             f'Game over after {game.turns} turns, {game.student_updates} student and '
             f'{game.image_updates} image updates: discrepancy on held-back images '
@@ -357,6 +393,8 @@ class DataFreeLoop(BaseLoop):
             images=[batch.detach().cpu() for batch in self.images],
             optimizer=self.optimizer and self.optimizer.state_dict(),
             plateau=dict(self.plateau),
+            ranges=self.ranges and dict(stretches=[q.stretch.detach() for q in self.ranges.values()],
+                                        adam=self.range_adam.state_dict()) or None,
             game=self.game and self.game.state_dict(),
             minutes=dict(self.minutes),
             settings=self.settings())

@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import UserError
 from .config import LayerConfig
-from .quantizer import FakeQuantizer, Mode, fake_quantize, zero_at
+from .quantizer import FakeQuantizer, Mode, Rounding
 
 
 class QuantizedLayer:
@@ -27,7 +27,7 @@ class QuantizedLayer:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``F.linear(q(x), q(weight), bias)``."""
         if _rounds(self.input_quantizer, self.weight_quantizer) and _trains(x, weight):
-            return _LinearFunction.apply(x, weight, bias, self.input_quantizer, self.weight_quantizer)
+            return _with(_LinearFunction, (x, weight, bias), (self.input_quantizer, x), (self.weight_quantizer, weight))
         x, weight = self.quantized(x)
         return F.linear(x, weight, bias)
 
@@ -54,13 +54,6 @@ def _rounds(*quantizers):
     return any(q is not None and q.mode is Mode.QUANTIZE for q in quantizers)
 
 
-def _rounded(quantizer, x):
-    """Values on the grid and the places of those outside it; untouched where there is no quantizer that rounds."""
-    if quantizer is None or not quantizer.rounds(x):
-        return x, torch.empty(0, dtype=torch.int64)
-    return fake_quantize(x, *quantizer.parameters_for(x))
-
-
 def _trains(*tensors):
     """Whether the functions below, which know both a product and its quantizers, are to be used.
 
@@ -71,49 +64,64 @@ def _trains(*tensors):
         t.device.type == 'cpu' and t.dtype == torch.float32 for t in tensors) and not torch.is_autocast_enabled('cpu')
 
 
+def _with(function, inputs, *operands):
+    """Applies one of the functions below to its inputs and a :class:`Rounding` for each (quantizer, tensor)."""
+    roundings = [Rounding(*operand) for operand in operands]
+    return function.apply(*inputs, roundings, *(p for r in roundings for p in r.parameters))
+
+
 class _LinearFunction(torch.autograd.Function):
     """``F.linear(q(x), q(weight), bias)`` with straight-through gradients."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, input_quantizer, weight_quantizer):
-        x, x_outside = _rounded(input_quantizer, x)
-        weight, weight_outside = _rounded(weight_quantizer, weight)
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, x_outside,
-                              weight if ctx.needs_input_grad[0] else None, weight_outside)
+    def forward(ctx, x, weight, bias, roundings, *parameters):
+        ctx.roundings = of_x, of_weight = roundings
+        x, kept_x, x_outside = of_x.forward(x)
+        weight, kept_weight, weight_outside = of_weight.forward(weight)
+        ctx.save_for_backward(kept_x if ctx.needs_input_grad[1] or of_x.learned else None, x_outside,
+                              kept_weight if ctx.needs_input_grad[0] or of_weight.learned else None, weight_outside)
         ctx.shape = x.shape
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
-        x, x_outside, weight, weight_outside = ctx.saved_tensors
+        (x, x_outside, weight, weight_outside), (of_x, of_weight) = ctx.saved_tensors, ctx.roundings
         rows = grad.reshape(-1, grad.shape[-1])
-        x_grad = weight_grad = bias_grad = None
-        if ctx.needs_input_grad[0]:
-            x_grad = zero_at(rows @ weight, x_outside).view(ctx.shape)
-        if ctx.needs_input_grad[1]:
-            weight_grad = zero_at(rows.T @ x.reshape(-1, x.shape[-1]), weight_outside)
+        x_grads = weight_grads = (None, ) * 3
+        bias_grad = None
+        rounded_x, rounded_weight = of_x.again(x), of_weight.again(weight)
+        if ctx.needs_input_grad[1] or of_weight.learned:
+            weight_grads = rows.T @ rounded_x.reshape(-1, rounded_x.shape[-1])
+        if ctx.needs_input_grad[0] or of_x.learned:
+            x_grads = (rows @ rounded_weight).view(ctx.shape)
+            x_grads = of_x.gradients(x_grads, x, rounded_x, x_outside)
+        if torch.is_tensor(weight_grads):
+            weight_grads = of_weight.gradients(weight_grads, weight, rounded_weight, weight_outside)
         if ctx.needs_input_grad[2]:
             bias_grad = rows.sum(0)
-        return x_grad, weight_grad, bias_grad, None, None
+        return x_grads[0], weight_grads[0], bias_grad, None, *x_grads[1:], *weight_grads[1:]
 
 
 class _MatMulFunction(torch.autograd.Function):
     """``q(a) @ q(b)`` with straight-through gradients; b may be a transposed view, its memory is taken as it lies."""
 
     @staticmethod
-    def forward(ctx, a, b, a_quantizer, b_quantizer):
-        ctx.transposed = b.stride(-2) < b.stride(-1)
-        a, a_outside = _rounded(a_quantizer, a)
-        b, b_outside = _rounded(b_quantizer, b.mT if ctx.transposed else b)
-        ctx.save_for_backward(a, a_outside, b, b_outside)
+    def forward(ctx, a, b, roundings, *parameters):
+        ctx.transposed, ctx.roundings = b.stride(-2) < b.stride(-1), roundings
+        a, kept_a, a_outside = roundings[0].forward(a)
+        b, kept_b, b_outside = roundings[1].forward(b.mT if ctx.transposed else b)
+        ctx.save_for_backward(kept_a, a_outside, kept_b, b_outside)
         return a @ (b.mT if ctx.transposed else b)
 
     @staticmethod
     def backward(ctx, grad):
-        a, a_outside, b, b_outside = ctx.saved_tensors
-        a_grad = zero_at(grad @ (b if ctx.transposed else b.mT), a_outside)
-        b_grad = zero_at(grad.mT @ a if ctx.transposed else a.mT @ grad, b_outside)
-        return a_grad, b_grad.mT if ctx.transposed else b_grad, None, None
+        (a, a_outside, b, b_outside), (of_a, of_b) = ctx.saved_tensors, ctx.roundings
+        rounded_a, rounded_b = of_a.again(a), of_b.again(b)
+        a_grad = grad @ (rounded_b if ctx.transposed else rounded_b.mT)
+        b_grad = grad.mT @ rounded_a if ctx.transposed else rounded_a.mT @ grad
+        a_grad, *a_parameters = of_a.gradients(a_grad, a, rounded_a, a_outside)
+        b_grad, *b_parameters = of_b.gradients(b_grad, b, rounded_b, b_outside)
+        return a_grad, b_grad.mT if ctx.transposed else b_grad, None, *a_parameters, *b_parameters
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):
@@ -184,7 +192,7 @@ class QuantizedMatMul(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         if self.a_quantizer is not None:
             if _rounds(self.a_quantizer, self.b_quantizer) and _trains(a, b):
-                return self.output(_MatMulFunction.apply(a, b, self.a_quantizer, self.b_quantizer))
+                return self.output(_with(_MatMulFunction, (a, b), (self.a_quantizer, a), (self.b_quantizer, b)))
             a, b = self.a_quantizer(a), self.b_quantizer(b)
         return self.output(torch.matmul(a, b))
 
@@ -222,13 +230,13 @@ class _AttentionFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, mask, scores, context):
-        query, query_outside = _rounded(scores.a_quantizer, query)
-        key, key_outside = _rounded(scores.b_quantizer, key)
-        value, value_outside = _rounded(context.b_quantizer, value)
-        ctx.quantizer = context.a_quantizer
-        ctx.save_for_backward(query, query_outside, key, key_outside, value, value_outside, mask)
-        return _rounded(ctx.quantizer, _AttentionFunction.weights(query, key, mask))[0] @ value
+    def forward(ctx, query, key, value, mask, roundings, *parameters):
+        ctx.roundings = of_query, of_key, of_value, of_weights = roundings
+        query, kept_query, query_outside = of_query.forward(query)
+        key, kept_key, key_outside = of_key.forward(key)
+        value, kept_value, value_outside = of_value.forward(value)
+        ctx.save_for_backward(kept_query, query_outside, kept_key, key_outside, kept_value, value_outside, mask)
+        return of_weights.forward(_AttentionFunction.weights(query, key, mask))[0] @ value
 
     @staticmethod
     def weights(query, key, mask):
@@ -238,14 +246,21 @@ class _AttentionFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         query, query_outside, key, key_outside, value, value_outside, mask = ctx.saved_tensors
-        weights = _AttentionFunction.weights(query, key, mask)
-        rounded, outside = _rounded(ctx.quantizer, weights)
-        value_grad = zero_at(rounded.mT @ grad, value_outside)
-        grad = zero_at(grad @ value.mT, outside)
+        of_query, of_key, of_value, of_weights = ctx.roundings
+        rounded_query, rounded_key, rounded_value = of_query.again(query), of_key.again(key), of_value.again(value)
+        weights = _AttentionFunction.weights(rounded_query, rounded_key, mask)
+        rounded, _, outside = of_weights.forward(weights)
+        value_grad = rounded.mT @ grad
+        grad = grad @ rounded_value.mT
+        value_grads = of_value.gradients(value_grad, value, rounded_value, value_outside)
+        grad, *parameters = of_weights.gradients(grad, weights, rounded, outside)
         grad = torch._softmax_backward_data(grad, weights, -1, weights.dtype)
         mask_grad = grad.sum_to_size(mask.shape) if ctx.needs_input_grad[3] else None
-        query_grad, key_grad = zero_at(grad @ key, query_outside), zero_at(grad.mT @ query, key_outside)
-        return query_grad, key_grad, value_grad, mask_grad, None, None
+        query_grad, key_grad = grad @ rounded_key, grad.mT @ rounded_query
+        query_grads = of_query.gradients(query_grad, query, rounded_query, query_outside)
+        key_grads = of_key.gradients(key_grad, key, rounded_key, key_outside)
+        return (query_grads[0], key_grads[0], value_grads[0], mask_grad, None, *query_grads[1:], *key_grads[1:],
+                *value_grads[1:], *parameters)
 
 
 class _MatMulRedirection(TorchFunctionMode):
@@ -283,7 +298,10 @@ class _MatMulRedirection(TorchFunctionMode):
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = ~attn_mask
         if _trains(query, key, value) and not dropout_p:
-            return context.output(_AttentionFunction.apply(query * scale, key, value, attn_mask, scores, context))
+            query = query * scale
+            return context.output(_with(
+                _AttentionFunction, (query, key, value, attn_mask), (scores.a_quantizer, query),
+                (scores.b_quantizer, key), (context.b_quantizer, value), (context.a_quantizer, query)))
         masks = () if attn_mask is None else (attn_mask, )
         return _attend(scores, context, query * scale, key, value, masks, dropout_p)[0]
 

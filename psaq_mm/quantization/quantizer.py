@@ -80,28 +80,94 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant
     return torch.ops.psaq_mm.fake_quantize(x.detach(), scale, zero_point, axis, quant_min, quant_max)
 
 
-class _StraightThrough(torch.autograd.Function):
-    """:func:`fake_quantize` with gradient 1 inside the grid and 0 outside."""
-
-    @staticmethod
-    def forward(ctx, x, *parameters):
-        rounded, outside = fake_quantize(x, *parameters)
-        ctx.save_for_backward(outside)
-        return rounded
-
-    @staticmethod
-    def backward(ctx, grad):
-        outside, = ctx.saved_tensors
-        if len(outside):  # the gradient that comes in is not ours to change
-            grad = zero_at(grad.clone(memory_format=torch.contiguous_format), outside)
-        return grad, None, None, None, None, None
-
-
 def zero_at(grad: Tensor, outside: Tensor) -> Tensor:
     """Sets a contiguous gradient to zero at places counted along the flattened tensor, in place."""
     if len(outside):
         grad.view(-1).index_fill_(0, outside, 0)
     return grad
+
+
+class Rounding:
+    """Rounds one tensor inside an autograd function, and finds the gradients of its values, scale and zero point.
+
+    Where the scale is learned it keeps the values as they came and rounds them again in the backward pass, else the
+    rounded ones: either way one tensor, besides the places outside the grid.
+
+    Args:
+        quantizer (FakeQuantizer | None): Without one, or with one that does not round at present, nothing happens.
+        x (Tensor): With as many dimensions as the values.
+    """
+
+    def __init__(self, quantizer, x: Tensor):
+        self.quantizer = quantizer
+        rounds = quantizer is not None and quantizer.mode is Mode.QUANTIZE
+        self.grid = quantizer.parameters_for(x) if rounds else None
+        self.learned = self.grid is not None and self.grid[0].requires_grad
+
+    @property
+    def parameters(self) -> tuple:
+        """Scale and zero point, which the autograd function takes as arguments, to be able to give them gradients."""
+        return self.grid[:2] if self.grid else (None, None)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The rounded values; what to keep of them; the places outside."""
+        if self.quantizer is None or not self.quantizer.rounds(x):
+            return x, x, torch.empty(0, dtype=torch.int64)
+        rounded, outside = fake_quantize(x, *self.grid)
+        return rounded, x if self.learned else rounded, outside
+
+    def again(self, kept: Tensor) -> Tensor:
+        """The rounded values, in the backward pass."""
+        return fake_quantize(kept, *self.grid)[0] if self.learned else kept
+
+    def gradients(self, grad: Tensor, kept: Tensor, rounded: Tensor, outside: Tensor) -> tuple:
+        """From the gradient of the rounded values to that of the values, of the scale and of the zero point.
+
+        With ``v = scale * (clamp(round(x / scale + zero_point)) - zero_point)`` and straight-through rounding, the scale's
+        is ``(v - x) / scale`` inside the grid and ``v / scale`` outside, the zero point's ``-scale`` outside. Source: LSQ
+        and LSQ+.
+
+        Args:
+            grad (Tensor): Of the rounded values, contiguous; overwritten.
+            kept, rounded, outside (Tensor): From :meth:`forward` and :meth:`again`; ``rounded`` is overwritten where
+                the scale is learned.
+        """
+        if not self.learned:
+            return zero_at(grad, outside), None, None
+        scale, zero_point, axis, _, _ = self.grid
+        error, beyond = rounded.sub_(kept), grad.view(-1)[outside]
+        if scale.numel() == 1:
+            total = torch.dot(grad.view(-1), error.view(-1))
+            if len(outside):
+                total += torch.dot(beyond, kept.reshape(-1)[outside])
+            scale_grad, zero_grad = total / scale, -scale * beyond.sum()
+        else:
+            others = [dim for dim in range(grad.dim()) if dim != axis]
+            clipped = torch.zeros_like(grad)
+            clipped.view(-1)[outside] = beyond
+            scale_grad = (grad * error).add_(clipped * kept).sum(others) / scale
+            zero_grad = -scale * clipped.sum(others)
+        return zero_at(grad, outside), scale_grad, zero_grad if zero_point.requires_grad else None
+
+
+class _StraightThrough(torch.autograd.Function):
+    """:func:`fake_quantize` with gradient 1 inside the grid and 0 outside, and those of :class:`Rounding`."""
+
+    @staticmethod
+    def forward(ctx, x, rounding, *parameters):
+        rounded, kept, outside = rounding.forward(x)
+        ctx.rounding = rounding
+        ctx.save_for_backward(kept if rounding.learned else None, outside)
+        return rounded
+
+    @staticmethod
+    def backward(ctx, grad):
+        (kept, outside), rounding = ctx.saved_tensors, ctx.rounding
+        if rounding.learned or len(outside):  # the gradient that comes in is not ours to change
+            grad = grad.clone(memory_format=torch.contiguous_format)
+        rounded = rounding.again(kept) if rounding.learned else None
+        grad, *parameters = rounding.gradients(grad, kept, rounded, outside)
+        return grad, None, *parameters
 
 
 class Mode(Enum):
@@ -136,6 +202,7 @@ class FakeQuantizer(nn.Module):
         self.name = ''  # the quantizer's path in the model, for errors; set by the conversion
         self.observer = None
         self.calibrated = False
+        self.stretch = None  # see learn_range
         count = channels if self.per_channel else 1
         self.register_buffer('scale', torch.full((count, ), float('nan')))
         self.register_buffer('zero_point', torch.zeros(count, dtype=torch.int32))
@@ -151,13 +218,22 @@ class FakeQuantizer(nn.Module):
             return x
         value = x.float()  # the kernels want float32; under autocast x may be bfloat16
         if value.device.type == 'cpu':
-            value = _StraightThrough.apply(value, *self.parameters_for(x))
-        elif self.per_channel:
-            value = torch.fake_quantize_per_channel_affine(value, *self.parameters_for(x))
+            rounding = Rounding(self, value)
+            value = _StraightThrough.apply(value, rounding, *rounding.parameters)
         else:
-            value = torch.fake_quantize_per_tensor_affine(value, self.scale, self.zero_point, self.quant_min,
-                                                          self.quant_max)
+            value = self.torchs(value)
         return value.to(x.dtype)
+
+    def torchs(self, x: Tensor) -> Tensor:
+        """:meth:`forward` on float32 by torch's own ops: on any device, on CPU slower than ours."""
+        scale, zero_point, axis, quant_min, quant_max = self.parameters_for(x)
+        if self.stretch is not None:
+            axes, kind = ((axis, ), 'channel') if self.per_channel else ((), 'tensor')
+            op = getattr(torch, f'_fake_quantize_learnable_per_{kind}_affine')
+            return op(x, scale, zero_point.float(), *axes, quant_min, quant_max)
+        if self.per_channel:
+            return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, quant_min, quant_max)
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, quant_min, quant_max)
 
     def rounds(self, x: Tensor) -> bool:
         """Whether values are to be rounded in the present mode; lets the observer see them if not.
@@ -178,7 +254,37 @@ class FakeQuantizer(nn.Module):
 
     def parameters_for(self, x: Tensor) -> tuple:
         """Arguments of :func:`fake_quantize` behind the tensor."""
-        return self.scale, self.zero_point, self.axis % x.dim(), self.quant_min, self.quant_max
+        return *self.affine(), self.axis % x.dim(), self.quant_min, self.quant_max
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point in force, (channels,) each; functions of ``stretch`` while the range is learned."""
+        if self.stretch is None:
+            return self.scale, self.zero_point
+        factors = self.stretch.exp()
+        if self.config.symmetric:
+            return self.scale * factors[0], self.zero_point
+        low, high = ((end - self.zero_point) * factor for end, factor in zip((self.quant_min, self.quant_max), factors))
+        growth = (high - low) / (self.quant_max - self.quant_min)  # low and high in units of the old scale
+        zero_point = self.quant_min - low / growth
+        return self.scale * growth, zero_point + (zero_point.round() - zero_point).detach()
+
+    def learn_range(self) -> Tensor:
+        """Makes the ends of the range trainable, until :meth:`fix_range`.
+
+        Returns:
+            Tensor: ``stretch``, logarithms of the factors that the ends move by: (2, channels), low and high, zeros at
+            first; (1, channels) for symmetric quantization. No part of the state dict.
+        """
+        self.stretch = self.scale.new_zeros(1 if self.config.symmetric else 2, len(self.scale)).requires_grad_()
+        return self.stretch
+
+    @torch.no_grad()
+    def fix_range(self) -> None:
+        """Makes scale and zero point what was learned."""
+        scale, zero_point = self.affine()
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+        self.stretch = None
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:

@@ -61,6 +61,9 @@ class GameConfig(FrozenConfig):
     student_lr: float | None = Field(
         None, gt=0, description="peak learning rate of the student's Adam; None: 6e-6 at 8-bit weights, twice that "
         'for each bit less, as the step between two integers is')
+    range_lr: float = Field(
+        0.02, ge=0, description="peak learning rate of Adam for the logarithms of the activation ranges' ends; 0: "
+        'ranges stay as they were calibrated')
     image_lr: float = Field(0.05, gt=0, description="learning rate of the images' Adam, normalised pixels")
     weight: float = Field(1.0, ge=0, description='weight of the discrepancy in the image objective, beside the entropy')
     bound: float = Field(
