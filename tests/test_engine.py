@@ -16,7 +16,7 @@ from psaq_mm.engine.checkpoint import load_float
 from psaq_mm.engine.config import default_scope, without_pretrained
 from psaq_mm.errors import UserError
 from psaq_mm.models import quantize_model
-from psaq_mm.quantization import QuantizerMismatchError, quantizers
+from psaq_mm.quantization import QuantizerMismatchError, quantizers, search_weight_ranges
 from psaq_mm.registry import HOOKS
 from psaq_mm.stanza import StanzaError
 
@@ -182,7 +182,8 @@ def test_resume_without_anything_to_resume_starts_afresh(small_config, tmp_path,
 def test_methods_differ_and_v1_is_v2_before_the_game(small_config, tmp_path):
     results = {}
     for method in ('noise', 'psaq_v1', 'psaq_v2', 'real'):
-        result = run(config(small_config, tmp_path / method, **{'synthesis.method': method}))
+        result = run(config(small_config, tmp_path / method, **{
+            'synthesis.method': method, 'game.range_lr': 0, 'game.weight_ranges': 'calibrated'}))
         assert result['method'] == method
         results[method] = weights(tmp_path / method)
     scale = 'backbone.stages.1.blocks.0.attn.w_msa.proj.input_quantizer.scale'
@@ -192,6 +193,41 @@ def test_methods_differ_and_v1_is_v2_before_the_game(small_config, tmp_path):
     float_weights = read_checkpoint(str(DEMO_CHECKPOINT))['state_dict'][weight].float()
     for method in ('noise', 'psaq_v1', 'real'):
         assert torch.equal(results[method][weight], float_weights)
+
+
+def test_the_game_moves_ranges_unless_told_not_to(small_config, tmp_path):
+    """At few bits, where the images agree that it helps."""
+    bits, states = {'weight.bits': 3, 'activation.bits': 4}, {}
+    for name, stanza in dict(plain={'synthesis.method': 'psaq_v1'}, searched={'game.range_lr': 0},
+                             learned={'game.range_lr': 0.05}).items():
+        run(config(small_config, tmp_path / name, **bits, **stanza))
+        states[name] = {k: v for k, v in weights(tmp_path / name).items() if k.endswith('quantizer.scale')}
+    for name, scale in states['plain'].items():
+        weight = 'weight_quantizer' in name
+        if 'patch_embed' not in name:  # 8 bits
+            assert ((states['searched'][name] < scale).float().mean() > 0.3) == weight, name
+        if weight:
+            assert torch.equal(states['searched'][name], states['learned'][name])
+    inputs = [name for name in states['plain'] if 'weight_quantizer' not in name]
+    moved = [name for name in inputs if not torch.equal(states['learned'][name], states['plain'][name])]
+    assert len(moved) > 0.8 * len(inputs)
+
+
+def test_weight_ranges_that_the_images_disagree_with_are_put_back(small_config, tmp_path, monkeypatch):
+    from psaq_mm.engine import loop
+
+    def ruin(model, prefixes):
+        restore = search_weight_ranges(model, prefixes)
+        for name, quantizer in quantizers(model).items():
+            if name.endswith('weight_quantizer'):
+                quantizer.scale.mul_(0.1)
+        return restore
+
+    stanza = {'game.range_lr': 0, 'game.steps': 1}
+    run(config(small_config, tmp_path / 'a', **stanza, **{'game.weight_ranges': 'calibrated'}))
+    monkeypatch.setattr(loop, 'search_weight_ranges', ruin)
+    run(config(small_config, tmp_path / 'b', **stanza))
+    assert same(weights(tmp_path / 'a'), weights(tmp_path / 'b'))
 
 
 def test_reused_images_give_what_synthesising_gave(small_config, tmp_path):

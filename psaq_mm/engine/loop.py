@@ -18,7 +18,7 @@ from mmengine.runner import BaseLoop
 from ..compat import keep_freed_memory
 from ..errors import UserError
 from ..models import attention_taps, beyond_features, checkpoint_blocks, extract_features, extract_inner
-from ..quantization import Mode, calibrate, quantizers, set_mode, unused_quantizers
+from ..quantization import Mode, calibrate, quantizers, search_weight_ranges, set_mode, unused_quantizers
 from ..registry import LOOPS
 from ..stanza import ROOT, QuantizationConfig
 from ..synthesis import Game, ImageOptimizer, PatchSimilarityTap, augment, learning_rate, prior_loss, valid_range
@@ -303,6 +303,10 @@ class DataFreeLoop(BaseLoop):
             self.game.load_state_dict(self.restored['game'])
         else:
             self.game.start()
+            if config.weight_ranges == 'mse':
+                restore = search_weight_ranges(self.student, names)
+                if not self.game.improves():
+                    restore()
             self.minutes['game'] += (time.perf_counter() - started) / 60
             self.announce(f'game, discrepancy of the plain calibration {self.game.initial:.4f} on held-back images', 3)
 

@@ -13,6 +13,7 @@ from .conversion import (
     quantized_layers,
     quantizer_mode,
     quantizers,
+    search_weight_ranges,
     set_mode,
     settle,
     unused_quantizers,
@@ -34,6 +35,6 @@ __all__ = [
     'PatternError', 'QuantizedConv2d', 'QuantizedConvTranspose2d', 'QuantizedLinear', 'QuantizedMatMul',
     'QuantizedMultiheadAttention', 'QuantizerMismatchError', 'SCORES', 'SUMS', 'UncalibratedError', 'WeightConfig',
     'attention_parts', 'calibrate', 'convert', 'convert_attention', 'match', 'model_bits', 'quantizable',
-    'quantize_output', 'quantize_residual', 'quantized_layers', 'quantizer_mode', 'quantizers', 'set_mode',
-    'settle', 'unused_quantizers'
+    'quantize_output', 'quantize_residual', 'quantized_layers', 'quantizer_mode', 'quantizers', 'search_weight_ranges',
+    'set_mode', 'settle', 'unused_quantizers'
 ]

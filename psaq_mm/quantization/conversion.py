@@ -214,6 +214,33 @@ def calibrate(model: nn.Module, run: Callable[[], None], reduce=None) -> None:
 
 
 @torch.no_grad()
+def search_weight_ranges(model: nn.Module, prefixes: tuple[str, ...]) -> Callable[[], None]:
+    """Gives weights that were calibrated by min-max the ranges of least squared error, see :class:`MSEObserver`.
+
+    Args:
+        model (nn.Module): Calibrated.
+        prefixes (tuple[str, ...]): Beginnings of the names of layers that are meant.
+
+    Returns:
+        Callable: Puts the ranges back as they were.
+    """
+    before = {}
+    for name, layer in quantized_layers(model).items():
+        quantizer = getattr(layer, 'weight_quantizer', None)
+        if quantizer is not None and quantizer.config.observer == 'minmax' and name.startswith(prefixes):
+            before[quantizer] = quantizer.scale.clone(), quantizer.zero_point.clone()
+            quantizer.observe(layer.weight, 'mse')
+            quantizer.calibrate()
+
+    def restore():
+        for quantizer, (scale, zero_point) in before.items():
+            quantizer.scale.copy_(scale)
+            quantizer.zero_point.copy_(zero_point)
+
+    return restore
+
+
+@torch.no_grad()
 def unused_quantizers(model: nn.Module, run: Callable[[], None]) -> list[str]:
     """Names of activation quantizers that see nothing while ``run`` feeds the model; leaves no trace."""
     with quantizer_mode(model, Mode.OBSERVE):

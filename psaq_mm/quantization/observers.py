@@ -162,6 +162,6 @@ OBSERVERS = dict(
     mse=MSEObserver)
 
 
-def build_observer(config):
-    """The observer a :class:`WeightConfig` or :class:`ActivationConfig` names."""
-    return OBSERVERS[config.observer](config)
+def build_observer(config, name=None):
+    """The observer a :class:`WeightConfig` or :class:`ActivationConfig` names, or another by name."""
+    return OBSERVERS[name or config.observer](config)

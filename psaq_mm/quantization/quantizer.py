@@ -123,9 +123,9 @@ class Rounding:
     def gradients(self, grad: Tensor, kept: Tensor, rounded: Tensor, outside: Tensor) -> tuple:
         """From the gradient of the rounded values to that of the values, of the scale and of the zero point.
 
-        With ``v = scale * (clamp(round(x / scale + zero_point)) - zero_point)`` and straight-through rounding, the scale's
-        is ``(v - x) / scale`` inside the grid and ``v / scale`` outside, the zero point's ``-scale`` outside. Source: LSQ
-        and LSQ+.
+        With ``v = scale * (clamp(round(x / scale + zero_point)) - zero_point)`` and straight-through rounding, the
+        derivative by the scale is ``(v - x) / scale`` inside the grid and ``v / scale`` outside, by the zero point
+        ``-scale`` outside. Source: LSQ and LSQ+.
 
         Args:
             grad (Tensor): Of the rounded values, contiguous; overwritten.
@@ -287,10 +287,15 @@ class FakeQuantizer(nn.Module):
         self.stretch = None
 
     @torch.no_grad()
-    def observe(self, x: Tensor) -> None:
-        """Shows the observer one batch, any shape."""
+    def observe(self, x: Tensor, observer: str | None = None) -> None:
+        """Shows the observer one batch, any shape.
+
+        Args:
+            x (Tensor): The batch.
+            observer (str, optional): Another one than the config's.
+        """
         if self.observer is None:
-            self.observer = build_observer(self.config)
+            self.observer = build_observer(self.config, observer)
         x = x.detach()
         rows = x.movedim(self.axis % x.dim(), 0).flatten(1) if self.per_channel else x.reshape(1, -1)
         self.observer.update(rows.float())

@@ -64,6 +64,9 @@ class GameConfig(FrozenConfig):
     range_lr: float = Field(
         0.02, ge=0, description="peak learning rate of Adam for the logarithms of the activation ranges' ends; 0: "
         'ranges stay as they were calibrated')
+    weight_ranges: Literal['mse', 'calibrated'] = Field(
+        'mse', description="'mse': min-max ranges of weights give way, before the game, to those of least squared "
+        "error; 'calibrated': they stay")
     image_lr: float = Field(0.05, gt=0, description="learning rate of the images' Adam, normalised pixels")
     weight: float = Field(1.0, ge=0, description='weight of the discrepancy in the image objective, beside the entropy')
     bound: float = Field(

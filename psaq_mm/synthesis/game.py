@@ -220,6 +220,10 @@ class Game:
             self.best, self.best_parameters = value, self._copy()
         return value
 
+    def improves(self) -> bool:
+        """Whether what was done to the student beside its parameters makes it the best so far."""
+        return self._keep_best() == self.best
+
     @torch.no_grad()
     def finish(self) -> None:
         """Leaves the student with the best parameters seen; the plain calibration's count among them."""
