@@ -39,6 +39,7 @@ setup(
         'Pillow',
     ],
     extras_require={
+        'deploy': ['onnx>=1.14', 'onnxruntime>=1.17', 'openvino>=2024.0', 'packaging'],
         'dev': ['pytest', 'pytest-timeout', 'ruff', 'scipy'],
     },
 )

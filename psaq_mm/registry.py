@@ -9,7 +9,8 @@ from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
 CLASSIFICATION = 'psaq_mm.classification'
-MODELS = Registry('model', parent=MMENGINE_MODELS, scope='psaq_mm', locations=['psaq_mm.models', CLASSIFICATION])
+MODELS = Registry('model', parent=MMENGINE_MODELS, scope='psaq_mm', locations=[
+    'psaq_mm.models', CLASSIFICATION, 'psaq_mm.deploy'])
 DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='psaq_mm', locations=['psaq_mm.engine', CLASSIFICATION])
 TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope='psaq_mm', locations=[CLASSIFICATION])
 METRICS = Registry('metric', parent=MMENGINE_METRICS, scope='psaq_mm', locations=[CLASSIFICATION])

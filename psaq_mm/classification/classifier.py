@@ -9,8 +9,36 @@ from ..errors import UserError
 from ..registry import MODELS
 
 
+class Classifier(BaseModel):
+    """mmengine's three modes for whatever computes logits."""
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """(B, classes) from normalised images (B, 3, H, W)."""
+        raise NotImplementedError
+
+    def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = 'tensor'):
+        """mmengine's three modes.
+
+        Args:
+            inputs (Tensor): Normalised images, (B, 3, H, W).
+            data_samples (list[BaseDataElement], optional): With ``gt_label`` for mode 'loss'.
+            mode (str): 'tensor' returns logits (B, classes); 'predict' the samples with ``pred_score`` (classes, ) and
+                ``pred_label``; 'loss' a dict with the cross entropy.
+        """
+        logits = self.logits(inputs)
+        if mode == 'tensor':
+            return logits
+        if mode == 'predict':
+            for sample, scores in zip(data_samples, logits.float().softmax(-1)):
+                sample.set_field(scores, 'pred_score')
+                sample.set_field(int(scores.argmax()), 'pred_label')
+            return data_samples
+        labels = torch.tensor([sample.gt_label for sample in data_samples], device=logits.device)
+        return dict(loss=nn.functional.cross_entropy(logits, labels))
+
+
 @MODELS.register_module()
-class TimmClassifier(BaseModel):
+class TimmClassifier(Classifier):
     """Any classifier of timm whose head ends in one Linear layer, split into ``backbone`` and ``head``.
 
     Args:
@@ -47,25 +75,9 @@ class TimmClassifier(BaseModel):
         """The pooled features that the head reads, ((B, C), ), from images (B, 3, H, W)."""
         return (self.backbone(inputs), )
 
-    def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = 'tensor'):
-        """mmengine's three modes.
-
-        Args:
-            inputs (Tensor): Normalised images, (B, 3, H, W).
-            data_samples (list[BaseDataElement], optional): With ``gt_label`` for mode 'loss'.
-            mode (str): 'tensor' returns logits (B, classes); 'predict' the samples with ``pred_score`` (classes, ) and
-                ``pred_label``; 'loss' a dict with the cross entropy.
-        """
-        logits = self.head(self.extract_feat(inputs)[0])
-        if mode == 'tensor':
-            return logits
-        if mode == 'predict':
-            for sample, scores in zip(data_samples, logits.float().softmax(-1)):
-                sample.set_field(scores, 'pred_score')
-                sample.set_field(int(scores.argmax()), 'pred_label')
-            return data_samples
-        labels = torch.tensor([sample.gt_label for sample in data_samples], device=logits.device)
-        return dict(loss=nn.functional.cross_entropy(logits, labels))
+    def logits(self, inputs: Tensor) -> Tensor:
+        """(B, classes) from normalised images (B, 3, H, W)."""
+        return self.head(self.extract_feat(inputs)[0])
 
 
 def create(model, num_classes, pretrained, kwargs) -> nn.Module:

@@ -1,0 +1,145 @@
+"""Forwards of library modules written so that a trace of them holds for every image size.
+
+The libraries compute paddings, window masks and position embeddings in Python numbers, which a trace freezes. Ours
+compute the same in traced ones. A module is recognised by the function it computes, so that the copies of one class in
+mmdet, mmseg and mmcv, and subclasses that inherit its forward, need one entry.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ADAPTERS: dict[Callable, dict[str, Callable]] = {}  # by the library's forward: replacements by name of the method
+
+
+def adapts(forward: Callable, method: str = 'forward'):
+    """Registers the decorated function in place of a method of all modules with a forward.
+
+    Args:
+        forward (Callable): The library's, e.g. ``ShiftWindowMSA.forward``.
+        method (str): What is replaced.
+    """
+
+    def register(function):
+        ADAPTERS.setdefault(forward, {})[method] = function
+        return function
+
+    return register
+
+
+@contextmanager
+def traceable(model: nn.Module) -> Iterator[None]:
+    """Within it, modules of a model compute in a way that can be traced for all sizes."""
+    _register()
+    patched = []
+    for module in model.modules():
+        for method, function in ADAPTERS.get(type(module).forward, {}).items():
+            setattr(module, method, function.__get__(module))  # shadows the class's
+            patched.append((module, method))
+    try:
+        yield
+    finally:
+        for module, method in patched:
+            delattr(module, method)
+
+
+def pad_to(x: Tensor, height, width, multiple_of, before: int = 0) -> Tensor:
+    """Zeros at the lower and right end of (B, H, W, C), up to the next multiples."""
+    pads = [-side % multiple for side, multiple in zip((height, width), multiple_of)]
+    if all(isinstance(p, int) and p == 0 for p in pads):
+        return x
+    return F.pad(x, (0, 0, 0, pads[1], 0, pads[0]))
+
+
+def to_windows(x: Tensor, size: int) -> Tensor:
+    """(B, H, W, C) to (B * windows, size * size, C)."""
+    batch, height, width, channels = x.shape
+    x = x.view(batch, height // size, size, width // size, size, channels)
+    return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, size * size, channels)
+
+
+def from_windows(windows: Tensor, batch, height, width, size: int) -> Tensor:
+    """Back from :func:`to_windows`."""
+    x = windows.view(batch, height // size, width // size, size, size, -1)
+    return x.permute(0, 1, 3, 2, 4, 5).reshape(batch, height, width, -1)
+
+
+def shifted_window_mask(height, width, size: int, shift: int) -> Tensor:
+    """Which places of a window see each other after the cyclic shift: 0, or -100 where they don't.
+
+    Args:
+        height, width (int): Of the padded map.
+        size, shift (int): Of the window.
+
+    Returns:
+        Tensor: (windows, size * size, size * size).
+    """
+
+    def regions(length):
+        place = torch.arange(length)
+        return (place >= length - size).float() + (place >= length - shift).float()
+
+    region = 3 * regions(height)[:, None] + regions(width)[None]
+    windows = to_windows(region[None, :, :, None], size)[..., 0]
+    return torch.where(windows[:, None] == windows[:, :, None], 0.0, -100.0)
+
+
+def _register():
+    """Fills ADAPTERS; the libraries are imported when they are needed."""
+    if ADAPTERS:
+        return
+    from mmcv.cnn.bricks import transformer as mmcv_transformer
+    from mmdet.models.backbones import swin as mmdet_swin
+    from mmdet.models.layers.transformer import utils as mmdet_utils
+    from mmseg.models.backbones import swin as mmseg_swin
+    from mmseg.models.backbones import vit as mmseg_vit
+    from mmseg.models.utils import embed as mmseg_embed
+
+    def shifted_window_attention(self, query, hw_shape):
+        (batch, _, channels), (height, width) = query.shape, hw_shape
+        size, shift = self.window_size, self.shift_size
+        x = pad_to(query.view(batch, height, width, channels), height, width, (size, size))
+        full_height, full_width = x.shape[1:3]
+        if shift:
+            x = torch.roll(x, (-shift, -shift), (1, 2))
+        mask = shifted_window_mask(full_height, full_width, size, shift) if shift else None
+        x = from_windows(self.w_msa(to_windows(x, size), mask=mask), batch, full_height, full_width, size)
+        if shift:
+            x = torch.roll(x, (shift, shift), (1, 2))
+        return self.drop(x[:, :height, :width].reshape(batch, height * width, channels))
+
+    def patch_merging(self, x, input_size):
+        sampler, padding = self.sampler, self.adap_padding
+        if (sampler.kernel_size, sampler.stride, sampler.dilation, sampler.padding) != ((2, 2), ) * 2 + (
+                (1, 1), (0, 0)) or padding is not None and padding.padding != 'corner':
+            return type(self).forward(self, x, input_size)
+        (batch, _, channels), (height, width) = x.shape, input_size
+        x = x.view(batch, height, width, channels)
+        if padding is not None:
+            x = pad_to(x, height, width, (2, 2))
+        height, width = x.shape[1] // 2, x.shape[2] // 2
+        x = x.view(batch, height, 2, width, 2, channels).permute(0, 1, 3, 5, 2, 4)
+        x = x.reshape(batch, height * width, 4 * channels)  # the order of nn.Unfold: channel, row, column
+        return self.reduction(x if self.norm is None else self.norm(x)), (height, width)
+
+    def adaptive_padding(self, x):
+        if self.padding != 'corner' or tuple(self.kernel_size) != tuple(self.stride) or tuple(self.dilation) != (1, 1):
+            return type(self).forward(self, x)
+        return pad_to(x.permute(0, 2, 3, 1), *x.shape[2:], self.stride).permute(0, 3, 1, 2)
+
+    def position_embedding(self, patched_img, hw_shape, pos_embed):
+        sides = [side // self.patch_size for side in self.img_size]
+        if not isinstance(hw_shape[0], Tensor) and list(hw_shape) == sides:
+            return patched_img + pos_embed
+        return patched_img + self.resize_pos_embed(pos_embed, hw_shape, sides, self.interpolate_mode)
+
+    for module in (mmdet_swin, mmseg_swin):
+        adapts(module.ShiftWindowMSA.forward)(shifted_window_attention)
+    for module in (mmdet_utils, mmseg_embed, mmcv_transformer):
+        adapts(module.PatchMerging.forward)(patch_merging)
+        adapts(module.AdaptivePadding.forward)(adaptive_padding)
+    adapts(mmseg_vit.VisionTransformer.forward, '_pos_embeding')(position_embedding)

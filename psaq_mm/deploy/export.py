@@ -1,0 +1,176 @@
+"""The whole export, for scripts: graph, config and remaining weights; held against the quantized model."""
+from __future__ import annotations
+
+import copy
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import MODELS
+
+from ..classification import Classifier
+from ..engine.checkpoint import read_checkpoint
+from ..engine.config import default_scope, test_config
+from ..engine.report import write_json
+from ..errors import UserError
+from ..models.features import FEATURE_PARTS
+from ..quantization import quantized_layers
+from ..stanza import QuantizationConfig
+from .graph import Features, check_calibrated, export_graph, float_layers
+from .runtime import RUNTIMES, Graph
+
+QUANTIZED = 'psaq_mm.QuantizedModel'
+
+
+def quantized_config(cfg: Config) -> Config:
+    """The test config of a quantized model, from itself or from a config with a stanza.
+
+    Raises:
+        UserError: If it is neither.
+    """
+    if cfg.get('quantization') is not None:
+        return test_config(cfg, QuantizationConfig.parse(cfg.quantization))
+    if cfg.get('model') is None or cfg.model.get('type') != QUANTIZED:
+        raise UserError(f'{cfg.filename} is no config of a quantized model: give the test_config.py that tools/dfq.py '
+                        'wrote beside quantized.pth')
+    return cfg
+
+
+def build(cfg: Config, checkpoint: str):
+    """The quantized model, calibrated, on CPU.
+
+    Raises:
+        UserError: If the checkpoint does not fit or has no scales.
+    """
+    default_scope(cfg)
+    model = MODELS.build(copy.deepcopy(cfg.model))
+    state = read_checkpoint(checkpoint)['state_dict']
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise UserError(f'{checkpoint} does not fit the config: {error}') from None
+    check_calibrated(model)
+    if missing or unexpected:
+        key, kind = (missing[0], 'lacks') if missing else (unexpected[0], 'has, and the config does not know,')
+        raise UserError(f"{checkpoint} {kind} '{key}' (and {len(missing) + len(unexpected) - 1} more): use the config "
+                        'and the checkpoint of the same run')
+    return model.eval()
+
+
+def exported_config(cfg: Config, model, runtime: str, graph: str) -> Config:
+    """The config with which the ecosystem's tools build the exported model.
+
+    Args:
+        cfg (Config): Of the quantized model.
+        model (nn.Module): Built from it.
+        runtime (str): Of RUNTIMES.
+        graph (str): File name of the graph, in the folder of the config.
+    """
+    cfg = copy.deepcopy(cfg)
+    old = cfg.model
+    stanza = QuantizationConfig.parse(old.pop('quantization'))
+    old.type = old.pop('float_type')
+    exported = dict(graph='{{ fileDirname }}/' + graph, runtime=runtime)
+    if isinstance(model, Classifier):
+        preprocessor = dict(type='mmengine.ImgDataPreprocessor', bgr_to_rgb=True, **{
+            key: getattr(model.data_preprocessor, key).flatten().tolist() for key in ('mean', 'std')})
+        cfg.model = ConfigDict(type='psaq_mm.ExportedClassifier', data_preprocessor=old.get(
+            'data_preprocessor') or preprocessor, **exported)
+        return cfg
+    old.backbone = ConfigDict(type='psaq_mm.ExportedFeatures', **exported)
+    old.pop('neck', None)
+    heads = [t for t in stanza.targets if t.split('.')[0] not in FEATURE_PARTS]
+    if heads:  # they stay fake-quantized
+        names = [n for n in quantized_layers(model) if n.startswith(tuple(heads))]
+        changed = dict(stanza.to_dict(), targets=heads, placement='operands')
+        for key, pattern in (('keep_float', lambda p: p), ('overrides', lambda o: o['pattern'])):
+            changed[key] = [item for item in changed[key] if any(fnmatchcase(n, pattern(item)) for n in names)]
+        old.float_type, old.type, old.quantization = old.type, QUANTIZED, changed
+    return cfg
+
+
+def sqnr(reference, other) -> float:
+    """Signal to noise, dB."""
+    noise = (reference - other).square().sum()
+    return float(10 * torch.log10(reference.square().sum() / noise.clamp(min=1e-30)))
+
+
+@torch.no_grad()
+def agreement(model, graph: Graph, images: torch.Tensor) -> float:
+    """Lowest SQNR of the graph's outputs, against the quantized model's, dB."""
+    return min(sqnr(ours, theirs) for ours, theirs in zip(Features(model)(images), graph.run(images)))
+
+
+def own_size(model) -> tuple[int, int] | None:
+    """The only image size that a model takes, (H, W), or None."""
+    embed = getattr(model.backbone, 'patch_embed', None)
+    size = getattr(embed, 'img_size', None) if isinstance(model, Classifier) else None
+    return tuple(size) if size else None
+
+
+def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | None = None, runtime: str = 'openvino',
+           preset: str = 'asymmetric') -> dict:
+    """Writes ``features.onnx``, ``int8_config.py``, ``int8.pth`` and ``export.json``.
+
+    Args:
+        cfg (Config): Of the quantized model, or with a stanza.
+        checkpoint (str): What tools/dfq.py wrote.
+        work_dir (str): Where to.
+        size (tuple[int, int], optional): (H, W): a graph for this size only. Default: for every size, except of
+            classifiers, which have their own.
+        runtime (str): What the config runs the graph with. Defaults to 'openvino'.
+        preset (str): 'asymmetric' or 'symmetric'.
+
+    Returns:
+        dict: Sizes, layers in int8 and in float, SQNR against the quantized model.
+
+    Raises:
+        UserError: If it cannot be exported like that.
+    """
+    if runtime not in RUNTIMES:
+        raise UserError(f"--runtime {runtime}: must be one of {', '.join(RUNTIMES)}")
+    cfg = quantized_config(cfg)
+    model = build(cfg, checkpoint)
+    stanza = QuantizationConfig.parse(cfg.model.quantization)
+    fixed = size or own_size(model)
+    traced = fixed or stanza.synthesis.size[0]
+    folder = Path(work_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / 'features.onnx'
+    try:
+        export_graph(model, path, traced, dynamic=not fixed, preset=preset)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f'{type(model.backbone).__name__} cannot be exported for images of {traced[0]} x {traced[1]} '
+                        f'({type(error).__name__}: {str(error).splitlines()[0]}): give another --size H W') from None
+    graph = Graph(str(path), runtime)
+    images = calibration_images(Path(checkpoint).parent, traced)
+    found = {f'{traced[0]} x {traced[1]}': agreement(model, graph, images)}
+    if not fixed:
+        other = traced[0] + 24, traced[1] + 72  # neither a multiple of windows nor of strides
+        found[f'{other[0]} x {other[1]}'] = agreement(model, graph, torch.nn.functional.interpolate(
+            images, other, mode='bilinear'))
+    exported = exported_config(cfg, model, runtime, path.name)
+    (folder / 'int8_config.py').write_text(exported.pretty_text)
+    state = {} if isinstance(model, Classifier) else {
+        key: value for key, value in model.state_dict().items() if key.split('.')[0] not in FEATURE_PARTS}
+    torch.save(dict(state_dict=state, meta=read_checkpoint(checkpoint).get('meta', {})), folder / 'int8.pth')
+    products = graph.session.products()
+    result = dict(
+        graph=str(path), config=str(folder / 'int8_config.py'), checkpoint=str(folder / 'int8.pth'), runtime=runtime,
+        size=list(fixed) if fixed else None, preset=preset, sqnr_db={k: round(v, 1) for k, v in found.items()},
+        size_mb=dict(graph=round(path.stat().st_size / 1e6, 2), float=round(
+            4e-6 * sum(p.numel() for p in Features(model).parameters()), 2)),
+        int8=sum(products.values()), float=[name for name, integer in products.items() if not integer],
+        kept_float=float_layers(model))
+    write_json(result, folder / 'export.json')
+    return result
+
+
+def calibration_images(folder: Path, size) -> torch.Tensor:
+    """One of the run's synthetic images in a size, (1, 3, H, W), or noise where there are none."""
+    source = folder / 'synthetic.pt'
+    if source.is_file():
+        images = torch.load(source, map_location='cpu', weights_only=True)['images'][0][:1]
+        return torch.nn.functional.interpolate(images, tuple(size), mode='bilinear', align_corners=False)
+    return torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,243 @@
+"""The exported int8 model against the quantized one: both runtimes, several sizes, the ecosystem's tools."""
+import copy
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from psaq_mm.deploy import Graph, export_graph
+from psaq_mm.deploy.adapters import ADAPTERS, shifted_window_mask
+from psaq_mm.deploy.export import sqnr
+from psaq_mm.deploy.extras import need
+from psaq_mm.deploy.graph import Features
+from psaq_mm.errors import UserError
+from psaq_mm.quantization import FakeQuantizer, Mode, UncalibratedError, quantized_layers, quantizers, set_mode
+
+from .conftest import ROOT, run_tool
+from .test_families import FAMILIES, calibrated, images_for
+from .test_families import family as family  # noqa: PLC0414
+from .test_tools import ap_of, mmdet_tool
+
+onnx = pytest.importorskip('onnx', reason="needs pip install 'psaq_mm[deploy]'")
+ort = pytest.importorskip('onnxruntime')
+pytest.importorskip('openvino')
+
+
+def plain_session(path):
+    """ONNX Runtime that computes the graph as it is written, in float."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    session = ort.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+    return lambda images: [torch.from_numpy(v) for v in session.run(None, {'images': images.numpy()})]
+
+
+def is_classifier(model):
+    return hasattr(model, 'head')
+
+
+def test_a_graph_holds_at_other_sizes_than_the_traced_one(family, tmp_path):
+    """In float, where differences are rounding only: windows, masks, merging and position embeddings."""
+    model, images = family[0], images_for(family[0], 1)
+    sizes = [images.shape[-2:]] if is_classifier(model) else [(72, 104), (64, 64), (90, 131)]
+    export_graph(model, tmp_path / 'float.onnx', tuple(images.shape[-2:]), not is_classifier(model), integers=False)
+    run = plain_session(tmp_path / 'float.onnx')
+    for size in sizes:
+        images = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            expected = Features(model)(images)
+        for ours, theirs in zip(expected, run(images), strict=True):
+            torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(scope='module')
+def exported(family, tmp_path_factory):
+    """A family's quantized model and the graph of it."""
+    model, images = family[0], images_for(family[0])
+    targets = dict(targets=['backbone', 'head']) if is_classifier(model) else {}
+    quantized = calibrated(model, targets, images, is_classifier(model))
+    path = tmp_path_factory.mktemp('graph') / 'features.onnx'
+    export_graph(quantized, path, tuple(images.shape[-2:]), not is_classifier(model))
+    return quantized, path
+
+
+def test_a_graph_computes_on_the_models_integers(exported):
+    """Rounding passes on what differs in the last bit of float, so two ways to compute the same differ by about as much
+    as quantization itself; by more they must not."""
+    model, path = exported
+    for size in [(64, 96)] if is_classifier(model) else [(72, 104), (90, 131)]:
+        images = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            expected = Features(model)(images)
+            set_mode(model, Mode.FLOAT)
+            full = Features(model)(images)
+            set_mode(model, Mode.QUANTIZE)
+        for run in (plain_session(path), Graph(path, 'onnxruntime').run, Graph(path, 'openvino').run):
+            for reference, ours, theirs in zip(full, expected, run(images), strict=True):
+                assert sqnr(ours, theirs) > min(sqnr(reference, ours), 40) - 3
+
+
+def test_what_a_graph_stores(exported):
+    model, path = exported
+    graph = onnx.load(str(path)).graph
+    kinds = [node.op_type for node in graph.node]
+    activations = [n for n in quantizers(model) if not n.endswith('weight_quantizer')]
+    weights = [layer for layer in quantized_layers(model).values() if getattr(layer, 'weight_quantizer', None)]
+    # torch's exporter merges what is computed twice alike, e.g. mmseg's ViT quantizes one tensor for several readers
+    assert len(set(activations)) - 8 <= kinds.count('QuantizeLinear') <= len(activations) + 8
+    integers = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer if item.data_type == 3}
+    assert sum(map(np.size, integers.values())) == sum(layer.weight.numel() for layer in weights)
+    large = [item.name for item in graph.initializer if item.data_type == 1 and np.prod(item.dims) > 5000]
+    assert not large, 'weights in float'
+    assert 'BatchNormalization' not in kinds
+
+
+def test_products_of_the_runtimes_are_reported(exported):
+    model, path = exported
+    for runtime in ('openvino', 'onnxruntime'):
+        products = Graph(path, runtime).session.products()
+        assert sum(products.values()) >= 0.5 * len([
+            1 for layer in quantized_layers(model).values() if getattr(layer, 'weight_quantizer', None)]), runtime
+
+
+@pytest.mark.parametrize('bits', [4, 8])
+@pytest.mark.parametrize('symmetric', [True, False])
+def test_one_layer_is_exact(tmp_path, bits, symmetric):
+    """Nothing to pass on in a single layer: every value of the graph is the fake-quantized model's."""
+    model = calibrated(FAMILIES_BY_NAME['mmseg_swin']().eval(), dict(
+        weight=dict(bits=bits), activation=dict(bits=bits, symmetric=symmetric), patch_embed_bits=bits,
+        keep_float=['backbone.stages.*', 'neck.*']), torch.randn(2, 3, 64, 64))
+    model.extract_feat = lambda images: [model.backbone.patch_embed(images)[0]]
+    export_graph(model, tmp_path / 'one.onnx', (64, 64), preset='symmetric' if symmetric else 'asymmetric')
+    images = 3 * torch.randn(1, 3, 64, 64)  # some outside the range
+    with torch.no_grad():
+        expected, = Features(model)(images)
+    torch.testing.assert_close(plain_session(tmp_path / 'one.onnx')(images)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+FAMILIES_BY_NAME = {builder.__name__: builder for builder in FAMILIES}
+
+
+def test_batch_norm_is_folded_exactly(tmp_path):
+    """Also where its factor is negative."""
+    model = FAMILIES_BY_NAME['mmseg_vit_pyramid']().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
+            nn.init.normal_(module.weight), nn.init.normal_(module.bias)
+            module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)
+    model = calibrated(model, {}, torch.randn(2, 3, 64, 64))
+    pixels = torch.randn(1, 32, 4, 4)
+    model.extract_feat = lambda images: [model.neck.upsample_4x(images[:, :1].expand(-1, 32, -1, -1))]
+    export_graph(model, tmp_path / 'neck.onnx', (16, 16))
+    images = pixels[:, :3].repeat(1, 1, 4, 4)
+    with torch.no_grad():
+        expected, = Features(model)(images)
+    found, = plain_session(tmp_path / 'neck.onnx')(images)
+    assert sqnr(expected, found) > 35
+    assert 'BatchNormalization' not in [node.op_type for node in onnx.load(str(tmp_path / 'neck.onnx')).graph.node]
+
+
+def test_masks_are_those_of_the_library():
+    from mmdet.models.backbones.swin import ShiftWindowMSA
+    layer, seen = ShiftWindowMSA(8, 2, 4, 2), []
+    layer.w_msa.forward = lambda windows, mask: seen.append(mask) or windows
+    layer(torch.randn(1, 11 * 9, 8), (11, 9))
+    assert torch.equal(seen[0], shifted_window_mask(12, 12, 4, 2)) and ADAPTERS
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+def test_wrong_sizes_runtimes_and_files_are_explained(tmp_path):
+    model = calibrated(FAMILIES_BY_NAME['mmdet_swin']().eval(), {}, torch.randn(1, 3, 64, 64))
+    path = tmp_path / 'fixed.onnx'
+    export_graph(model, path, (64, 64))
+    with pytest.raises(UserError, match='takes images of 64 x 64, not 32 x 64.*--size'):
+        Graph(path, 'openvino').run(torch.randn(1, 3, 32, 64))
+    assert len(Graph(path, 'openvino').run(torch.randn(3, 3, 64, 64))[0]) == 3
+    with pytest.raises(UserError, match='tensorflow.*must be one of'):
+        Graph(path, 'tensorflow')
+    with pytest.raises(UserError, match='does not exist.*tools/export.py'):
+        Graph(tmp_path / 'nothing.onnx')
+    (tmp_path / 'text.onnx').write_text('no graph')
+    with pytest.raises(UserError, match='no ONNX graph'):
+        Graph(tmp_path / 'text.onnx')
+    with pytest.raises(UserError, match='symmetric.*activation.symmetric=True'):
+        export_graph(model, path, (64, 64), preset='symmetric')
+    next(q for q in quantizers(model).values()).calibrated = False
+    with pytest.raises(UncalibratedError, match='no scale for .*tools/dfq.py'):
+        export_graph(model, path, (64, 64))
+    with pytest.raises(UserError, match='not quantized'):
+        export_graph(FAMILIES_BY_NAME['mmdet_swin'](), path, (64, 64))
+
+
+def test_missing_and_old_packages_are_named(monkeypatch):
+    import psaq_mm.deploy.extras as extras
+    monkeypatch.setitem(extras.OLDEST, 'no_such_runtime', '1.0')
+    with pytest.raises(UserError, match=r"no_such_runtime is not installed.*pip install 'psaq_mm\[deploy\]'"):
+        need('no_such_runtime')
+    monkeypatch.setitem(extras.OLDEST, 'onnx', '99')
+    with pytest.raises(UserError, match=r"onnx .* is too old: pip install 'onnx>=99'"):
+        need('onnx')
+
+
+def test_exporting_leaves_the_model_as_it_was(exported):
+    model, _ = exported
+    assert all('forward' not in module.__dict__ and 'linear' not in module.__dict__ for module in model.modules())
+    assert not any(name.endswith('integers') for name, _ in model.named_buffers())
+    assert all(type(q) is FakeQuantizer and q.mode is Mode.QUANTIZE for q in quantizers(model).values())
+
+
+# -- in the ecosystem's tools ------------------------------------------------------------------------------------------
+
+
+def test_detector_by_mmdets_own_tools(quantized_run, tmp_path):
+    work_dir, _ = quantized_run
+    done = run_tool(ROOT / 'tools' / 'export.py', work_dir / 'test_config.py', work_dir / 'quantized.pth', '--work-dir',
+                    tmp_path / 'int8', '--json', tmp_path / 'numbers.json', cwd=tmp_path)
+    result = json.loads((tmp_path / 'numbers.json').read_text())
+    assert result['size'] is None and result['size_mb']['graph'] < 0.45 * result['size_mb']['float']
+    assert min(result['sqnr_db'].values()) > 20 and f"{result['int8']} of" in done.stdout
+    tested = run_tool(mmdet_tool('test.py'), tmp_path / 'int8' / 'int8_config.py', tmp_path / 'int8' / 'int8.pth',
+                      '--work-dir', tmp_path / 'tested', cwd=tmp_path)
+    quantized = json.loads((work_dir / 'metrics.json').read_text())['quantized']['coco/bbox_mAP']
+    assert ap_of(tested.stdout + tested.stderr) == pytest.approx(quantized, abs=0.03)  # of six images
+    from mmdet.apis import DetInferencer, inference_detector, init_detector
+    files = [str(tmp_path / 'int8' / name) for name in ('int8_config.py', 'int8.pth')]
+    image = np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)
+    found = inference_detector(init_detector(*files, device='cpu'), image).pred_instances
+    inferred = DetInferencer(*files, device='cpu')(image)['predictions'][0]
+    assert inferred['scores'] == pytest.approx(found.scores.tolist())
+
+
+def test_segmentor_and_classifier(segmentation_run, classification_config, tmp_path):
+    from mmseg.apis import inference_model, init_model
+    work_dir, _ = segmentation_run
+    run_tool(ROOT / 'tools' / 'export.py', work_dir / 'test_config.py', work_dir / 'quantized.pth', '--runtime',
+             'onnxruntime', '--work-dir', tmp_path / 'seg', cwd=tmp_path)
+    image = np.random.default_rng(0).integers(0, 255, (96, 128, 3), np.uint8)
+    maps = []
+    for config, weights in ((work_dir / 'test_config.py', work_dir / 'quantized.pth'),
+                            (tmp_path / 'seg' / 'int8_config.py', tmp_path / 'seg' / 'int8.pth')):
+        maps.append(inference_model(init_model(str(config), str(weights), device='cpu'), image).pred_sem_seg.data)
+    assert (maps[0] == maps[1]).float().mean() > 0.95
+    run_tool(ROOT / 'tools' / 'dfq.py', classification_config, '--work-dir', tmp_path / 'cls')
+    run_tool(ROOT / 'tools' / 'export.py', tmp_path / 'cls' / 'test_config.py', tmp_path / 'cls' / 'quantized.pth',
+             cwd=tmp_path)
+    done = run_tool(mmdet_tool('test.py'), tmp_path / 'cls' / 'int8' / 'int8_config.py', tmp_path / 'cls' / 'int8' /
+                    'int8.pth', '--work-dir', tmp_path / 'tested', cwd=tmp_path)
+    quantized = json.loads((tmp_path / 'cls' / 'metrics.json').read_text())['quantized']['accuracy/top1']
+    found = float(re.findall(r'accuracy/top1: (\S+)', done.stdout + done.stderr)[-1])
+    assert found == pytest.approx(quantized, abs=7)  # two of thirty
+
+
+def test_a_float_checkpoint_is_refused(quantized_run, tmp_path):
+    work_dir, _ = quantized_run
+    state = torch.load(work_dir / 'quantized.pth', weights_only=True)
+    state['state_dict'] = {k: v for k, v in copy.copy(state['state_dict']).items() if 'quantizer' not in k}
+    torch.save(state, tmp_path / 'float.pth')
+    done = run_tool(ROOT / 'tools' / 'export.py', work_dir / 'test_config.py', tmp_path / 'float.pth', check=False)
+    assert done.returncode == 2 and 'no scale for' in done.stderr and 'Traceback' not in done.stderr

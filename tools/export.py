@@ -1,0 +1,60 @@
+"""Writes the int8 model of a quantized checkpoint: an ONNX graph, and a config that runs it in the ecosystem's tools.
+
+    python tools/export.py work_dirs/NAME/test_config.py work_dirs/NAME/quantized.pth
+"""
+import argparse
+import sys
+from pathlib import Path
+
+from common import load_config, run
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description='Exports backbone and neck of a quantized model as int8 ONNX.')
+    parser.add_argument('config', help='test_config.py that tools/dfq.py wrote, or the config with the stanza')
+    parser.add_argument('checkpoint', help='quantized.pth')
+    parser.add_argument('--work-dir', metavar='DIR', help='where results go (default: int8/ beside the checkpoint)')
+    parser.add_argument('--size', nargs=2, type=int, metavar=('H', 'W'),
+                        help='a graph for images of this size only, faster (default: for every size; of classifiers: '
+                        'their own)')
+    parser.add_argument('--runtime', choices=['openvino', 'onnxruntime'], default='openvino',
+                        help='what the written config runs the graph with (default: openvino); the graph is the same')
+    parser.add_argument('--preset', choices=['asymmetric', 'symmetric'], default='asymmetric',
+                        help="'asymmetric': unsigned activations with a zero point (OpenVINO, ONNX Runtime); "
+                        "'symmetric': signed without (TensorRT), of a model quantized like that")
+    parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override settings of the config')
+    parser.add_argument('--json', metavar='FILE', help='also write the numbers to this file')
+    parser.set_defaults(device='cpu', seed=None)
+    return parser.parse_args()
+
+
+def export(args):
+    """Exports, prints what came out."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from psaq_mm.deploy import export
+    from psaq_mm.engine import write_json
+    work_dir = args.work_dir or str(Path(args.checkpoint).parent / 'int8')
+    result = export(load_config(args, work_dir), args.checkpoint, work_dir, args.size and tuple(args.size),
+                    args.runtime, args.preset)
+    table = Table('exported', '', show_header=False)
+    sizes = result['size_mb']
+    table.add_row('graph', f"{result['graph']}, {sizes['graph']} MB (weights in float32: {sizes['float']} MB)")
+    table.add_row('image sizes', 'any' if result['size'] is None else ' x '.join(map(str, result['size'])))
+    table.add_row('SQNR to the quantized model', ', '.join(f'{v} dB at {k}' for k, v in result['sqnr_db'].items()))
+    table.add_row(f"products in int8, {result['runtime']}",
+                  f"{result['int8']} of {result['int8'] + len(result['float'])}")
+    for title, names in (('in float at run time', result['float']), ('kept in float by the stanza',
+                                                                     result['kept_float'])):
+        if names:
+            more = f' and {len(names) - 5} more, see export.json' if len(names) > 5 else ''
+            table.add_row(title, '\n'.join(names[:5]) + more)
+    Console().print(table)
+    print(f"test it with tools/test.py {result['config']} {result['checkpoint']}")
+    if args.json:
+        write_json(result, args.json)
+
+
+if __name__ == '__main__':
+    sys.exit(run(parse_args(), export))
