@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PREDICT = 'predict'
 CASES = {
     'swin_t_fpn_512': ('Mask R-CNN Swin-T + FPN, 512 x 512', 'mask_rcnn_swin_t_w8a8.py', (512, 512)),
     'swin_t_fpn_800': ('Mask R-CNN Swin-T + FPN, 800 x 1344', 'mask_rcnn_swin_t_w8a8.py', (800, 1344)),
@@ -75,114 +76,123 @@ def take_turns(runs, repeats):
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
+def inside(model, graph):
+    """A function that predicts with the graph in place of backbone and neck."""
+
+    def predict(image, samples):
+        model.extract_feat = graph  # shadows the method
+        try:
+            return model.predict(image, samples)
+        finally:
+            del model.extract_feat
+
+    return predict
+
+
+def samples_for(model, image):
+    """Data samples that the model's predict takes."""
+    from psaq_mm.models.features import data_samples
+    if hasattr(model, 'decode_head'):
+        from mmseg.structures import SegDataSample as Sample
+    else:
+        from mmdet.structures import DetDataSample as Sample
+    return [Sample(metainfo=sample.metainfo) for sample in data_samples(image)]
+
+
+def contestants(path, size, folder, args):
+    """All ways to compute one model: callables by name, and the files they need."""
+    import onnxruntime
+    import openvino
+    import torch
+    from mmengine.config import Config
+    from mmengine.registry import MODELS
+
+    from psaq_mm.classification import Classifier
+    from psaq_mm.deploy import ExportedFeatures, Graph, export_graph
+    from psaq_mm.deploy.graph import Features
+    from psaq_mm.engine.config import default_scope, without_pretrained
+    from psaq_mm.models import extract_features, quantize_model
+    from psaq_mm.quantization import Mode, calibrate, set_mode
+    cfg = Config.fromfile(ROOT / 'configs' / path)
+    default_scope(cfg)
+    torch.manual_seed(0)
+    model = MODELS.build(without_pretrained(cfg.model)).eval()
+    classifier = isinstance(model, Classifier)
+    features = Features(model).eval()
+    image = torch.randn(1, 3, *size)
+    array = image.numpy()
+    plain, own, theirs = folder / 'float.onnx', folder / 'int8.onnx', folder / 'ort_int8.onnx'
+    export_graph(model, plain, size, integers=False)
+    quantize_model(model, dict(targets=['backbone', 'head']) if classifier else {})
+    calibrate(model, lambda: extract_features(model, image, classifier))
+    export_graph(model, own, size)
+    if args.dynamic and not classifier:
+        export_graph(model, folder / 'any_size.onnx', size, dynamic=True)
+    set_mode(model, Mode.FLOAT)
+    options = {'INFERENCE_PRECISION_HINT': 'f32', 'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_NUM_THREADS': args.threads}
+    choice = onnxruntime.SessionOptions()
+    choice.intra_op_num_threads, choice.log_severity_level = args.threads, 3
+
+    def session(path):
+        found = onnxruntime.InferenceSession(str(path), choice, providers=['CPUExecutionProvider'])
+        return lambda: found.run(None, {'images': array})
+
+    def compiled(network):
+        request = openvino.Core().compile_model(network, 'CPU', options).create_infer_request()
+        return lambda: request.infer({'images': array})
+
+    def ours(path, runtime):
+        graph = Graph(path, runtime, args.threads)
+        return lambda: graph.run(image)
+
+    ort_static(plain, theirs, [array])
+    runs = {
+        'eager float': (lambda: features(image), plain),
+        'ONNX Runtime float': (session(plain), plain),
+        'OpenVINO float': (compiled(str(plain)), plain),
+        'ONNX Runtime int8, its own PTQ': (session(theirs), theirs),
+    }
+    network = nncf_static(plain, [array])
+    if network is not None:
+        openvino.save_model(network, folder / 'nncf.xml', compress_to_fp16=False)
+        runs['OpenVINO int8, NNCF PTQ'] = compiled(network), folder / 'nncf.bin'
+    runs['ONNX Runtime int8, psaq_mm'] = ours(own, 'onnxruntime'), own
+    runs['OpenVINO int8, psaq_mm'] = ours(own, 'openvino'), own
+    if args.dynamic and not classifier:
+        runs['OpenVINO int8, psaq_mm, any size'] = ours(folder / 'any_size.onnx', 'openvino'), folder / 'any_size.onnx'
+    if args.predict and not classifier:
+        samples = samples_for(model, image)
+        predict = inside(model, ExportedFeatures(str(own), 'openvino', args.threads))
+        runs[f'{PREDICT}, eager float'] = lambda: model.predict(image, samples), None
+        runs[f'{PREDICT}, OpenVINO int8, psaq_mm'] = lambda: predict(image, samples), None
+    return runs
+
+
 def main():
     args = parse_args()
     import logging
     import warnings
     warnings.simplefilter('ignore')
     logging.disable(logging.WARNING)
-    import openvino
     import torch
-    from mmengine.config import Config
-    from mmengine.registry import MODELS
     from rich.console import Console
     from rich.table import Table
 
-    from psaq_mm.classification import Classifier
-    from psaq_mm.deploy import ExportedFeatures, Graph, export_graph
-    from psaq_mm.deploy.graph import Features
     from psaq_mm.engine import write_json
-    from psaq_mm.engine.config import default_scope, without_pretrained
-    from psaq_mm.models import extract_features, quantize_model
-    from psaq_mm.models.features import data_samples
-    from psaq_mm.quantization import Mode, calibrate, set_mode
     torch.set_num_threads(args.threads)
-    options = {'INFERENCE_PRECISION_HINT': 'f32', 'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_NUM_THREADS': args.threads}
     results = {}
     for case in args.cases:
         title, path, size = CASES[case]
-        cfg = Config.fromfile(ROOT / 'configs' / path)
-        default_scope(cfg)
-        torch.manual_seed(0)
-        model = MODELS.build(without_pretrained(cfg.model)).eval()
-        classifier = isinstance(model, Classifier)
-        features = Features(model).eval()
-        image = torch.randn(1, 3, *size)
-        array = image.numpy()
+        table = Table('', 'seconds', 'speed-up', 'size, MB', title=f'{title}, {args.threads} threads')
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-            folder = Path(folder)
-            plain, own, theirs = folder / 'float.onnx', folder / 'int8.onnx', folder / 'ort_int8.onnx'
-            export_graph(model, plain, size, integers=False)
-            stanza = dict(targets=['backbone', 'head']) if classifier else {}
-            quantize_model(model, stanza)
-            calibrate(model, lambda: extract_features(model, image, classifier))
-            export_graph(model, own, size)
-            ours = {runtime: Graph(own, runtime, args.threads) for runtime in ('openvino', 'onnxruntime')}
-            set_mode(model, Mode.FLOAT)
-            import onnxruntime
-            choice = onnxruntime.SessionOptions()
-            choice.intra_op_num_threads, choice.log_severity_level = args.threads, 3
-
-            def session(path, choice=choice):
-                found = onnxruntime.InferenceSession(str(path), choice, providers=['CPUExecutionProvider'])
-                return lambda: found.run(None, {'images': array})
-
-            def compiled(network):
-                request = openvino.Core().compile_model(network, 'CPU', options).create_infer_request()
-                return lambda: request.infer({'images': array})
-
-            runs = {'eager float': lambda: features(image), 'ONNX Runtime float': session(plain),
-                    'OpenVINO float': compiled(str(plain))}
-            ort_static(plain, theirs, [array])
-            runs['ONNX Runtime int8, its own PTQ'] = session(theirs)
-            network = nncf_static(plain, [array])
-            sizes = {'eager float': plain, 'ONNX Runtime float': plain, 'OpenVINO float': plain,
-                     'ONNX Runtime int8, its own PTQ': theirs}
-            if network is not None:
-                openvino.save_model(network, folder / 'nncf.xml', compress_to_fp16=False)
-                sizes['OpenVINO int8, NNCF PTQ'] = folder / 'nncf.bin'
-                runs['OpenVINO int8, NNCF PTQ'] = compiled(network)
-            for runtime, title_of in (('onnxruntime', 'ONNX Runtime'), ('openvino', 'OpenVINO')):
-                name = f'{title_of} int8, psaq_mm'
-                runs[name] = lambda graph=ours[runtime]: graph.run(image)
-                sizes[name] = own
-            if args.dynamic and not classifier:
-                export_graph_dynamic = folder / 'dynamic.onnx'
-                set_mode(model, Mode.QUANTIZE)
-                export_graph(model, export_graph_dynamic, size, dynamic=True)
-                set_mode(model, Mode.FLOAT)
-                graph = Graph(export_graph_dynamic, 'openvino', args.threads)
-                runs['OpenVINO int8, psaq_mm, any size'] = lambda: graph.run(image)
-                sizes['OpenVINO int8, psaq_mm, any size'] = export_graph_dynamic
-            if args.predict and not classifier:
-                class Inside(torch.nn.Module):
-                    pass
-                samples = data_samples(image)
-                if hasattr(model, 'decode_head'):
-                    from mmseg.structures import SegDataSample as Sample
-                else:
-                    from mmdet.structures import DetDataSample as Sample
-                samples = [Sample(metainfo=sample.metainfo) for sample in samples]
-                runs['predict, eager float'] = lambda: model.predict(image, samples)
-                exported = ExportedFeatures(str(own), 'openvino', args.threads)
-
-                def predict():
-                    own_forward = model.extract_feat
-                    model.extract_feat = exported
-                    try:
-                        return model.predict(image, samples)
-                    finally:
-                        del own_forward, model.extract_feat
-
-                runs['predict, OpenVINO int8, psaq_mm'] = predict
-            times = take_turns(runs, args.repeats)
-            table = Table('', 'seconds', 'speed-up', 'size, MB', title=f'{title}, {args.threads} threads')
+            runs = contestants(path, size, Path(folder), args)
+            times = take_turns({name: run for name, (run, _) in runs.items()}, args.repeats)
             for name, seconds in times.items():
-                base = times['predict, eager float' if name.startswith('predict') else 'eager float']
-                mega = sizes[name].stat().st_size / 1e6 if name in sizes else None
-                results.setdefault(case, {})[name] = dict(seconds=seconds, speedup=base / seconds, size_mb=mega)
-                table.add_row(name, f'{seconds:.3f}', f'{base / seconds:.2f}', f'{mega:.1f}' if mega else '')
-            Console(width=120).print(table)
+                base = times[f'{PREDICT}, eager float' if name.startswith(PREDICT) else 'eager float']
+                size_mb = runs[name][1] and runs[name][1].stat().st_size / 1e6
+                results.setdefault(case, {})[name] = dict(seconds=seconds, speedup=base / seconds, size_mb=size_mb)
+                table.add_row(name, f'{seconds:.3f}', f'{base / seconds:.2f}', f'{size_mb:.1f}' if size_mb else '')
+        Console(width=120).print(table)
     if args.json:
         write_json(results, args.json)
     return 0

@@ -24,6 +24,12 @@ def test_what_is_written(quantized_run):
     assert grid.shape == (2 * (64 + 8), 6 * (96 + 4) + 4, 3)  # six images over the noise they came from
     folder = sorted((work_dir / 'synthetic').glob('*.png'))
     assert len(folder) == 6 and Image.open(folder[0]).size == (96, 64)
+    notes = json.loads((work_dir / 'calibration_set' / 'preprocessing.json').read_text())
+    array = np.load(work_dir / 'calibration_set' / notes['arrays'][0])
+    first = np.asarray(Image.open(work_dir / 'calibration_set' / '0000.png'))
+    assert array.shape == (6, 3, 64, 96) and notes['channel_order'] == 'RGB' and notes['mean']
+    expected = (first.transpose(2, 0, 1) - np.reshape(notes['mean'], (3, 1, 1))) / np.reshape(notes['std'], (3, 1, 1))
+    assert np.abs(array[0] - expected).max() < 0.02  # half a pixel value
     content = torch.load(work_dir / 'quantized.pth', weights_only=True)
     meta = content['meta']
     assert meta['quantization']['weight']['bits'] == 8 and meta['quantization']['synthesis']['num_images'] == 6

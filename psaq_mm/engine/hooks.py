@@ -16,6 +16,7 @@ from ..quantization import quantized_layers
 from ..registry import HOOKS
 from ..stanza import QuantizationConfig
 from .checkpoint import save_quantized, write_atomically
+from .report import write_json
 
 
 def bare(model):
@@ -130,17 +131,45 @@ class SyntheticImageHook(Hook):
         pictures = self.pictures(runner, final)
         write_atomically(dict(images=before_game), out / 'synthetic.pt')
         folder = out / 'synthetic'
-        folder.mkdir(exist_ok=True)
-        for old in folder.glob('[0-9][0-9][0-9][0-9].png'):
-            old.unlink()
-        for index, picture in enumerate(pictures):
-            Image.fromarray(picture).save(folder / f'{index:04d}.png')
+        save_pictures(pictures, folder)
+        self.write_calibration_set(runner, before_game, out / 'calibration_set')
         runner.visualizer.add_image('synthetic', grid(pictures), step=runner.iter)
         both = grid(pictures)
         if noise and loop.synthesized:
             both = np.concatenate([both, grid(self.pictures(runner, noise))])
         Image.fromarray(both).save(out / 'synthetic.png')
         runner.logger.info(f'{len(pictures)} images are in {folder}, all at a glance in {out / "synthetic.png"}')
+
+
+    def write_calibration_set(self, runner, batches, folder):
+        """Writes the images that scales were calibrated on for quantizers of other tools: as files that are still to be
+        preprocessed, and as arrays that are.
+        """
+        save_pictures(self.pictures(runner, batches), folder)
+        preprocessor = runner.train_loop.student.data_preprocessor
+        sizes = {}
+        for batch in batches:
+            sizes.setdefault(tuple(batch.shape[2:]), []).append(batch)
+        for old in folder.glob('images_*.npy'):
+            old.unlink()
+        for (height, width), parts in sizes.items():
+            np.save(folder / f'images_{height}x{width}.npy', torch.cat(parts).numpy())
+        mean, std = (getattr(preprocessor, name).flatten().tolist() if hasattr(preprocessor, name) else None
+                     for name in ('mean', 'std'))
+        write_json(dict(
+            arrays=[f'images_{h}x{w}.npy' for h, w in sizes], layout='NCHW, float32, normalised: the network input',
+            files='RGB, uint8', channel_order='RGB' if getattr(preprocessor, '_channel_conversion', True) else 'BGR',
+            normalisation='(pixel - mean) / std, pixels from 0 to 255', mean=mean, std=std),
+            folder / 'preprocessing.json')
+
+
+def save_pictures(pictures: list[np.ndarray], folder: Path) -> None:
+    """Writes 0000.png, 0001.png, ... and nothing else of such names is left in the folder."""
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob('[0-9][0-9][0-9][0-9].png'):
+        old.unlink()
+    for index, picture in enumerate(pictures):
+        Image.fromarray(picture).save(folder / f'{index:04d}.png')
 
 
 @HOOKS.register_module()
