@@ -47,7 +47,8 @@ def main():
     load_checkpoint(model, str(args.grid / 'full_precision.pth'), map_location='cpu', strict=True)
 
     def inputs(loader):
-        return np.concatenate([model.data_preprocessor(data)['inputs'].numpy() for data in Runner.build_dataloader(loader)])
+        batches = Runner.build_dataloader(loader)
+        return np.concatenate([model.data_preprocessor(data)['inputs'].numpy() for data in batches])
 
     photographs = inputs(cfg.test_dataloader)
     labels = torch.tensor([int(line.split()[1]) for line in (args.grid / 'val.txt').read_text().splitlines()])
