@@ -113,6 +113,7 @@ class Rounding:
         """The rounded values; what to keep of them; the places outside."""
         if self.quantizer is None or not self.quantizer.rounds(x):
             return x, x, torch.empty(0, dtype=torch.int64)
+        x = x.contiguous()  # what is kept is no part of something larger
         rounded, outside = fake_quantize(x, *self.grid)
         return rounded, x if self.learned else rounded, outside
 
@@ -139,7 +140,7 @@ class Rounding:
         if scale.numel() == 1:
             total = torch.dot(grad.view(-1), error.view(-1))
             if len(outside):
-                total += torch.dot(beyond, kept.reshape(-1)[outside])
+                total += torch.dot(beyond, kept.view(-1)[outside])
             scale_grad, zero_grad = total / scale, -scale * beyond.sum()
         else:
             others = [dim for dim in range(grad.dim()) if dim != axis]
