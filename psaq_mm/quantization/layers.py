@@ -31,6 +31,14 @@ class QuantizedLayer:
         x, weight = self.quantized(x)
         return F.linear(x, weight, bias)
 
+    def convolution(self, x: Tensor, padding, transposed: bool, output_padding) -> Tensor | None:
+        """What :class:`_ConvolutionFunction` computes where it is to be used, else None."""
+        if not (_rounds(self.input_quantizer, self.weight_quantizer) and _trains(x, self.weight)):
+            return None
+        arguments = self.stride, padding, self.dilation, transposed, output_padding, self.groups
+        return _with(_ConvolutionFunction, (x, self.weight, self.bias, arguments), (self.input_quantizer, x),
+                     (self.weight_quantizer, self.weight))
+
     def quantized(self, x: Tensor):
         """Input and weight as the integers represent them."""
         weight = self.weight
@@ -102,6 +110,33 @@ class _LinearFunction(torch.autograd.Function):
         return x_grads[0], weight_grads[0], bias_grad, None, *x_grads[1:], *weight_grads[1:]
 
 
+class _ConvolutionFunction(torch.autograd.Function):
+    """A convolution, transposed or not, of q(x) with q(weight), with straight-through gradients."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, arguments, roundings, *parameters):
+        ctx.arguments, ctx.roundings, ctx.bias = arguments, roundings, None if bias is None else list(bias.shape)
+        x, kept_x, x_outside = roundings[0].forward(x)
+        weight, kept_weight, weight_outside = roundings[1].forward(weight)
+        ctx.save_for_backward(kept_x, x_outside, kept_weight, weight_outside)
+        return torch.convolution(x, weight, bias, *arguments)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x, x_outside, weight, weight_outside), (of_x, of_weight) = ctx.saved_tensors, ctx.roundings
+        rounded_x, rounded_weight = of_x.again(x), of_weight.again(weight)
+        wanted = (ctx.needs_input_grad[0] or of_x.learned, ctx.needs_input_grad[1] or of_weight.learned,
+                  ctx.needs_input_grad[2])
+        x_grad, weight_grad, bias_grad = torch.ops.aten.convolution_backward(
+            grad, rounded_x, rounded_weight, ctx.bias, *ctx.arguments, wanted)
+        x_grads = weight_grads = (None, ) * 3
+        if wanted[0]:
+            x_grads = of_x.gradients(x_grad.contiguous(), x, rounded_x, x_outside)
+        if wanted[1]:
+            weight_grads = of_weight.gradients(weight_grad.contiguous(), weight, rounded_weight, weight_outside)
+        return x_grads[0], weight_grads[0], bias_grad, None, None, *x_grads[1:], *weight_grads[1:]
+
+
 class _MatMulFunction(torch.autograd.Function):
     """``q(a) @ q(b)`` with straight-through gradients; b may be a transposed view, its memory is taken as it lies."""
 
@@ -147,6 +182,10 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
         return new
 
     def forward(self, x):
+        if self.padding_mode == 'zeros' and not isinstance(self.padding, str) and x.dim() == 4:
+            out = self.convolution(x, self.padding, False, (0, 0))
+            if out is not None:
+                return out
         x, weight = self.quantized(x)
         return self._conv_forward(x, weight, self.bias)
 
@@ -165,8 +204,11 @@ class QuantizedConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
         return new
 
     def forward(self, x, output_size=None):
-        x, weight = self.quantized(x)
         padding = self._output_padding(x, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation)
+        out = self.convolution(x, self.padding, True, padding) if x.dim() == 4 else None
+        if out is not None:
+            return out
+        x, weight = self.quantized(x)
         return F.conv_transpose2d(x, weight, self.bias, self.stride, self.padding, padding, self.groups, self.dilation)
 
 
