@@ -88,6 +88,26 @@ def test_the_decode_head_is_quantized_when_it_is_named(segmentation_config, tmp_
     assert not torch.equal(state['decode_head.conv_seg.weight'], before['decode_head.conv_seg.weight'].float())
 
 
+def test_a_game_of_a_single_linear_layer(classification_config, tmp_path):
+    """Its input has no gradient, its range does; its name is the target itself."""
+
+    def scales(method, **stanza):
+        cfg = changed(classification_config, tmp_path / f'{method}{len(stanza)}', targets=['head'], placement='all', **{
+            'synthesis.method': method, 'weight.bits': 3, 'activation.bits': 3, **stanza})
+        quantize(cfg, eval_float=False, eval_quantized=False)
+        state = torch.load(f'{cfg.work_dir}/quantized.pth', weights_only=True)['state_dict']
+        return {k: v for k, v in state.items() if k.endswith('quantizer.scale')}
+
+    plain = scales('psaq_v1')
+    searched = scales('psaq_v1', **{'weight.observer': 'mse'})
+    learned = scales('psaq_v2', **{'game.range_lr': 0.05, 'game.steps': 40, 'game.weight_ranges': 'calibrated'})
+    moved = {k for k, v in plain.items() if not torch.equal(v, learned[k])}
+    assert moved == {'head.input_quantizer.scale'}  # not that of the logits, head.output_quantizer
+    found = scales('psaq_v2', **{'game.range_lr': 0, 'activation.bits': 4})['head.weight_quantizer.scale']
+    assert torch.equal(found, searched['head.weight_quantizer.scale'])
+    assert not torch.equal(found, plain['head.weight_quantizer.scale'])
+
+
 def test_a_head_that_never_predicts_is_refused(segmentation_config, tmp_path):
     with pytest.raises(UserError, match=r"'auxiliary_head\..*never runs in a prediction.*keep_float"):
         quantize(changed(segmentation_config, tmp_path, targets=['backbone', 'auxiliary_head']))

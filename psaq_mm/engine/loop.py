@@ -24,6 +24,7 @@ from ..stanza import ROOT, QuantizationConfig
 from ..synthesis import Game, ImageOptimizer, PatchSimilarityTap, augment, learning_rate, prior_loss, valid_range
 from .checkpoint import load_float, read_checkpoint
 
+OPERANDS = ('input_quantizer', 'a_quantizer', 'b_quantizer')  # whose ranges the game may learn
 PLATEAU = 0.01  # nats a block: a rise of the entropy that counts for synthesis.patience; our choice
 
 
@@ -313,6 +314,8 @@ class DataFreeLoop(BaseLoop):
     def learn_ranges(self, targets):
         """Makes the ranges of activations trainable where the stanza wants it.
 
+        Only those of operands of products: residual sums and logits carry outliers that synthetic images may lack.
+
         Args:
             targets (tuple[str]): Beginnings of names.
 
@@ -321,7 +324,7 @@ class DataFreeLoop(BaseLoop):
         """
         lr = self.quantization.game.range_lr
         self.ranges = {name: quantizer for name, quantizer in quantizers(self.student).items()
-                       if lr and name.startswith(targets) and not name.endswith('weight_quantizer')}
+                       if lr and name.startswith(targets) and name.rpartition('.')[2] in OPERANDS}
         if not self.ranges:
             return {}
         stretches = {f'{name}.stretch': q.learn_range() for name, q in self.ranges.items()}

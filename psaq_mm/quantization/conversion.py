@@ -227,7 +227,8 @@ def search_weight_ranges(model: nn.Module, prefixes: tuple[str, ...]) -> Callabl
     before = {}
     for name, layer in quantized_layers(model).items():
         quantizer = getattr(layer, 'weight_quantizer', None)
-        if quantizer is not None and quantizer.config.observer == 'minmax' and name.startswith(prefixes):
+        if quantizer is not None and quantizer.config.observer == 'minmax' and \
+                f'{name}.'.startswith(prefixes):
             before[quantizer] = quantizer.scale.clone(), quantizer.zero_point.clone()
             quantizer.observe(layer.weight, 'mse')
             quantizer.calibrate()

@@ -86,8 +86,9 @@ class _LinearFunction(torch.autograd.Function):
         ctx.roundings = of_x, of_weight = roundings
         x, kept_x, x_outside = of_x.forward(x)
         weight, kept_weight, weight_outside = of_weight.forward(weight)
-        ctx.save_for_backward(kept_x if ctx.needs_input_grad[1] or of_x.learned else None, x_outside,
-                              kept_weight if ctx.needs_input_grad[0] or of_weight.learned else None, weight_outside)
+        learned = of_x.learned or of_weight.learned  # then both are needed, whoever has a gradient
+        ctx.save_for_backward(kept_x if ctx.needs_input_grad[1] or learned else None, x_outside,
+                              kept_weight if ctx.needs_input_grad[0] or learned else None, weight_outside)
         ctx.shape = x.shape
         return F.linear(x, weight, bias)
 
