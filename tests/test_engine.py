@@ -565,7 +565,8 @@ def starting_with(table, stem):
     pytest.param(p, marks=[pytest.mark.slow] if any(word in p.stem for word in SLOW) else []) for p in CONFIGS
 ], ids=lambda p: p.stem)
 def test_paper_configs_build_and_run_complete_steps_at_full_size(path, tmp_path):
-    """The full model, its weights from a file of the official layout; a small image and two steps of each kind."""
+    """The full model, its weights from a file of the official layout; a small image, two steps of synthesis, one for
+    each side of the game."""
     cfg = Config.fromfile(path)
     default_scope(cfg)
     model = MODELS.build(without_pretrained(copy.deepcopy(cfg.model)))
@@ -588,9 +589,11 @@ def test_paper_configs_build_and_run_complete_steps_at_full_size(path, tmp_path)
     torch.save(dict(state_dict=state), tmp_path / 'full.pth')
     del model, state
     cfg.quantization.merge(dict(synthesis=dict(num_images=2, batch_size=1, size=size, steps=2),
-                                game=dict(steps=2, evaluate_every=1)))
+                                game=dict(steps=2, evaluate_every=1, student_patience=1, image_patience=1)))
     cfg.work_dir = str(tmp_path / 'run')
     result = quantize(cfg, str(tmp_path / 'full.pth'))
+    log = ''.join(file.read_text() for file in (tmp_path / 'run').glob('*/*.log'))
+    assert '1 student and 1 image updates' in log
     bits = int(path.stem.split('_w')[-1][0])
     assert result['bits'] == dict(weight=bits, activation=8)
     assert f'{starting_with(MISSING, path.stem)} does not exist' in result['not_evaluated']

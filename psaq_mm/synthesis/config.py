@@ -62,8 +62,8 @@ class GameConfig(FrozenConfig):
         None, gt=0, description="peak learning rate of the student's Adam; None: 6e-6 at 8-bit weights, twice that "
         'for each bit less, as the step between two integers is')
     range_lr: float = Field(
-        0.02, ge=0, description="peak learning rate of Adam for the logarithms of the activation ranges' ends; 0: "
-        'ranges stay as they were calibrated')
+        0.02, ge=0, description='peak learning rate of Adam for the logarithms of the ends of the ranges of what goes '
+        'into products and convolutions; 0: ranges stay as they were calibrated')
     weight_ranges: Literal['mse', 'calibrated'] = Field(
         'mse', description="'mse': min-max ranges of weights give way, before the game, to those of least squared "
         "error; 'calibrated': they stay")
