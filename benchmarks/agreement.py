@@ -12,6 +12,13 @@ import sys
 from pathlib import Path
 
 
+def closeness(found, full) -> dict[str, float]:
+    """How closely log-probabilities follow those of full precision, (images, classes) each."""
+    import torch
+    return dict(agreement=100 * (found.argmax(1) == full.argmax(1)).float().mean().item(),
+                kl=torch.nn.functional.kl_div(found, full, log_target=True, reduction='batchmean').item())
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--grid', type=Path, default=Path('work_dirs/deit_tiny'), help="deit_tiny.py's --out")
@@ -48,10 +55,8 @@ def main():
     for label in json.loads(metrics.read_text())['runs']:
         folder = args.grid / label.replace(' ', '_')
         found = probabilities(Config.fromfile(folder / 'test_config.py'), folder / 'quantized.pth')
-        divergence = torch.nn.functional.kl_div(found, full, log_target=True, reduction='batchmean').item()
-        agreement = 100 * (found.argmax(1) == full.argmax(1)).float().mean().item()
-        results[label] = dict(agreement=agreement, kl=divergence)
-        rows.append([label, f'{agreement:.1f}', f'{divergence:.4f}'])
+        close = results[label] = closeness(found, full)
+        rows.append([label, f"{close['agreement']:.1f}", f"{close['kl']:.4f}"])
         print(*rows[-1], flush=True)
     text = markdown(['calibration', 'agreement, %', 'KL divergence, nats'], rows)
     (args.grid / 'agreement.md').write_text(text)

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from agreement import closeness
 from int8_speed import nncf_static, ort_static
 
 
@@ -80,11 +81,9 @@ def main():
                 runs['NNCF'] = lambda images, compiled=compiled: compiled({'images': images})[0]
             for tool, run in runs.items():
                 found = probabilities(run)
-                top1, agreement = (100 * (found.argmax(1) == other).float().mean().item()
-                                   for other in (labels, full.argmax(1)))
-                divergence = torch.nn.functional.kl_div(found, full, log_target=True, reduction='batchmean').item()
-                results[f'{tool}, {name}'] = dict(top1=top1, agreement=agreement, kl=divergence)
-                rows.append([f'{tool}, {name}', f'{top1:.1f}', f'{agreement:.1f}', f'{divergence:.4f}'])
+                close, top1 = closeness(found, full), 100 * (found.argmax(1) == labels).float().mean().item()
+                results[f'{tool}, {name}'] = dict(close, top1=top1)
+                rows.append([f'{tool}, {name}', f'{top1:.1f}', f"{close['agreement']:.1f}", f"{close['kl']:.4f}"])
                 print(*rows[-1], flush=True)
     top1 = 100 * (full.argmax(1) == labels).float().mean().item()
     rows.insert(0, ['full precision', f'{top1:.1f}', '', ''])

@@ -6,17 +6,21 @@ import re
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
 from torch import nn
 
 from psaq_mm.deploy import Graph, export_graph
 from psaq_mm.deploy.adapters import ADAPTERS, shifted_window_mask
-from psaq_mm.deploy.export import sqnr
+from psaq_mm.deploy.export import exported_config, quantized_config, sqnr
 from psaq_mm.deploy.extras import need
 from psaq_mm.deploy.graph import Features
 from psaq_mm.errors import UserError
+from psaq_mm.models import quantize_model_config
 from psaq_mm.quantization import FakeQuantizer, Mode, UncalibratedError, quantized_layers, quantizers, set_mode
+from psaq_mm.stanza import QuantizationConfig
 
-from .conftest import ROOT, run_tool
+from .conftest import DEMO_CONFIG, ROOT, run_tool
 from .test_families import FAMILIES, calibrated, images_for
 from .test_families import family as family  # noqa: PLC0414
 from .test_tools import ap_of, mmdet_tool
@@ -232,6 +236,21 @@ def test_segmentor_and_classifier(segmentation_run, classification_config, tmp_p
     quantized = json.loads((tmp_path / 'cls' / 'metrics.json').read_text())['quantized']['accuracy/top1']
     found = float(re.findall(r'accuracy/top1: (\S+)', done.stdout + done.stderr)[-1])
     assert found == pytest.approx(quantized, abs=7)  # two of thirty
+
+
+def test_heads_that_are_quantized_stay_so_in_the_exported_config(tmp_path):
+    """Their settings go along; patterns that only meant backbone and neck, which are gone, do not."""
+    cfg = Config.fromfile(DEMO_CONFIG)
+    stanza = QuantizationConfig.parse(dict(
+        targets=['backbone', 'neck', 'rpn_head'], keep_float=['backbone.stages.0.*', 'rpn_head.rpn_reg'],
+        overrides=[dict(pattern='neck.*', weight=dict(bits=4)), dict(pattern='*', weight=dict(bits=6))]))
+    quantized = quantized_config(Config(dict(model=quantize_model_config(cfg.model, stanza))))
+    exported = exported_config(quantized, MODELS.build(copy.deepcopy(quantized.model)), 'onnxruntime', 'g.onnx').model
+    assert exported.type == 'psaq_mm.QuantizedModel' and exported.float_type == cfg.model.type
+    assert exported.backbone.type == 'psaq_mm.ExportedFeatures' and 'neck' not in exported
+    found = exported.quantization
+    assert found['targets'] == ['rpn_head'] and found['keep_float'] == ['rpn_head.rpn_reg']
+    assert [o['pattern'] for o in found['overrides']] == ['*']
 
 
 def test_a_float_checkpoint_is_refused(quantized_run, tmp_path):

@@ -47,7 +47,7 @@ def traceable(model: nn.Module) -> Iterator[None]:
             delattr(module, method)
 
 
-def pad_to(x: Tensor, height, width, multiple_of, before: int = 0) -> Tensor:
+def pad_to(x: Tensor, height, width, multiple_of) -> Tensor:
     """Zeros at the lower and right end of (B, H, W, C), up to the next multiples."""
     pads = [-side % multiple for side, multiple in zip((height, width), multiple_of)]
     if all(isinstance(p, int) and p == 0 for p in pads):

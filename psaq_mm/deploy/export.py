@@ -10,12 +10,13 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS
 
 from ..classification import Classifier
-from ..engine.checkpoint import read_checkpoint
+from ..engine.checkpoint import read_checkpoint, write_atomically
 from ..engine.config import default_scope, test_config
+from ..engine.loop import read_images
 from ..engine.report import write_json
 from ..errors import UserError
+from ..models import quantize_model_config
 from ..models.features import FEATURE_PARTS
-from ..quantization import quantized_layers
 from ..stanza import QuantizationConfig
 from .graph import Features, check_calibrated, export_graph, float_layers
 from .runtime import RUNTIMES, Graph
@@ -37,15 +38,19 @@ def quantized_config(cfg: Config) -> Config:
     return cfg
 
 
-def build(cfg: Config, checkpoint: str):
+def build(cfg: Config, state: dict, checkpoint: str):
     """The quantized model, calibrated, on CPU.
+
+    Args:
+        cfg (Config): Of the quantized model.
+        state (dict): Its state dict.
+        checkpoint (str): Where that comes from, for errors.
 
     Raises:
         UserError: If the checkpoint does not fit or has no scales.
     """
     default_scope(cfg)
     model = MODELS.build(copy.deepcopy(cfg.model))
-    state = read_checkpoint(checkpoint)['state_dict']
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -82,11 +87,12 @@ def exported_config(cfg: Config, model, runtime: str, graph: str) -> Config:
     old.pop('neck', None)
     heads = [t for t in stanza.targets if t.split('.')[0] not in FEATURE_PARTS]
     if heads:  # they stay fake-quantized
-        names = [n for n in quantized_layers(model) if n.startswith(tuple(heads))]
+        prefixes = tuple(f'{head}.' for head in heads)  # also of layers in float, which keep_float names
+        names = [n for n, _ in model.named_modules() if f'{n}.'.startswith(prefixes)]
         changed = dict(stanza.to_dict(), targets=heads, placement='operands')
         for key, pattern in (('keep_float', lambda p: p), ('overrides', lambda o: o['pattern'])):
             changed[key] = [item for item in changed[key] if any(fnmatchcase(n, pattern(item)) for n in names)]
-        old.float_type, old.type, old.quantization = old.type, QUANTIZED, changed
+        cfg.model = ConfigDict(quantize_model_config(old, QuantizationConfig.parse(changed)))
     return cfg
 
 
@@ -131,7 +137,8 @@ def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | 
     if runtime not in RUNTIMES:
         raise UserError(f"--runtime {runtime}: must be one of {', '.join(RUNTIMES)}")
     cfg = quantized_config(cfg)
-    model = build(cfg, checkpoint)
+    content = read_checkpoint(checkpoint)
+    model = build(cfg, content['state_dict'], checkpoint)
     stanza = QuantizationConfig.parse(cfg.model.quantization)
     fixed = size or own_size(model)
     traced = fixed or stanza.synthesis.size[0]
@@ -154,7 +161,7 @@ def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | 
     (folder / 'int8_config.py').write_text(exported.pretty_text)
     state = {} if isinstance(model, Classifier) else {
         key: value for key, value in model.state_dict().items() if key.split('.')[0] not in FEATURE_PARTS}
-    torch.save(dict(state_dict=state, meta=read_checkpoint(checkpoint).get('meta', {})), folder / 'int8.pth')
+    write_atomically(dict(state_dict=state, meta=content.get('meta', {})), folder / 'int8.pth')
     products = graph.session.products()
     result = dict(
         graph=str(path), config=str(folder / 'int8_config.py'), checkpoint=str(folder / 'int8.pth'), runtime=runtime,
@@ -171,6 +178,6 @@ def calibration_images(folder: Path, size) -> torch.Tensor:
     """One of the run's synthetic images in a size, (1, 3, H, W), or noise where there are none."""
     source = folder / 'synthetic.pt'
     if source.is_file():
-        images = torch.load(source, map_location='cpu', weights_only=True)['images'][0][:1]
+        images = read_images(str(source))[0][:1]
         return torch.nn.functional.interpolate(images, tuple(size), mode='bilinear', align_corners=False)
     return torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..classification import Classifier
 from ..errors import UserError
-from ..models.features import tensors
+from ..models.features import FEATURE_PARTS, tensors
 from ..quantization import QuantizedLinear, quantized_layers, quantizers
 from ..quantization.layers import QuantizedLayer
 from ..quantization.quantizer import FakeQuantizer, Mode, UncalibratedError
@@ -75,9 +75,7 @@ class _Dequantize(torch.autograd.Function):
 
 
 class _Linear(torch.autograd.Function):
-    """A linear layer on integers: the weight stored as the product takes it, (in, out), so that nothing is transposed.
-
-    """
+    """A linear layer on integers: the weight is stored as the product takes it, (in, out), not to be transposed."""
 
     @staticmethod
     def forward(ctx, x, integers, scale, bias):
@@ -320,6 +318,6 @@ def fold_batch_norm(graph) -> int:
 def float_layers(model: nn.Module) -> list[str]:
     """Names of linear layers and convolutions inside backbone and neck that the stanza keeps in float."""
     kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
-    parts = [(name, part) for name, part in model.named_children() if name in ('backbone', 'neck')]
+    parts = [(name, part) for name, part in model.named_children() if name in FEATURE_PARTS]
     return [f'{part}.{name}' for part, owner in parts for name, module in owner.named_modules()
             if isinstance(module, kinds) and not isinstance(module, QuantizedLayer)]

@@ -28,7 +28,6 @@ class OnnxRuntimeSession:
     INTEGER = ('QLinearMatMul', 'MatMulIntegerToFloat', 'MatMulInteger', 'QLinearConv', 'ConvInteger', 'QGemm')
 
     def __init__(self, path: str, threads: int = 0):
-        self.options = {}
         ort = need('onnxruntime')
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3

@@ -140,7 +140,6 @@ class SyntheticImageHook(Hook):
         Image.fromarray(both).save(out / 'synthetic.png')
         runner.logger.info(f'{len(pictures)} images are in {folder}, all at a glance in {out / "synthetic.png"}')
 
-
     def write_calibration_set(self, runner, batches, folder):
         """Writes the images that scales were calibrated on for quantizers of other tools: as files that are still to be
         preprocessed, and as arrays that are.
