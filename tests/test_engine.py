@@ -2,8 +2,10 @@
 import copy
 import json
 import pickle
+import re
 import socket
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -12,7 +14,7 @@ from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
 from psaq_mm.engine import CheckpointError, NoiseDataset, evaluation_gap, quantize, read_checkpoint
-from psaq_mm.engine.checkpoint import load_float
+from psaq_mm.engine.checkpoint import float_checkpoint, load_float
 from psaq_mm.engine.config import default_scope, without_pretrained
 from psaq_mm.errors import UserError
 from psaq_mm.models import quantize_model
@@ -74,6 +76,11 @@ def killed_at(monkeypatch):
 
 def run(cfg, **kwargs):
     return quantize(cfg, eval_float=False, eval_quantized=False, **kwargs)
+
+
+def run_in(work_dir, config_file, **stanza):
+    run(config(config_file, work_dir, **stanza))
+    return work_dir
 
 
 @pytest.mark.parametrize('at', [2, 8, 11, 15])  # in the first batch, at the end of synthesis, in turns of the game
@@ -213,11 +220,21 @@ def test_the_game_moves_ranges_unless_told_not_to(small_config, tmp_path):
     assert len(moved) > 0.8 * len(inputs)
 
 
+def test_heads_that_nothing_compared_depends_on_stay_as_calibrated(small_config, tmp_path):
+    stanza = {'targets': ['backbone', 'neck', 'roi_head.bbox_head'], 'weight.bits': 3, 'activation.bits': 4}
+    results = [weights(run_in(tmp_path / name, small_config, **stanza, **{'synthesis.method': name}))
+               for name in ('psaq_v1', 'psaq_v2')]
+    changed = {key for key in results[0] if not torch.equal(results[0][key], results[1][key])}
+    assert any(key.endswith('weight_quantizer.scale') for key in changed)
+    assert not any(key.startswith('roi_head') for key in changed)
+    assert any(key.startswith('roi_head') and key.endswith('weight_quantizer.scale') for key in results[0])
+
+
 def test_weight_ranges_that_the_images_disagree_with_are_put_back(small_config, tmp_path, monkeypatch):
     from psaq_mm.engine import loop
 
-    def ruin(model, prefixes):
-        restore = search_weight_ranges(model, prefixes)
+    def ruin(model, parameters):
+        restore = search_weight_ranges(model, parameters)
         for name, quantizer in quantizers(model).items():
             if name.endswith('weight_quantizer'):
                 quantizer.scale.mul_(0.1)
@@ -516,12 +533,31 @@ def test_real_needs_a_loader(small_config, tmp_path):
         run(cfg)
 
 
-def torchrun(config_file, work_dir, *options):
+# tools/dfq.py, each process of which keeps its student beside its command's own output.
+EVERY_RANK = '''
+import runpy, sys, torch
+from mmengine.dist import get_rank
+from psaq_mm.engine import DataFreeLoop
+original = DataFreeLoop.run
+
+def run(self):
+    model = original(self)
+    torch.save(self.student.state_dict(), f'{self.runner.work_dir}/rank{get_rank()}.pth')
+    return model
+
+DataFreeLoop.run = run
+sys.argv[0] = sys.argv.pop(1)
+sys.path.insert(0, sys.argv[0].rpartition('/')[0])
+runpy.run_path(sys.argv[0], run_name='__main__')
+'''
+
+
+def torchrun(config_file, work_dir, *options, script=('tools/dfq.py', )):
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
     return run_tool('-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_addr=127.0.0.1',
-                    f'--master_port={port}', 'tools/dfq.py', config_file, '--work-dir', work_dir,
+                    f'--master_port={port}', *script, config_file, '--work-dir', work_dir,
                     '--launcher', 'pytorch', '--device', 'cpu', *options)
 
 
@@ -538,8 +574,15 @@ def test_two_processes_see_what_one_sees(small_config, tmp_path):
 
 
 def test_two_processes_play_and_evaluate(small_config, tmp_path):
-    done = torchrun(small_config, tmp_path)
-    assert 'quantized W8A8' in done.stdout
+    (tmp_path / 'every_rank.py').write_text(EVERY_RANK)
+    done = torchrun(small_config, tmp_path, '--cfg-options', 'quantization.weight.bits=3',
+                    'quantization.activation.bits=4', script=(tmp_path / 'every_rank.py', ROOT / 'tools' / 'dfq.py'))
+    assert 'quantized W3A4' in done.stdout
+    first, second = (torch.load(tmp_path / f'rank{rank}.pth', weights_only=True) for rank in (0, 1))
+    assert same(first, second) and same({k: first[k] for k in weights(tmp_path)}, weights(tmp_path))
+    start = torch.load(DEMO_CHECKPOINT, weights_only=True)['state_dict']
+    key = 'backbone.stages.0.blocks.0.attn.w_msa.qkv.weight'
+    assert not torch.equal(first[key], start[key])  # they did play
     metrics = json.loads((tmp_path / 'metrics.json').read_text())
     assert 0 <= metrics['quantized']['coco/bbox_mAP'] <= 1
     assert all(torch.isfinite(v.float()).all() for v in weights(tmp_path).values())
@@ -601,6 +644,36 @@ def test_paper_configs_build_and_run_complete_steps_at_full_size(path, tmp_path)
     scales = [k for k in weights(tmp_path / 'run') if k.endswith('weight_quantizer.scale')]
     assert len(scales) == depth * 4 + starting_with(BESIDE, path.stem)
     assert result['size_mb']['quantized'] < result['size_mb']['full_precision']
+    assert result['scope'] == dict(upernet_swin=['backbone'], swin=['backbone', 'head'], deit=['backbone', 'head']).get(
+        re.match('upernet_swin|swin|deit|', path.stem)[0], ['backbone', 'neck'])
+    if path.stem in ('cascade_mask_rcnn_swin_t_w8a8', 'upernet_deit_s_w8a8'):  # the others have demos
+        predicts(cfg, tmp_path)
+
+
+def predicts(cfg, folder):
+    """The written files give the ecosystem's own functions a model that computes what full precision does, nearly."""
+    image = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
+    test = Config.fromfile(folder / 'run' / 'test_config.py')
+    for step in test.test_dataloader.dataset.pipeline:
+        if step.type == 'Resize':
+            step.scale = (96, 64)
+    if cfg.model.type == 'CascadeRCNN':
+        from mmdet.apis import inference_detector, init_detector
+        test.model.test_cfg.rcnn.score_thr = 0.0  # random weights are sure of nothing
+        model = init_detector(test, str(folder / 'run' / 'quantized.pth'), device='cpu')
+        found = inference_detector(model, image).pred_instances
+        assert len(found) > 10 and found.masks.shape[1:] == (64, 96) and torch.isfinite(found.bboxes).all()
+    else:
+        from mmseg.apis import inference_model, init_model
+        model = init_model(test, str(folder / 'run' / 'quantized.pth'), device='cpu')
+        found = inference_model(model, image).pred_sem_seg.data
+        assert found.shape == (1, 64, 96) and 0 <= found.min() and found.max() < 150
+    full = MODELS.build(without_pretrained(copy.deepcopy(cfg.model))).eval()
+    load_float(full, float_checkpoint(full, str(folder / 'full.pth')))
+    inputs = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        for a, b in zip(full.extract_feat(inputs), model.extract_feat(inputs)):
+            assert 0 < (a - b).norm() < 0.1 * a.norm()
 
 
 def test_every_system_of_the_paper_has_its_configs():

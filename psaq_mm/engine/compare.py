@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,7 +11,7 @@ from mmengine.config import Config
 
 from ..errors import UserError
 from ..stanza import QuantizationConfig
-from .checkpoint import in_own_layout
+from .checkpoint import in_own_layout, versions
 from .config import calibration_gap, evaluation_gap, float_config
 from .pipeline import check, evaluate, quantize, with_stanza
 from .report import write_json
@@ -21,6 +22,15 @@ def _read(path: Path):
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+
+
+@functools.cache
+def _software() -> dict:
+    """Everything installed that results depend on: versions, and a digest of this package's own code."""
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob('*.py')):
+        code.update(path.read_bytes())
+    return dict(versions(), psaq_mm=code.hexdigest())
 
 
 def _done(folder: Path, inputs: dict, work: Callable[[bool], dict], files: Iterable[str] = ()) -> dict:
@@ -48,7 +58,8 @@ def _quantize(cfg, weights, resume):
 
 def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]], work_dir: str,
             checkpoint: str | None = None) -> dict:
-    """Quantizes by every method at every bit-width and evaluates each; finished parts are not done again.
+    """Quantizes by every method at every bit-width and evaluates each; finished parts are not done again, unless what
+    they depend on has changed: config, checkpoint, seed, or installed software.
 
     V1 and V2 start from the same synthesised images, as V2's first stage is V1: they are made once, and their time
     counts for both.
@@ -78,7 +89,7 @@ def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]]
     weights = in_own_layout(content, root)
     source = Path(content['path'])  # or the name of timm's weights
     stat = [source.stat().st_size, source.stat().st_mtime_ns] if source.exists() else []
-    common = dict(checkpoint=[str(source.absolute()), *stat], model=cfg.model,
+    common = dict(software=_software(), checkpoint=[str(source.absolute()), *stat], model=cfg.model,
                   test=cfg.test_dataloader, evaluator=cfg.test_evaluator,
                   seed=(cfg.get('randomness') or {}).get('seed'))
     folder = root / 'full_precision'

@@ -290,9 +290,8 @@ class DataFreeLoop(BaseLoop):
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(name in parameters)
         parameters.update(self.learn_ranges(names))
-        maps = []
-        maps.extend(self.features(self.student)(self.images[0][:1], maps.append))
-        if not any(m.requires_grad for m in maps):
+        compared = self.depended_on(parameters)
+        if not compared:
             self.runner.logger.warning('No game: features and raw outputs do not depend on any weight of the targets '
                                        f'({", ".join(self.quantization.targets)}), which stay as they are')
             self.game_iters = 0
@@ -305,11 +304,26 @@ class DataFreeLoop(BaseLoop):
         else:
             self.game.start()
             if config.weight_ranges == 'mse':
-                restore = search_weight_ranges(self.student, names)
-                if not self.game.improves():
+                restore = search_weight_ranges(self.student, compared)
+                found = self.game.consider()
+                if found > self.game.best:
                     restore()
+                self.runner.logger.info(
+                    f'Weight ranges of least squared error {"put back" if found > self.game.best else "kept"}: '
+                    f'discrepancy on held-back images {self.game.initial:.4f} -> {found:.4f}')
             self.minutes['game'] += (time.perf_counter() - started) / 60
             self.announce(f'game, discrepancy of the plain calibration {self.game.initial:.4f} on held-back images', 3)
+
+    def depended_on(self, parameters):
+        """Those that anything compared depends on; the rest of the targets stays as calibrated."""
+        maps = []
+        maps.extend(self.features(self.student)(self.images[0][:1], maps.append))
+        maps = [m for m in maps if m.requires_grad]
+        if not maps:
+            return set()
+        parameters = list(parameters.values())
+        grads = torch.autograd.grad([m.float().sum() for m in maps], parameters, allow_unused=True)
+        return {p for p, grad in zip(parameters, grads) if grad is not None}
 
     def learn_ranges(self, targets):
         """Makes the ranges of activations trainable where the stanza wants it.

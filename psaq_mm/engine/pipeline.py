@@ -13,7 +13,7 @@ from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from ..errors import UserError
-from ..models import attention_taps, quantize_model
+from ..models import attention_taps, quantize_model, scope
 from ..quantization import model_bits
 from ..stanza import QuantizationConfig
 from .checkpoint import CheckpointError, float_checkpoint, in_own_layout, load_float, versions
@@ -176,7 +176,7 @@ def quantize(cfg: Config,
         full_precision={}, quantized={}, size_mb=dict(full_precision=round(float_size, 2),
                                                       quantized=round(quantized_size, 2)),
         minutes=round(sum(minutes.values()), 2), synthesis_minutes=round(minutes['synthesis'], 2),
-        scope=list(quantization.targets), placement=quantization.placement,
+        scope=scope(runner.train_loop.student, quantization), placement=quantization.placement,
         bits=dict(weight=quantization.weight.bits, activation=quantization.activation.bits),
         method=quantization.synthesis.method, seed=runner.seed, checkpoint=str(work_dir / 'quantized.pth'),
         test_config=str(test_path), versions=versions())

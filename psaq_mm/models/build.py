@@ -45,7 +45,7 @@ def quantize_model(model: nn.Module, quantization) -> nn.Module:
     if quantizers(model):
         return model
     quantization = QuantizationConfig.parse(quantization)
-    targets = [t for t in quantization.targets if t != 'neck' or getattr(model, 'with_neck', True)]
+    targets = scope(model, quantization)
     kinds = layer_types()
     attentions = attention_types()
     layers = quantizable(model, targets, attentions, kinds)
@@ -58,6 +58,11 @@ def quantize_model(model: nn.Module, quantization) -> nn.Module:
     quantize_outputs(model, [name for name in outputs if name in configs], configs)
     model.register_load_state_dict_pre_hook(_refuse_other_quantizers)
     return model
+
+
+def scope(model: nn.Module, quantization: QuantizationConfig) -> list[str]:
+    """Names of the submodules that are quantized: the targets, less a neck that this model has not."""
+    return [t for t in quantization.targets if t != 'neck' or getattr(model, 'with_neck', True)]
 
 
 def between_layers(model: nn.Module, targets: list[str], layers: dict) -> dict[str, nn.Module]:

@@ -2,12 +2,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UserError
 from .config import LayerConfig
@@ -214,21 +214,21 @@ def calibrate(model: nn.Module, run: Callable[[], None], reduce=None) -> None:
 
 
 @torch.no_grad()
-def search_weight_ranges(model: nn.Module, prefixes: tuple[str, ...]) -> Callable[[], None]:
+def search_weight_ranges(model: nn.Module, weights: Collection[Tensor]) -> Callable[[], None]:
     """Gives weights that were calibrated by min-max the ranges of least squared error, see :class:`MSEObserver`.
 
     Args:
         model (nn.Module): Calibrated.
-        prefixes (tuple[str, ...]): Beginnings of the names of layers that are meant.
+        weights (Collection[Tensor]): The parameters that are meant.
 
     Returns:
         Callable: Puts the ranges back as they were.
     """
-    before = {}
-    for name, layer in quantized_layers(model).items():
+    before, wanted = {}, {id(weight) for weight in weights}
+    for layer in quantized_layers(model).values():
         quantizer = getattr(layer, 'weight_quantizer', None)
         if quantizer is not None and quantizer.config.observer == 'minmax' and \
-                f'{name}.'.startswith(prefixes):
+                id(layer.weight) in wanted:
             before[quantizer] = quantizer.scale.clone(), quantizer.zero_point.clone()
             quantizer.observe(layer.weight, 'mse')
             quantizer.calibrate()

@@ -142,7 +142,7 @@ class Game:
         if self.turn == STUDENT:
             self.student_updates += 1
             if self.student_updates % self.config.evaluate_every == 0:
-                log['holdout'] = self._keep_best()
+                log['holdout'] = self.consider()
         else:
             self.image_updates += 1
         if self.turn == IMAGES and (self.turn_updates >= self.config.image_patience
@@ -214,21 +214,22 @@ class Game:
         self.update(torch.stack(errors).mean())
         return dict(discrepancy=gap)
 
-    def _keep_best(self):
+    def consider(self) -> float:
+        """Looks at the student on the held-back images and remembers it if it is the best so far.
+
+        Returns:
+            float: Its discrepancy.
+        """
         value = self.evaluate()
         if value < self.best:
             self.best, self.best_parameters = value, self._copy()
         return value
 
-    def improves(self) -> bool:
-        """Whether what was done to the student beside its parameters makes it the best so far."""
-        return self._keep_best() == self.best
-
     @torch.no_grad()
     def finish(self) -> None:
         """Leaves the student with the best parameters seen; the plain calibration's count among them."""
         if self.student_updates % self.config.evaluate_every:
-            self._keep_best()
+            self.consider()
         for name, parameter in self.parameters.items():
             parameter.copy_(self.best_parameters[name])
 
