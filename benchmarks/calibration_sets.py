@@ -4,8 +4,10 @@
     python benchmarks/calibration_sets.py --grid work_dirs/deit_tiny [--runs W8A8_psaq_v1]
 
 Each quantizes the same float graph of DeiT-Tiny to int8 on the arrays of a run's calibration_set/, on as much Gaussian
-noise, and on 32 real photographs of other classes; top-1 on the 500 photographs, agreement with full precision, and the
-divergence of probabilities. Needs pip install 'psaq_mm[deploy]' and nncf; without nncf its rows are left out.
+noise, and on 32 real photographs of other classes. Beside them full precision and our own int8 model (W8A8_psaq_v2).
+Writes calibration_sets.md: top-1 on the 500 photographs, agreement with full precision, divergence of probabilities,
+latency of one image (all take turns in one process); and a plot of latency against agreement, calibration_sets.png.
+Needs pip install 'psaq_mm[deploy]' and nncf; without nncf its rows are left out.
 """
 import argparse
 import sys
@@ -13,16 +15,40 @@ import tempfile
 from pathlib import Path
 
 from agreement import closeness
-from int8_speed import nncf_static, ort_static
+from int8_speed import nncf_static, openvino_network, ort_session, ort_static, take_turns
+
+OURS = 'W8A8_psaq_v2'
 
 
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--grid', type=Path, default=Path('work_dirs/deit_tiny'), help="deit_tiny.py's --out")
     parser.add_argument('--runs', nargs='+', default=['W8A8_psaq_v1'], help='folders in there with a calibration_set/')
-    args = parser.parse_args()
+    parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--repeats', type=int, default=51)
+    return parser.parse_args()
+
+
+def plot(results, path):
+    """Latency against agreement: a colour for each way to quantize, a marker for each runtime."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 4.5), layout='constrained')
+    axes = figure.subplots()
+    ways = list(dict.fromkeys(r['calibrated'] for r in results.values()))
+    for name, r in results.items():
+        axes.scatter(r['ms'], r['agreement'], s=60, color=f"C{ways.index(r['calibrated'])}",
+                     marker=dict(PyTorch='s', OpenVINO='o').get(r['runtime'], '^'))
+        axes.annotate(name, (r['ms'], r['agreement']), textcoords='offset points', xytext=(6, 4), fontsize=7)
+    axes.set(xlabel='latency of one image, ms', ylabel='agreement with full precision, %',
+             title='DeiT-Tiny, 500 photographs')
+    axes.margins(x=0.25, y=0.1)
+    figure.savefig(path, dpi=130)
+
+
+def main():
+    args = parse_args()
     sets = {name: args.grid / name / 'calibration_set' / 'images_224x224.npy' for name in args.runs}
-    for path in (args.grid / 'full_precision.pth', *sets.values()):
+    for path in (args.grid / 'full_precision.pth', args.grid / OURS / 'quantized.pth', *sets.values()):
         if not path.is_file():
             print(f'error: {path} does not exist: run benchmarks/deit_tiny.py first, --grid names its --out',
                   file=sys.stderr)
@@ -32,16 +58,15 @@ def main():
     warnings.simplefilter('ignore')
     logging.disable(logging.WARNING)
     import numpy as np
-    import onnxruntime
-    import openvino
     import torch
     from mmengine.config import Config
     from mmengine.registry import MODELS
     from mmengine.runner import Runner, load_checkpoint
 
-    from psaq_mm.deploy import export_graph
+    from psaq_mm.deploy import export, export_graph
     from psaq_mm.engine import markdown, write_json
     from psaq_mm.engine.config import default_scope, float_config
+    torch.set_num_threads(args.threads)
     cfg = Config.fromfile(args.grid / 'deit_tiny.py')
     default_scope(cfg)
     model = MODELS.build(float_config(cfg).model).eval()
@@ -57,39 +82,43 @@ def main():
     count = len(next(iter(arrays.values())))
     noise = np.random.default_rng(0).standard_normal((count, 3, 224, 224), np.float32)
     arrays = {'noise': noise, **arrays, 'real': inputs(cfg.calib_dataloader)[:count]}
-    rows, results = [], {}
+    runs = {}  # (quantizer, runtime, calibrated on): a function of an array
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        plain = Path(folder) / 'float.onnx'
+        folder = Path(folder)
+        plain, ours = folder / 'float.onnx', folder / 'ours'
         export_graph(model, plain, (224, 224), integers=False)
-
-        def probabilities(run):
-            return torch.from_numpy(np.concatenate([run(image[None]) for image in photographs])).log_softmax(1)
-
-        def session(path):
-            found = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
-            return lambda images: found.run(None, {'images': images})[0]
-
-        full = probabilities(session(plain))
+        export(Config.fromfile(args.grid / OURS / 'test_config.py'), str(args.grid / OURS / 'quantized.pth'), str(ours))
+        runs['full precision', 'PyTorch', ''] = lambda array: [model.logits(torch.from_numpy(array)).numpy()]
+        runs['full precision', 'ONNX Runtime', ''] = ort_session(plain, args.threads)
+        runs['full precision', 'OpenVINO', ''] = openvino_network(str(plain), args.threads)
+        runs['psaq_mm', 'ONNX Runtime', OURS] = ort_session(ours / 'features.onnx', args.threads)
+        runs['psaq_mm', 'OpenVINO', OURS] = openvino_network(str(ours / 'features.onnx'), args.threads)
         for name, images in arrays.items():
             images = [image[None] for image in images]
-            quantized = Path(folder) / f'{name}.onnx'
-            ort_static(plain, quantized, images)
-            runs = {'ONNX Runtime': session(quantized)}
+            ort_static(plain, folder / f'{name}.onnx', images)
+            runs['ONNX Runtime PTQ', 'ONNX Runtime', name] = ort_session(folder / f'{name}.onnx', args.threads)
             network = nncf_static(plain, images)
             if network is not None:
-                compiled = openvino.Core().compile_model(network, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
-                runs['NNCF'] = lambda images, compiled=compiled: compiled({'images': images})[0]
-            for tool, run in runs.items():
-                found = probabilities(run)
-                close, top1 = closeness(found, full), 100 * (found.argmax(1) == labels).float().mean().item()
-                results[f'{tool}, {name}'] = dict(close, top1=top1)
-                rows.append([f'{tool}, {name}', f'{top1:.1f}', f"{close['agreement']:.1f}", f"{close['kl']:.4f}"])
-                print(*rows[-1], flush=True)
-    top1 = 100 * (full.argmax(1) == labels).float().mean().item()
-    rows.insert(0, ['full precision', f'{top1:.1f}', '', ''])
-    text = markdown(['quantizer, calibrated on', 'top-1', 'agreement, %', 'KL divergence, nats'], rows)
+                runs['NNCF', 'OpenVINO', name] = openvino_network(network, args.threads)
+        first = photographs[:1]
+        times = take_turns({key: lambda run=run: run(first) for key, run in runs.items()}, args.repeats)
+        full, results, rows = None, {}, []
+        for (tool, runtime, calibrated), run in runs.items():
+            found = torch.from_numpy(np.concatenate([run(image[None])[0] for image in photographs])).log_softmax(1)
+            full = found if full is None else full
+            top1 = 100 * (found.argmax(1) == labels).float().mean().item()
+            name = ', '.join(filter(None, (tool, runtime if tool in ('full precision', 'psaq_mm') else '', calibrated)))
+            close = closeness(found, full)
+            results[name] = dict(close, top1=top1, ms=1e3 * times[tool, runtime, calibrated], runtime=runtime,
+                                 calibrated=calibrated)
+            rows.append([tool, runtime, calibrated, f'{top1:.1f}', f"{close['agreement']:.1f}", f"{close['kl']:.4f}",
+                         f"{results[name]['ms']:.1f}"])
+            print(*rows[-1], flush=True)
+    text = markdown(['quantizer', 'runtime', 'calibrated on', 'top-1', 'agreement, %', 'KL divergence, nats',
+                     'latency, ms'], rows)
     (args.grid / 'calibration_sets.md').write_text(text)
     write_json(results, args.grid / 'calibration_sets.json')
+    plot(results, args.grid / 'calibration_sets.png')
     print(text)
     return 0
 

@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +65,23 @@ def nncf_static(source, images):
                          model_type=nncf.ModelType.TRANSFORMER, preset=nncf.QuantizationPreset.MIXED)
 
 
+def ort_session(path, threads):
+    """A graph in ONNX Runtime, as a function of an image array."""
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    found = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+    return lambda array: found.run(None, {'images': array})
+
+
+def openvino_network(network, threads):
+    """A graph or network in OpenVINO, as a function of an image array."""
+    import openvino
+    options = {'INFERENCE_PRECISION_HINT': 'f32', 'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_NUM_THREADS': threads}
+    request = openvino.Core().compile_model(network, 'CPU', options).create_infer_request()
+    return lambda array: list(request.infer({'images': array}).values())
+
+
 def take_turns(runs, repeats):
     """Median seconds of each callable."""
     times = {name: [] for name in runs}
@@ -101,8 +119,6 @@ def samples_for(model, image):
 
 def contestants(path, size, folder, args):
     """All ways to compute one model: callables by name, and the files they need."""
-    import onnxruntime
-    import openvino
     import torch
     from mmengine.config import Config
     from mmengine.registry import MODELS
@@ -129,17 +145,12 @@ def contestants(path, size, folder, args):
     if args.dynamic and not classifier:
         export_graph(model, folder / 'any_size.onnx', size, dynamic=True)
     set_mode(model, Mode.FLOAT)
-    options = {'INFERENCE_PRECISION_HINT': 'f32', 'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_NUM_THREADS': args.threads}
-    choice = onnxruntime.SessionOptions()
-    choice.intra_op_num_threads, choice.log_severity_level = args.threads, 3
 
     def session(path):
-        found = onnxruntime.InferenceSession(str(path), choice, providers=['CPUExecutionProvider'])
-        return lambda: found.run(None, {'images': array})
+        return partial(ort_session(path, args.threads), array)
 
     def compiled(network):
-        request = openvino.Core().compile_model(network, 'CPU', options).create_infer_request()
-        return lambda: request.infer({'images': array})
+        return partial(openvino_network(network, args.threads), array)
 
     def ours(path, runtime):
         graph = Graph(path, runtime, args.threads)
@@ -154,6 +165,7 @@ def contestants(path, size, folder, args):
     }
     network = nncf_static(plain, [array])
     if network is not None:
+        import openvino
         openvino.save_model(network, folder / 'nncf.xml', compress_to_fp16=False)
         runs['OpenVINO int8, NNCF PTQ'] = compiled(network), folder / 'nncf.bin'
     runs['ONNX Runtime int8, psaq_mm'] = ours(own, 'onnxruntime'), own

@@ -248,11 +248,15 @@ def test_weight_ranges_that_the_images_disagree_with_are_put_back(small_config, 
 
 
 def test_reused_images_give_what_synthesising_gave(small_config, tmp_path):
-    run(config(small_config, tmp_path / 'a', **{'synthesis.method': 'psaq_v1'}))
-    images = str(tmp_path / 'a' / 'synthetic.pt')
-    result = run(config(small_config, tmp_path / 'b', **{'synthesis.method': 'psaq_v1', 'synthesis.reuse': images}))
-    assert same(weights(tmp_path / 'a'), weights(tmp_path / 'b'))
-    assert result['synthesis_minutes'] == 0
+    stanza = {'weight.bits': 3, 'activation.bits': 4}
+    for method in ('psaq_v1', 'psaq_v2'):
+        run(config(small_config, tmp_path / method, **stanza, **{'synthesis.method': method}))
+        images = str(tmp_path / 'psaq_v1' / 'synthetic.pt')
+        result = run(config(small_config, tmp_path / f'{method}_reused', **stanza, **{
+            'synthesis.method': method, 'synthesis.reuse': images}))
+        assert same(weights(tmp_path / method), weights(tmp_path / f'{method}_reused')), method
+        assert result['synthesis_minutes'] == 0
+    assert not same(weights(tmp_path / 'psaq_v1'), weights(tmp_path / 'psaq_v2'))
     with pytest.raises(UserError, match='quantization.synthesis.reuse'):
         run(config(small_config, tmp_path / 'c', **{'synthesis.reuse': str(small_config)}))
 

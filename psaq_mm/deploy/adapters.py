@@ -3,15 +3,22 @@
 The libraries compute paddings, window masks and position embeddings in Python numbers, which a trace freezes. Ours
 compute the same in traced ones. A module is recognised by the function it computes, so that the copies of one class in
 mmdet, mmseg and mmcv, and subclasses that inherit its forward, need one entry.
+
+Where what follows is quantized, activations are moved about - padded, shifted, divided into windows and heads - as the
+integers that they will be: the same numbers, a quarter of the bytes.
 """
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..quantization import CONTEXT, SCORES
+from ..quantization.layers import QuantizedAttention
+from .operators import Grid, already_quantized, dequantize, grid_of, quantize
 
 ADAPTERS: dict[Callable, dict[str, Callable]] = {}  # by the library's forward: replacements by name of the method
 
@@ -37,7 +44,7 @@ def traceable(model: nn.Module) -> Iterator[None]:
     _register()
     patched = []
     for module in model.modules():
-        for method, function in ADAPTERS.get(type(module).forward, {}).items():
+        for method, function in ADAPTERS.get(_computed(module), {}).items():
             setattr(module, method, function.__get__(module))  # shadows the class's
             patched.append((module, method))
     try:
@@ -47,12 +54,18 @@ def traceable(model: nn.Module) -> Iterator[None]:
             delattr(module, method)
 
 
-def pad_to(x: Tensor, height, width, multiple_of) -> Tensor:
-    """Zeros at the lower and right end of (B, H, W, C), up to the next multiples."""
+def _computed(module):
+    """The library's forward that a module computes, converted or not."""
+    kind = type(module)
+    return (kind.__mro__[2] if issubclass(kind, QuantizedAttention) else kind).forward
+
+
+def pad_to(x: Tensor, height, width, multiple_of, value=0) -> Tensor:
+    """A value, 0 or what stands for it, at the lower and right end of (B, H, W, C), up to the next multiples."""
     pads = [-side % multiple for side, multiple in zip((height, width), multiple_of)]
     if all(isinstance(p, int) and p == 0 for p in pads):
         return x
-    return F.pad(x, (0, 0, 0, pads[1], 0, pads[0]))
+    return F.pad(x, (0, 0, 0, pads[1], 0, pads[0]), value=value)
 
 
 def to_windows(x: Tensor, size: int) -> Tensor:
@@ -88,6 +101,54 @@ def shifted_window_mask(height, width, size: int, shift: int) -> Tensor:
     return torch.where(windows[:, None] == windows[:, :, None], 0.0, -100.0)
 
 
+def operand_quantizers(attention) -> list:
+    """Of query, key, value, and attention weights; None for what is not quantized."""
+    places = (SCORES, 'a_quantizer'), (SCORES, 'b_quantizer'), (CONTEXT, 'b_quantizer'), (CONTEXT, 'a_quantizer')
+    return [getattr(getattr(attention, product, None), name, None) for product, name in places]
+
+
+def quantized(x: Tensor, quantizer) -> Tensor:
+    """What a quantizer makes of an operand, if there is one."""
+    return x if quantizer is None else quantizer(x)
+
+
+def heads_of(attention, qkv: Tensor, factor: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Operands of an attention's products, as these are quantized.
+
+    Args:
+        attention (nn.Module): With ``num_heads``, converted or not.
+        qkv (Tensor): (B, N, 3 * C), queries, keys and values of all heads.
+        factor (float): Of the queries.
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor]: Scaled queries (B, heads, N, d), keys (B, heads, d, N), values (B, heads, N, d).
+    """
+    quantizers = operand_quantizers(attention)[:3]
+    grids = [grid_of(quantizer) for quantizer in quantizers]
+    stored = all(grid is not None and grid.symmetric for grid in grids)
+    batch, length, channels = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    if stored:
+        scales = [grid.scale[0] / (1 if i else factor) for i, grid in enumerate(grids) for _ in range(channels)]
+        qkv = quantize(qkv, Grid(tuple(scales), (0, ) * len(scales), 2, *grids[0][3:]))
+    query, key, value = qkv.reshape(batch, length, 3, attention.num_heads, channels // attention.num_heads).permute(
+        2, 0, 3, 1, 4)
+    if stored:
+        query, key, value = map(dequantize, (query, key, value), grids)
+        return query, key.transpose(-2, -1), value
+    return tuple(map(quantized, (query * factor, key.transpose(-2, -1), value), quantizers))
+
+
+def merge_heads(context: Tensor, layer: nn.Module) -> Tensor:
+    """What an output projection makes of the heads, (B, heads, N, d)."""
+    batch, _, length, _ = context.shape
+    grid = grid_of(getattr(layer, 'input_quantizer', None))
+    if grid is None:
+        return layer(context.transpose(1, 2).reshape(batch, length, -1))
+    stored = quantize(context, grid).transpose(1, 2).reshape(batch, length, -1)
+    with already_quantized(layer.input_quantizer):
+        return layer(dequantize(stored, grid))
+
+
 def _register():
     """Fills ADAPTERS; the libraries are imported when they are needed."""
     if ADAPTERS:
@@ -102,15 +163,34 @@ def _register():
     def shifted_window_attention(self, query, hw_shape):
         (batch, _, channels), (height, width) = query.shape, hw_shape
         size, shift = self.window_size, self.shift_size
-        x = pad_to(query.view(batch, height, width, channels), height, width, (size, size))
+        quantizer = getattr(self.w_msa.qkv, 'input_quantizer', None)
+        grid = grid_of(quantizer)
+        x = query.view(batch, height, width, channels)
+        if grid is not None:
+            x = quantize(x, grid)
+        x = pad_to(x, height, width, (size, size), grid.zero_point[0] if grid else 0)
         full_height, full_width = x.shape[1:3]
         if shift:
             x = torch.roll(x, (-shift, -shift), (1, 2))
         mask = shifted_window_mask(full_height, full_width, size, shift) if shift else None
-        x = from_windows(self.w_msa(to_windows(x, size), mask=mask), batch, full_height, full_width, size)
+        x = to_windows(x, size)
+        with nullcontext() if grid is None else already_quantized(quantizer):
+            x = self.w_msa(x if grid is None else dequantize(x, grid), mask=mask)
+        x = from_windows(x, batch, full_height, full_width, size)
         if shift:
             x = torch.roll(x, (shift, shift), (1, 2))
         return self.drop(x[:, :height, :width].reshape(batch, height * width, channels))
+
+    def window_attention(self, x, mask=None):
+        query, key, value = heads_of(self, self.qkv(x), self.scale)
+        side = self.window_size[0] * self.window_size[1]
+        bias = self.relative_position_bias_table[self.relative_position_index.view(-1)]
+        scores = query @ key + bias.view(side, side, -1).permute(2, 0, 1)[None]
+        if mask is not None:
+            windows, shape = mask.shape[0], scores.shape
+            scores = (scores.view(-1, windows, *shape[1:]) + mask[:, None]).view(-1, *shape[1:])
+        weights = scores.softmax(-1)
+        return merge_heads(quantized(weights, operand_quantizers(self)[3]) @ value, self.proj)
 
     def patch_merging(self, x, input_size):
         sampler, padding = self.sampler, self.adap_padding
@@ -139,6 +219,7 @@ def _register():
 
     for module in (mmdet_swin, mmseg_swin):
         adapts(module.ShiftWindowMSA.forward)(shifted_window_attention)
+        adapts(module.WindowMSA.forward)(window_attention)
     for module in (mmdet_utils, mmseg_embed, mmcv_transformer):
         adapts(module.PatchMerging.forward)(patch_merging)
         adapts(module.AdaptivePadding.forward)(adaptive_padding)

@@ -9,100 +9,22 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ..classification import Classifier
 from ..errors import UserError
 from ..models.features import FEATURE_PARTS, tensors
 from ..quantization import QuantizedLinear, quantized_layers, quantizers
 from ..quantization.layers import QuantizedLayer
-from ..quantization.quantizer import FakeQuantizer, Mode, UncalibratedError
+from ..quantization.quantizer import Mode, UncalibratedError
 from ..version import __version__
 from .adapters import traceable
 from .extras import need
+from .operators import Dequantize, Linear, activation, integers_of
 
 OPSET = 17  # the first with LayerNormalization; QuantizeLinear has had an axis since 13
 INPUT = 'images'
 PRESETS = ('asymmetric', 'symmetric')
-
-
-class _QuantizeDequantize(torch.autograd.Function):
-    """An activation through QuantizeLinear and DequantizeLinear; with fewer than 8 bits it is clipped before.
-
-    The tracer takes nothing but tensors and plain Python values: scales come as tuples.
-    """
-
-    @staticmethod
-    def forward(ctx, x, scale, zero_point, axis, quant_min, quant_max):
-        scale, zero_point = torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32)
-        if len(scale) > 1:
-            return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, quant_min, quant_max)
-        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, quant_min, quant_max)
-
-    @staticmethod
-    def symbolic(g, x, scale, zero_point, axis, quant_min, quant_max):
-        def constant(values, kind):
-            value = torch.tensor(values, dtype=kind)
-            return g.op('Constant', value_t=value if len(values) > 1 else value[0])
-
-        if quant_max - quant_min < 255:
-            low, high = (constant([scale[0] * (end - zero_point[0])], torch.float32) for end in (quant_min, quant_max))
-            x = g.op('Clip', x, low, high)
-        grid = constant(scale, torch.float32), constant(zero_point, torch.int8 if quant_min < 0 else torch.uint8)
-        along = dict(axis_i=axis) if len(scale) > 1 else {}
-        return g.op('DequantizeLinear', g.op('QuantizeLinear', x, *grid, **along), *grid, **along)
-
-
-def _dequantized(g, integers, scale, axis):
-    kind = torch.int32 if integers.type().scalarType() == 'Int' else torch.int8
-    grid = torch.tensor(scale), torch.zeros(len(scale), dtype=kind)
-    return g.op('DequantizeLinear', integers, *(g.op('Constant', value_t=value) for value in grid), axis_i=axis)
-
-
-class _Dequantize(torch.autograd.Function):
-    """A weight, which is stored as integers, through DequantizeLinear."""
-
-    @staticmethod
-    def forward(ctx, integers, scale, axis):
-        shape = [1] * integers.dim()
-        shape[axis] = -1
-        return integers.float() * torch.tensor(scale).view(shape)
-
-    @staticmethod
-    def symbolic(g, integers, scale, axis):
-        return _dequantized(g, integers, scale, axis)
-
-
-class _Linear(torch.autograd.Function):
-    """A linear layer on integers: the weight is stored as the product takes it, (in, out), not to be transposed."""
-
-    @staticmethod
-    def forward(ctx, x, integers, scale, bias):
-        return F.linear(x, integers.T.float() * torch.tensor(scale)[:, None], bias)
-
-    @staticmethod
-    def symbolic(g, x, integers, scale, bias):
-        product = g.op('MatMul', x, _dequantized(g, integers, scale, 1))
-        if bias is None:
-            return product
-        return g.op('Add', product, bias)
-
-
-def _activation(quantizer, x):
-    if len(quantizer.scale) > 1 and quantizer.quant_max - quantizer.quant_min < 255:
-        raise UserError(f"'{quantizer.name}': activations of fewer than 8 bits with a scale for each channel cannot be "
-                        'exported, use granularity per_tensor')
-    return _QuantizeDequantize.apply(x, tuple(quantizer.scale.tolist()), tuple(quantizer.zero_point.tolist()),
-                                     quantizer.axis % x.dim(), quantizer.quant_min, quantizer.quant_max)
-
-
-def integers_of(quantizer: FakeQuantizer, weight: Tensor) -> Tensor:
-    """A weight on its symmetric grid, int8."""
-    shape = [1] * weight.dim()
-    shape[quantizer.axis] = -1
-    inverse = quantizer.scale.reciprocal().view(shape)  # as the fake-quantizer rounds
-    return (weight * inverse).round().clamp(quantizer.quant_min, quantizer.quant_max).to(torch.int8)
 
 
 @contextmanager
@@ -116,7 +38,7 @@ def exportable(model: nn.Module) -> Iterator[None]:
 
     for name, quantizer in quantizers(model).items():
         if quantizer.mode is Mode.QUANTIZE and not name.endswith('weight_quantizer'):
-            shadow(quantizer, 'forward', partial(_activation, quantizer))
+            shadow(quantizer, 'forward', partial(activation, quantizer))
     for name, layer in quantized_layers(model).items():
         quantizer = getattr(layer, 'weight_quantizer', None)
         if quantizer is None or quantizer.mode is not Mode.QUANTIZE:
@@ -144,12 +66,12 @@ def exportable(model: nn.Module) -> Iterator[None]:
                 if layer.input_quantizer is not None:
                     x = layer.input_quantizer(x)
                 if bias is not None and hasattr(layer, 'bias_integers'):
-                    bias = _Dequantize.apply(layer.bias_integers, layer.bias_scale, 0)
-                return _Linear.apply(x, layer.integers, scale, bias)
+                    bias = Dequantize.apply(layer.bias_integers, layer.bias_scale, 0)
+                return Linear.apply(x, layer.integers, scale, bias)
 
             shadow(layer, 'linear', linear)
         else:
-            shadow(quantizer, 'forward', lambda weight, layer=layer, scale=scale, axis=axis: _Dequantize.apply(
+            shadow(quantizer, 'forward', lambda weight, layer=layer, scale=scale, axis=axis: Dequantize.apply(
                 layer.integers, scale, axis))
     try:
         yield

@@ -134,10 +134,12 @@ class DataFreeLoop(BaseLoop):
     def iteration(self, step):
         """One update, between mmengine's hooks."""
         self.runner.call_hook('before_train_iter', batch_idx=self._iter, data_batch=None)
-        rng = random.Random(f'{self.runner.seed}-{dist.get_rank()}-{self._iter}')
+        stage = 'synthesis' if self._iter < self.synthesis_iters else 'game'
+        # counted within the stage: with images of an earlier run the game is the same
+        index = self._iter - (self.synthesis_iters if stage == 'game' else 0)
+        rng = random.Random(f'{self.runner.seed}-{dist.get_rank()}-{index}')
         started = time.perf_counter()
         outputs = step(rng)
-        stage = 'synthesis' if self._iter < self.synthesis_iters else 'game'
         self.minutes[stage] += (time.perf_counter() - started) / 60
         self.runner.call_hook('after_train_iter', batch_idx=self._iter, data_batch=None, outputs=outputs)
         self._iter += 1

@@ -38,7 +38,16 @@ class ActivationConfig(WeightConfig):
     """
     granularity: Granularity = Field('per_tensor', description='one scale a tensor, or one an input channel')
     symmetric: bool = Field(False, description='zero point fixed at 0')
+    symmetric_products: bool | None = Field(
+        None, description='zero point fixed at 0 for queries, keys and values, without which runtimes have no int8 '
+        'kernels for their products; None: with 8 bits')
     observer: Observer = Field('moving_average_minmax', description='how the range is chosen')
+
+    @property
+    def of_products(self) -> ActivationConfig:
+        """The same for queries, keys and values."""
+        wanted = self.bits == 8 if self.symmetric_products is None else self.symmetric_products
+        return self.model_copy(update=dict(symmetric=self.symmetric or wanted))
 
 
 class LayerConfig(FrozenConfig):

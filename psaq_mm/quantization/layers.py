@@ -217,14 +217,19 @@ class QuantizedMatMul(nn.Module):
     """``q(a) @ q(b)``: both operands are activations, one scale each.
 
     The product passes through ``output``, an identity: hooks on it see it however it was computed.
+
+    Args:
+        config (LayerConfig): For both operands.
+        weights (bool): Whether a is attention weights, which are not negative. Defaults to False.
     """
 
-    def __init__(self, config: LayerConfig):
+    def __init__(self, config: LayerConfig, weights: bool = False):
         super().__init__()
         self.a_quantizer = self.b_quantizer = None
         if config.activation is not None:
-            self.a_quantizer = FakeQuantizer(config.activation)
-            self.b_quantizer = FakeQuantizer(config.activation)
+            operand = config.activation.of_products
+            self.a_quantizer = FakeQuantizer(config.activation if weights else operand)
+            self.b_quantizer = FakeQuantizer(operand)
         self.output = nn.Identity()
 
     @property
@@ -393,7 +398,7 @@ def quantize_attention(attention: nn.Module, scores: LayerConfig, context: Layer
                                         dict(__module__=__name__))
     attention.__class__ = _attention_classes[kind]
     attention.add_module(SCORES, QuantizedMatMul(scores))
-    attention.add_module(CONTEXT, QuantizedMatMul(context))
+    attention.add_module(CONTEXT, QuantizedMatMul(context, weights=True))
     return attention
 
 
@@ -513,6 +518,6 @@ def quantize_multihead_attention(attention: nn.MultiheadAttention, configs: dict
         parameter = 'in_proj_weight' if name == 'in_proj' else f'{name}_weight'
         attention.add_module(name, QuantizedProjection(attention, parameter, configs[name]))
     for name in (SCORES, CONTEXT):
-        attention.add_module(name, QuantizedMatMul(configs[name]))
+        attention.add_module(name, QuantizedMatMul(configs[name], weights=name == CONTEXT))
     attention.__class__ = QuantizedMultiheadAttention
     return attention

@@ -1,0 +1,171 @@
+"""What quantizers and quantized layers become in a graph: QuantizeLinear, DequantizeLinear, stored integers.
+
+The tracer takes nothing but tensors and plain Python values: scales and zero points come as tuples.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import UserError
+from ..quantization.quantizer import FakeQuantizer, Mode
+
+
+class Grid(NamedTuple):
+    """The integers of an activation.
+
+    Args:
+        scale (tuple[float]): One, or one for each channel.
+        zero_point (tuple[int]): As many.
+        axis (int): Of the channels, not negative.
+        low, high (int): The smallest and the largest integer.
+    """
+    scale: tuple
+    zero_point: tuple
+    axis: int
+    low: int
+    high: int
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the integers are signed and 0 stands for 0."""
+        return self.low < 0 and not any(self.zero_point)
+
+
+def grid_of(quantizer: FakeQuantizer | None) -> Grid | None:
+    """The grid of a quantizer with one scale and 8 bits, which an activation can be stored on; None of any other."""
+    if quantizer is None or quantizer.mode is not Mode.QUANTIZE:
+        return None
+    if quantizer.config.bits < 8 or len(quantizer.scale) > 1:
+        return None
+    return Grid(tuple(quantizer.scale.tolist()), tuple(quantizer.zero_point.tolist()), 0, quantizer.quant_min,
+                quantizer.quant_max)
+
+
+def _along(values, kind, axis, dim):
+    """Values to be multiplied with a tensor of so many dimensions."""
+    value = torch.tensor(values, dtype=kind)
+    return value.view([-1 if i == axis else 1 for i in range(dim)]) if len(values) > 1 else value
+
+
+def _constant(g, values, kind):
+    value = torch.tensor(values, dtype=kind)
+    return g.op('Constant', value_t=value if len(values) > 1 else value[0])
+
+
+def _attributes(scale, zero_point, axis, low):
+    """Name of the integer type, and the attribute that tells the axis where there is one."""
+    return torch.int8 if low < 0 else torch.uint8, dict(axis_i=axis) if len(scale) > 1 else {}
+
+
+class _Quantize(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, axis, low, high):
+        inverse = _along(scale, torch.float32, axis, x.dim()).reciprocal()  # as the fake-quantizer rounds
+        integers = (x * inverse).round() + _along(zero_point, torch.float32, axis, x.dim())
+        return integers.clamp(low, high).to(_attributes(scale, zero_point, axis, low)[0])
+
+    @staticmethod
+    def symbolic(g, x, scale, zero_point, axis, low, high):
+        if high - low < 255:
+            x = g.op('Clip', x, *(_constant(g, [scale[0] * (end - zero_point[0])], torch.float32)
+                                  for end in (low, high)))
+        kind, along = _attributes(scale, zero_point, axis, low)
+        return g.op('QuantizeLinear', x, _constant(g, scale, torch.float32), _constant(g, zero_point, kind), **along)
+
+
+class _DequantizeActivation(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, integers, scale, zero_point, axis, low):
+        shifted = integers.float() - _along(zero_point, torch.float32, axis, integers.dim())
+        return shifted * _along(scale, torch.float32, axis, integers.dim())
+
+    @staticmethod
+    def symbolic(g, integers, scale, zero_point, axis, low):
+        kind, along = _attributes(scale, zero_point, axis, low)
+        return g.op('DequantizeLinear', integers, _constant(g, scale, torch.float32), _constant(g, zero_point, kind),
+                    **along)
+
+
+def quantize(x: Tensor, grid: Grid) -> Tensor:
+    """The integers of an activation, int8 or uint8; with fewer than 8 bits it is clipped before."""
+    return _Quantize.apply(x, *grid)
+
+
+def dequantize(integers: Tensor, grid: Grid) -> Tensor:
+    """Back from :func:`quantize`, to float32."""
+    return _DequantizeActivation.apply(integers, *grid[:4])
+
+
+def activation(quantizer: FakeQuantizer, x: Tensor) -> Tensor:
+    """What a quantizer computes, as a pair of operators.
+
+    Raises:
+        UserError: If they cannot express it.
+    """
+    if len(quantizer.scale) > 1 and quantizer.quant_max - quantizer.quant_min < 255:
+        raise UserError(f"'{quantizer.name}': activations of fewer than 8 bits with a scale for each channel cannot be "
+                        'exported, use granularity per_tensor')
+    grid = Grid(tuple(quantizer.scale.tolist()), tuple(quantizer.zero_point.tolist()), quantizer.axis % x.dim(),
+                quantizer.quant_min, quantizer.quant_max)
+    return dequantize(quantize(x, grid), grid)
+
+
+@contextmanager
+def already_quantized(quantizer: FakeQuantizer) -> Iterator[None]:
+    """Within it, a quantizer passes on what it gets: that was stored on its grid before."""
+    before = quantizer.__dict__.get('forward')
+    quantizer.forward = lambda x: x
+    try:
+        yield
+    finally:
+        del quantizer.forward
+        if before is not None:
+            quantizer.forward = before
+
+
+def _dequantized(g, integers, scale, axis):
+    kind = torch.int32 if integers.type().scalarType() == 'Int' else torch.int8
+    grid = torch.tensor(scale), torch.zeros(len(scale), dtype=kind)
+    return g.op('DequantizeLinear', integers, *(g.op('Constant', value_t=value) for value in grid), axis_i=axis)
+
+
+class Dequantize(torch.autograd.Function):
+    """A weight, which is stored as integers, through DequantizeLinear."""
+
+    @staticmethod
+    def forward(ctx, integers, scale, axis):
+        return integers.float() * _along(scale, torch.float32, axis, integers.dim())
+
+    @staticmethod
+    def symbolic(g, integers, scale, axis):
+        return _dequantized(g, integers, scale, axis)
+
+
+class Linear(torch.autograd.Function):
+    """A linear layer on integers: the weight is stored as the product takes it, (in, out), not to be transposed."""
+
+    @staticmethod
+    def forward(ctx, x, integers, scale, bias):
+        return F.linear(x, integers.T.float() * torch.tensor(scale)[:, None], bias)
+
+    @staticmethod
+    def symbolic(g, x, integers, scale, bias):
+        product = g.op('MatMul', x, _dequantized(g, integers, scale, 1))
+        if bias is None:
+            return product
+        return g.op('Add', product, bias)
+
+
+def integers_of(quantizer: FakeQuantizer, weight: Tensor) -> Tensor:
+    """A weight on its symmetric grid, int8."""
+    inverse = quantizer.scale.reciprocal()  # as the fake-quantizer rounds
+    inverse = inverse.view([-1 if i == quantizer.axis else 1 for i in range(weight.dim())])
+    return (weight * inverse).round().clamp(quantizer.quant_min, quantizer.quant_max).to(torch.int8)
