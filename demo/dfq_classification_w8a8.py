@@ -1,5 +1,5 @@
 # The demo's classifier, quantized to W8A8 without data: backbone and head.
-_base_ = ['./vit_mini_objects.py', '../configs/_base_/dfq.py']
+_base_ = ['./vit_mini_objects.py', '../configs/_base_/dfq_timm.py']
 load_from = '{{ fileDirname }}/vit_mini_objects.pth'
 quantization = dict(
     targets=['backbone', 'head'],

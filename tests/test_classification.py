@@ -2,12 +2,15 @@
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.registry import DATASETS, METRICS, MODELS, TRANSFORMS
 from mmengine.structures import BaseDataElement
 from PIL import Image
 
 from psaq_mm.classification import TimmClassifier
 from psaq_mm.errors import UserError
+
+from .conftest import ROOT
 
 PIPELINE = [dict(type='LoadImageFromFile'), dict(type='psaq_mm.PackClassificationInputs')]
 
@@ -81,6 +84,20 @@ def test_resize_edge_is_pillows_bicubic():
     expected = np.asarray(Image.fromarray(pixels).resize((42, 20), Image.Resampling.BICUBIC))
     assert np.array_equal(out['img'], expected)
     assert resize(dict(img=pixels[:20, :20]))['img'].shape == (20, 20, 3)
+
+
+@pytest.mark.parametrize('size', [(375, 500), (500, 374), (333, 500), (480, 640), (683, 1024), (224, 224)])
+def test_imagenet_images_are_prepared_as_timm_does(size, tmp_path):
+    from timm.data import create_transform
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / 'a.png')
+    pipeline = Config.fromfile(ROOT / 'configs' / '_base_' / 'imagenet.py').test_pipeline
+    results = dict(img_path=str(tmp_path / 'a.png'), gt_label=0)
+    for step in pipeline:
+        results = TRANSFORMS.build(dict(step, _scope_='psaq_mm'))(results)
+    theirs = create_transform((3, 224, 224), interpolation='bicubic', crop_pct=0.9, mean=(0, ) * 3, std=(1 / 255, ) * 3)
+    rgb = results['inputs'].flip(0).float()
+    assert torch.equal(rgb, theirs(Image.fromarray(pixels)).round())
 
 
 @pytest.mark.parametrize('levels', [10**6, 3])  # with three levels nearly every score has its equals

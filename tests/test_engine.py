@@ -10,7 +10,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, TRANSFORMS
 from mmengine.runner import Runner
 
 from psaq_mm.engine import CheckpointError, NoiseDataset, evaluation_gap, quantize, read_checkpoint
@@ -678,6 +678,30 @@ def predicts(cfg, folder):
     with torch.no_grad():
         for a, b in zip(full.extract_feat(inputs), model.extract_feat(inputs)):
             assert 0 < (a - b).norm() < 0.1 * a.norm()
+
+
+def test_w4a8_configs_are_their_siblings_with_other_bits():
+    for path in CONFIGS:
+        if path.stem.endswith('w4a8'):
+            four, eight = (Config.fromfile(p).to_dict() for p in (path, path.with_name(path.name.replace('w4', 'w8'))))
+            assert four['quantization'].pop('weight') == dict(bits=4) != eight['quantization'].pop('weight')
+            assert four == eight
+
+
+def test_every_config_names_images_for_method_real():
+    for path in CONFIGS:
+        cfg = Config.fromfile(path)
+        default_scope(cfg)
+        assert 'train' in str(cfg.calib_dataloader.dataset) and 'val' not in str(cfg.calib_dataloader.dataset)
+        for step in cfg.calib_dataloader.dataset.pipeline:
+            TRANSFORMS.build(step)
+
+
+@pytest.mark.parametrize('stanza', [dict(keep_float=['*']), dict(targets=['backbone'], keep_float=['backbone.*'])])
+def test_nothing_to_quantize_is_refused_before_any_work(small_config, tmp_path, stanza):
+    with pytest.raises(UserError, match='nothing to quantize: targets backbone'):
+        run(config(small_config, tmp_path / 'w', **stanza))
+    assert not (tmp_path / 'w').exists()
 
 
 def test_every_system_of_the_paper_has_its_configs():

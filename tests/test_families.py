@@ -77,6 +77,14 @@ def timm_swin():
         window_size=4, embed_dim=16, depths=(2, 2, 2), num_heads=(2, 2, 2)))
 
 
+def timm_swin_fused():
+    model = timm_swin()
+    for module in model.backbone.modules():
+        if hasattr(module, 'fused_attn'):
+            module.fused_attn = True
+    return model
+
+
 def timm_vit(fused=True):
     model = MODELS.build(dict(
         type='psaq_mm.TimmClassifier', model='deit_tiny_patch16_224', num_classes=5, img_size=(64, 96), embed_dim=32,
@@ -98,6 +106,7 @@ FAMILIES = {
     mmseg_vit: (4, 1 + 4 + 4, 1),
     mmseg_vit_pyramid: (4, 1 + 3, 1),
     timm_swin: (6, 1 + 2, 0),
+    timm_swin_fused: (6, 1 + 2, 0),
     timm_vit: (3, 1, 1),
     timm_vit_unfused: (3, 1, 1),
 }
@@ -204,6 +213,31 @@ def test_taps_see_the_patches_of_every_block(family):
     assert entropy.shape == (2, ) and torch.isfinite(entropy).all()
     gradient, = torch.autograd.grad(entropy.sum(), images)
     assert gradient.abs().max() > 0
+
+
+def test_tokens_are_what_attention_puts_out(family):
+    """Weights times values, which the output projection reads: its input, less the heads."""
+    model, blocks, _, class_tokens = family
+    converted = quantize_model(copy.deepcopy(model), dict(keep_float=['*']))
+    expected = []
+    for module in converted.backbone.modules():
+        projection = getattr(module, 'proj', getattr(module, 'out_proj', None))
+        if hasattr(module, 'num_heads') and isinstance(projection, nn.Linear):
+            projection.register_forward_pre_hook(lambda _, args, heads=module.num_heads: expected.append(
+                args[0].unflatten(-1, (heads, -1)).mean(-2)[:, class_tokens:]))
+    tap = PatchSimilarityTap(*attention_taps(converted.backbone))
+    with torch.no_grad(), tap:
+        converted.backbone(images_for(model))
+    assert len(tap.tokens) == len(expected) == blocks
+    for ours, theirs in zip(tap.tokens, expected):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_the_patch_embedding_keeps_8_bits(family):
+    model = quantize_model(copy.deepcopy(family[0]), dict(weight=dict(bits=4)))
+    bits = {name.removeprefix('backbone.').partition('.')[0]: layer.weight_quantizer.config.bits
+            for name, layer in quantized_layers(model).items() if hasattr(layer, 'weight_quantizer')}
+    assert bits.pop('patch_embed') == 8 and set(bits.values()) == {4}
 
 
 def test_targets_may_name_heads(family):

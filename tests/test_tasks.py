@@ -10,6 +10,7 @@ from mmengine.config import Config
 from PIL import Image
 
 from psaq_mm.engine import quantize
+from psaq_mm.engine.report import plot_comparison
 from psaq_mm.errors import UserError
 
 from .conftest import ROOT, run_tool
@@ -123,9 +124,11 @@ def test_classification_end_to_end(classification_config, tmp_path):
     metrics = json.loads((tmp_path / 'run' / 'metrics.json').read_text())
     assert metrics['scope'] == ['backbone', 'head']
     assert 'top-1' in printed and f"{metrics['quantized']['accuracy/top1']:.1f}" in printed
-    for package in (mmdet, mmseg):  # any mmengine test tool will do
-        text = run_test_tool(tool_of(package, 'test.py'), tmp_path / 'run' / 'test_config.py',
-                      tmp_path / 'run' / 'quantized.pth', tmp_path / package.__name__)
+    # any mmengine test tool will do, and either config
+    for package, config in ((mmdet, tmp_path / 'run' / 'test_config.py'), (mmseg, classification_config)):
+        text = run_test_tool(tool_of(package, 'test.py'), config, tmp_path / 'run' / 'quantized.pth',
+                             tmp_path / package.__name__)
+        assert 'unexpected key' not in text
         assert number('accuracy/top1', text) == pytest.approx(metrics['quantized']['accuracy/top1'], abs=1e-3)
 
 
@@ -207,6 +210,12 @@ def test_grid_continues_and_repeats_itself(classification_config, tmp_path):
     assert 'minutes' not in table and 'minutes' in printed and 'top-1' in table
     assert np.asarray(Image.open(tmp_path / 'a' / 'grid.png')).std() > 10
     results = json.loads((tmp_path / 'j.json').read_text())
+    for axes, metric in zip(plot_comparison(results, 'Test').axes, ('accuracy/top1', 'accuracy/top2'), strict=True):
+        lines = {line.get_label(): line.get_ydata() for line in axes.lines}
+        assert lines.keys() == {'full precision', 'noise', 'psaq_v2'}
+        for method in ('noise', 'psaq_v2'):
+            assert list(lines[method]) == [results['runs'][f'{bits} {method}']['quantized'][metric]
+                                           for bits in ('W8A8', 'W4A4')]
     assert results['runs'].keys() == {'W8A8 noise', 'W8A8 psaq_v2', 'W4A4 noise', 'W4A4 psaq_v2'}
     # interrupted: one run was under way, the others are kept
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / 'a').rglob('quantized.pth')}

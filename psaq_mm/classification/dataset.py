@@ -83,7 +83,7 @@ class ImageFolder(BaseDataset):
 @TRANSFORMS.register_module()
 class ResizeEdge(BaseTransform):
     """Resizes so that the shorter side has a given length, bicubic with antialiasing (Pillow), as ImageNet models are
-    evaluated.
+    evaluated: the longer side is rounded down, as torchvision does.
 
     Args:
         scale (int): Length in pixels.
@@ -94,8 +94,8 @@ class ResizeEdge(BaseTransform):
 
     def transform(self, results):
         height, width = results['img'].shape[:2]
-        ratio = self.scale / min(height, width)
-        size = (max(self.scale, round(width * ratio)), max(self.scale, round(height * ratio)))
+        short = min(height, width)
+        size = self.scale * width // short, self.scale * height // short
         if size != (width, height):
             results['img'] = np.asarray(Image.fromarray(results['img']).resize(size, Image.Resampling.BICUBIC))
         results['img_shape'] = results['img'].shape[:2]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..quantization import CONTEXT, SCORES
 from ..quantization.layers import QuantizedAttention
-from .operators import Grid, already_quantized, dequantize, grid_of, quantize
+from .operators import already_quantized, dequantize, grid_of, in_units, quantize
 
 ADAPTERS: dict[Callable, dict[str, Callable]] = {}  # by the library's forward: replacements by name of the method
 
@@ -112,12 +112,13 @@ def quantized(x: Tensor, quantizer) -> Tensor:
     return x if quantizer is None else quantizer(x)
 
 
-def heads_of(attention, qkv: Tensor, factor: float) -> tuple[Tensor, Tensor, Tensor]:
+def heads_of(attention, x: Tensor, layer: nn.Module, factor: float) -> tuple[Tensor, Tensor, Tensor]:
     """Operands of an attention's products, as these are quantized.
 
     Args:
         attention (nn.Module): With ``num_heads``, converted or not.
-        qkv (Tensor): (B, N, 3 * C), queries, keys and values of all heads.
+        x (Tensor): (B, N, channels).
+        layer (nn.Module): Makes queries, keys and values of all heads of it, (B, N, 3 * C).
         factor (float): Of the queries.
 
     Returns:
@@ -125,13 +126,14 @@ def heads_of(attention, qkv: Tensor, factor: float) -> tuple[Tensor, Tensor, Ten
     """
     quantizers = operand_quantizers(attention)[:3]
     grids = [grid_of(quantizer) for quantizer in quantizers]
-    stored = all(grid is not None and grid.symmetric for grid in grids)
-    batch, length, channels = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    if stored:
-        scales = [grid.scale[0] / (1 if i else factor) for i, grid in enumerate(grids) for _ in range(channels)]
-        qkv = quantize(qkv, Grid(tuple(scales), (0, ) * len(scales), 2, *grids[0][3:]))
-    query, key, value = qkv.reshape(batch, length, 3, attention.num_heads, channels // attention.num_heads).permute(
-        2, 0, 3, 1, 4)
+    stored = hasattr(layer, 'integers') and all(grid is not None and grid.symmetric for grid in grids)
+    if stored:  # the layer counts in steps of the three grids, so that one rounding serves all
+        steps = [grid.scale[0] / (1 if i else factor) for i, grid in enumerate(grids)]
+        with in_units(layer, [step for step in steps for _ in range(layer.out_features // 3)]):
+            qkv = quantize(layer(x), grids[0]._replace(scale=(1.0, )))
+    else:
+        qkv = layer(x)
+    query, key, value = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
     if stored:
         query, key, value = map(dequantize, (query, key, value), grids)
         return query, key.transpose(-2, -1), value
@@ -140,11 +142,10 @@ def heads_of(attention, qkv: Tensor, factor: float) -> tuple[Tensor, Tensor, Ten
 
 def merge_heads(context: Tensor, layer: nn.Module) -> Tensor:
     """What an output projection makes of the heads, (B, heads, N, d)."""
-    batch, _, length, _ = context.shape
     grid = grid_of(getattr(layer, 'input_quantizer', None))
     if grid is None:
-        return layer(context.transpose(1, 2).reshape(batch, length, -1))
-    stored = quantize(context, grid).transpose(1, 2).reshape(batch, length, -1)
+        return layer(context.transpose(1, 2).flatten(2))
+    stored = quantize(context, grid).transpose(1, 2).flatten(2)
     with already_quantized(layer.input_quantizer):
         return layer(dequantize(stored, grid))
 
@@ -182,13 +183,13 @@ def _register():
         return self.drop(x[:, :height, :width].reshape(batch, height * width, channels))
 
     def window_attention(self, x, mask=None):
-        query, key, value = heads_of(self, self.qkv(x), self.scale)
+        query, key, value = heads_of(self, x, self.qkv, self.scale)
         side = self.window_size[0] * self.window_size[1]
         bias = self.relative_position_bias_table[self.relative_position_index.view(-1)]
         scores = query @ key + bias.view(side, side, -1).permute(2, 0, 1)[None]
         if mask is not None:
-            windows, shape = mask.shape[0], scores.shape
-            scores = (scores.view(-1, windows, *shape[1:]) + mask[:, None]).view(-1, *shape[1:])
+            shape = self.num_heads, side, side
+            scores = (scores.view(-1, mask.shape[0], *shape) + mask[:, None]).view(-1, *shape)
         weights = scores.softmax(-1)
         return merge_heads(quantized(weights, operand_quantizers(self)[3]) @ value, self.proj)
 

@@ -47,7 +47,7 @@ def exportable(model: nn.Module) -> Iterator[None]:
             raise UserError(f"'{name}': asymmetric weights cannot be exported, int8 kernels want zero point 0. "
                             'Quantize with quantization.weight.symmetric = True (the default)')
         integers, axis = integers_of(quantizer, layer.weight.detach()), quantizer.axis
-        scale = tuple(quantizer.scale.expand(layer.weight.shape[axis]).tolist())
+        scale = quantizer.scale.expand(layer.weight.shape[axis])
         transposed = isinstance(layer, QuantizedLinear)  # stored as the product takes it
         inputs = layer.input_quantizer
         if transposed and layer.bias is not None and inputs is not None and inputs.scale.numel() == 1:
@@ -55,7 +55,7 @@ def exportable(model: nn.Module) -> Iterator[None]:
             units = inputs.scale * quantizer.scale
             values = (layer.bias.detach() / units).round()
             if values.abs().max() < 2**31:
-                layer.bias_scale = tuple(units.expand(len(values)).tolist())
+                layer.bias_scale = units.expand(len(values))
                 layer.register_buffer('bias_integers', values.to(torch.int32))
                 changed.extend([(layer, 'bias_integers'), (layer, 'bias_scale')])
         layer.register_buffer('integers', integers.T.contiguous() if transposed else integers)
@@ -65,14 +65,17 @@ def exportable(model: nn.Module) -> Iterator[None]:
             def linear(x, weight, bias, layer=layer, scale=scale):
                 if layer.input_quantizer is not None:
                     x = layer.input_quantizer(x)
+                units = getattr(layer, 'units', torch.ones(1))
                 if bias is not None and hasattr(layer, 'bias_integers'):
-                    bias = Dequantize.apply(layer.bias_integers, layer.bias_scale, 0)
-                return Linear.apply(x, layer.integers, scale, bias)
+                    bias = Dequantize.apply(layer.bias_integers, tuple((layer.bias_scale / units).tolist()), 0)
+                elif bias is not None:
+                    bias = bias / units
+                return Linear.apply(x, layer.integers, tuple((scale / units).tolist()), bias)
 
             shadow(layer, 'linear', linear)
         else:
             shadow(quantizer, 'forward', lambda weight, layer=layer, scale=scale, axis=axis: Dequantize.apply(
-                layer.integers, scale, axis))
+                layer.integers, tuple(scale.tolist()), axis))
     try:
         yield
     finally:

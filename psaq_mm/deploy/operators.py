@@ -131,6 +131,18 @@ def already_quantized(quantizer: FakeQuantizer) -> Iterator[None]:
             quantizer.forward = before
 
 
+@contextmanager
+def in_units(layer, units: list[float]) -> Iterator[None]:
+    """Within it, a quantized linear layer puts out its values divided by a unit for each output channel, for nothing:
+    scales of weight and bias take them in.
+    """
+    layer.units = torch.tensor(units)
+    try:
+        yield
+    finally:
+        del layer.units
+
+
 def _dequantized(g, integers, scale, axis):
     kind = torch.int32 if integers.type().scalarType() == 'Int' else torch.int8
     grid = torch.tensor(scale), torch.zeros(len(scale), dtype=kind)

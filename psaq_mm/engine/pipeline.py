@@ -14,7 +14,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 
 from ..errors import UserError
 from ..models import attention_taps, quantize_model, scope
-from ..quantization import model_bits
+from ..quantization import model_bits, quantizers
 from ..stanza import QuantizationConfig
 from .checkpoint import CheckpointError, float_checkpoint, in_own_layout, load_float, versions
 from .config import (
@@ -116,6 +116,9 @@ def check(cfg: Config, checkpoint: str | None = None, evaluated: bool = True):
     else:
         content = float_checkpoint(model, source)
     quantize_model(model, quantization)
+    if not quantizers(model):
+        raise UserError(f"nothing to quantize: targets {', '.join(quantization.targets)} hold no linear layer, "
+                        'convolution or attention, less what keep_float names')
     if quantization.synthesis.method.startswith('psaq') and not attention_taps(model.backbone)[0]:
         raise UserError(f"{type(model.backbone).__name__} has no attention that psaq_mm knows, so there are no patch "
                         "similarities to make images by: only quantization.synthesis.method = 'noise' or 'real' works")

@@ -99,8 +99,8 @@ def comparison_table(results, title) -> Table:
     return _table(*comparison_rows(results), f'{title}: {scope_of(results)}')
 
 
-def plot_comparison(results: dict, path, title: str) -> None:
-    """Writes a picture: for every metric one line a method over the bit-widths, full precision dashed."""
+def plot_comparison(results: dict, title: str):
+    """A figure: for every metric one line a method over the bit-widths, full precision dashed."""
     from matplotlib.figure import Figure
     full = results['full_precision']
     names = metric_names([full])
@@ -118,7 +118,7 @@ def plot_comparison(results: dict, path, title: str) -> None:
         axes.grid(alpha=0.3)
     axes.legend(fontsize='small')
     figure.suptitle(f'{title}: {scope_of(results)}', fontsize='medium')
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def markdown(header, rows) -> str:
@@ -144,7 +144,7 @@ def write_comparison(results: dict, folder, title: str, json_path: str | None = 
     folder = Path(folder)
     text = markdown(*comparison_rows(results, minutes=False))
     (folder / 'table.md').write_text(f'{title}: {scope_of(results)}\n\n{text}')
-    plot_comparison(results, folder / 'grid.png', title)
+    plot_comparison(results, title).savefig(folder / 'grid.png', dpi=120)
     for path in filter(None, (folder / 'metrics.json', json_path)):
         write_json(results, path)
     table = comparison_table(results, title)
