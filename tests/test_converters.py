@@ -221,3 +221,11 @@ def test_timms_and_older_layouts_of_classifiers():
     own, name = convert_state(model.state_dict(), model)
     assert name is None and own.keys() == model.state_dict().keys()
     assert convert_swin({'neck.weight': torch.ones(1)}) == {'neck.weight': torch.ones(1)}
+
+
+def test_errors_show_a_classifiers_file_as_it_is(tmp_path):
+    torch.save({'layer1.conv.weight': torch.ones(3)}, tmp_path / 'resnet.pth')
+    model = MODELS.build(dict(type='psaq_mm.TimmClassifier', model='deit_tiny_patch16_224', img_size=64, embed_dim=32,
+                              depth=1, num_heads=2))
+    with pytest.raises(CheckpointError, match='its keys are like layer1.conv.weight'):
+        load_float(model, float_checkpoint(model, str(tmp_path / 'resnet.pth')), ('backbone', 'head'))

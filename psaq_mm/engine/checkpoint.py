@@ -92,6 +92,7 @@ def float_checkpoint(model: nn.Module, source: str) -> dict:
         CheckpointError: If it cannot be read or converted.
     """
     content = read_checkpoint(source)
+    content['keys'] = sorted(content['state_dict'])  # as the file has them, for errors
     with conversion_of(content['path']):
         content['state_dict'], content['layout'] = convert_state(content['state_dict'], model)
     return content
@@ -186,7 +187,7 @@ def load_float(model: nn.Module, checkpoint: dict, targets=('backbone', 'neck'))
     if missing:
         raise CheckpointError(f'{path} does not fit the model: it lacks {_listing(missing)} ({len(missing)} of '
                               f'{len(own)} tensors). The checkpoint belongs to another architecture; its keys are like '
-                              f'{_listing(sorted(state))}')
+                              f"{_listing(checkpoint.get('keys') or sorted(state))}")
     prefixes = tuple(f'{t}.' for t in targets)
     extra = sorted(k for k in state if k not in own and k.startswith(prefixes) and not k.endswith(DERIVED))
     if extra:
