@@ -254,6 +254,14 @@ def test_the_shipped_checkpoints_are_good_and_w8a8_keeps_it(tmp_path):
         assert full[metric] >= least, task
         assert quantized[metric] > full[metric] - loss, task
         assert np.asarray(Image.open(tmp_path / task / 'predictions.png')).std() > 10
+    pytest.importorskip('openvino', reason="needs pip install 'psaq_mm[deploy]'")
+    run_tool('benchmarks/int8_accuracy.py', tmp_path / 'detection' / 'W8A8_psaq_v2',
+             tmp_path / 'segmentation' / 'W8A8_psaq_v2', '--runtimes', 'openvino', '--out', tmp_path / 'int8')
+    compared = json.loads((tmp_path / 'int8' / 'int8_accuracy.json').read_text())
+    for label, unit in (('detection/W8A8_psaq_v2', 100), ('segmentation/W8A8_psaq_v2', 1)):
+        fake, int8 = (compared[label][kind]['metrics'] for kind in ('fake-quantized', 'openvino'))
+        for key in {'coco/bbox_mAP', 'coco/segm_mAP', 'mIoU'} & set(fake):
+            assert abs(fake[key] - int8[key]) * unit <= 0.2, (label, key)
 
 
 @pytest.mark.slow
