@@ -17,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PREDICT = 'predict'
+PAUSE = 0.1  # seconds in which the threads of the one before, which wait actively for more work, give up
 CASES = {
     'swin_t_fpn_512': ('Mask R-CNN Swin-T + FPN, 512 x 512', 'mask_rcnn_swin_t_w8a8.py', (512, 512)),
     'swin_t_fpn_800': ('Mask R-CNN Swin-T + FPN, 800 x 1344', 'mask_rcnn_swin_t_w8a8.py', (800, 1344)),
@@ -87,6 +88,7 @@ def take_turns(runs, repeats):
     times = {name: [] for name in runs}
     for turn in range(repeats + 1):  # the first warms up
         for name, run in runs.items():
+            time.sleep(PAUSE)
             started = time.perf_counter()
             run()
             if turn:

@@ -66,8 +66,8 @@ class OpenVinoSession:
 
     def run(self, images):
         """Feature maps, NumPy arrays, from images (1, 3, H, W)."""
-        found = self.request.infer({INPUT: images})
-        return [found[output].copy() for output in self.model.outputs]
+        found = self.request.infer({INPUT: images}, share_inputs=True)  # outputs are copies
+        return [found[output] for output in self.model.outputs]
 
     def products(self) -> dict[str, bool]:
         """Products and convolutions of the compiled graph by name, and whether they run in int8."""
