@@ -262,6 +262,7 @@ def test_the_shipped_checkpoints_are_good_and_w8a8_keeps_it(tmp_path):
         fake, int8 = (compared[label][kind]['metrics'] for kind in ('fake-quantized', 'openvino'))
         for key in {'coco/bbox_mAP', 'coco/segm_mAP', 'mIoU'} & set(fake):
             assert abs(fake[key] - int8[key]) * unit <= 0.2, (label, key)
+        assert min(compared[label]['openvino']['sqnr_db'].values()) >= 30, label
 
 
 @pytest.mark.slow
