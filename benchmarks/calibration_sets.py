@@ -30,18 +30,20 @@ def parse_args():
 
 
 def plot(results, path):
-    """Latency against agreement: a colour for each way to quantize, a marker for each runtime."""
+    """Latency against agreement: a colour for each calibration set, a marker for each runtime."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(7, 4.5), layout='constrained')
+    figure = Figure(figsize=(9, 4.5), layout='constrained')
     axes = figure.subplots()
     ways = list(dict.fromkeys(r['calibrated'] for r in results.values()))
     for name, r in results.items():
-        axes.scatter(r['ms'], r['agreement'], s=60, color=f"C{ways.index(r['calibrated'])}",
+        label = f'{name} ({r["runtime"]})' if r['runtime'] not in name else name
+        axes.scatter(r['ms'], r['agreement'], s=60, alpha=0.8, color=f"C{ways.index(r['calibrated'])}", label=label,
                      marker=dict(PyTorch='s', OpenVINO='o').get(r['runtime'], '^'))
-        axes.annotate(name, (r['ms'], r['agreement']), textcoords='offset points', xytext=(6, 4), fontsize=7)
     axes.set(xlabel='latency of one image, ms', ylabel='agreement with full precision, %',
              title='DeiT-Tiny, 500 photographs')
-    axes.margins(x=0.25, y=0.1)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    figure.legend(loc='outside right center', fontsize='small')
     figure.savefig(path, dpi=130)
 
 
