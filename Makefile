@@ -4,6 +4,8 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Two processes of one thread each: more threads than cores wait for each other.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test test-all env train-demo
 demo: $(READY)
@@ -11,11 +13,11 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(TESTS)
 
 test-all: $(READY)
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -m ""
+	$(TESTS) -m ""
 
 train-demo: $(READY)
 	$(BIN)/python demo/train.py

@@ -40,6 +40,6 @@ setup(
     ],
     extras_require={
         'deploy': ['onnx>=1.14', 'onnxruntime>=1.17', 'openvino>=2024.0', 'packaging'],
-        'dev': ['pytest', 'pytest-timeout', 'ruff', 'scipy'],
+        'dev': ['pytest', 'pytest-timeout', 'pytest-xdist', 'ruff', 'scipy'],
     },
 )
