@@ -283,7 +283,7 @@ def test_real_images_keep_the_real_models_accuracy():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2400)
+@pytest.mark.timeout(3000)
 def test_real_weights_of_deit_tiny_keep_their_accuracy(tmp_path):
     """../shared/bench, where it exists: full precision is what timm reports, and no data is needed to come near it.
 
@@ -293,7 +293,7 @@ def test_real_weights_of_deit_tiny_keep_their_accuracy(tmp_path):
     if not (bench / 'deit_tiny').is_dir():
         pytest.skip(f'{bench} is not here: nothing real to measure on')
     run_tool('benchmarks/deit_tiny.py', '--bench', bench, '--methods', 'psaq_v1', 'psaq_v2', '--bits', 'W8A8', 'W4A8',
-             '--out', tmp_path, '--json', tmp_path / 'j.json', timeout=2400)
+             '--out', tmp_path, '--json', tmp_path / 'j.json', timeout=2700)
     run_tool('benchmarks/agreement.py', '--grid', tmp_path)
     fidelity = json.loads((tmp_path / 'agreement.json').read_text())
     assert fidelity['W4A8 psaq_v2']['kl'] < 0.9 * fidelity['W4A8 psaq_v1']['kl']
