@@ -1,4 +1,4 @@
-"""Accuracy of the exported int8 model beside full precision and the fake-quantized model, by mm*'s own evaluation.
+"""Accuracy of the exported int8 model beside that of the fake-quantized one, by mm*'s own evaluation.
 
     make demo
     python benchmarks/int8_accuracy.py work_dirs/demo/*/W8A8_psaq_v2     # needs pip install 'psaq_mm[deploy]'

@@ -84,6 +84,21 @@ def test_a_graph_computes_on_the_models_integers(exported):
                 assert sqnr(ours, theirs) > min(sqnr(reference, ours), 40) - 3
 
 
+@pytest.mark.parametrize('activation', [dict(symmetric_products=False), dict(bits=6), dict(symmetric=True)])
+def test_windows_of_other_grids(activation, tmp_path):
+    """Attention whose operands cannot, or can all, be moved as integers."""
+    torch.manual_seed(0)
+    model = calibrated(FAMILIES_BY_NAME['mmdet_swin']().eval(), dict(activation=activation), torch.randn(2, 3, 72, 104))
+    export_graph(model, tmp_path / 'swin.onnx', (72, 104), dynamic=True)
+    images = torch.randn(1, 3, 90, 131)
+    with torch.no_grad():
+        expected = Features(model)(images)
+        set_mode(model, Mode.FLOAT)
+        full = Features(model)(images)
+    for reference, ours, theirs in zip(full, expected, plain_session(tmp_path / 'swin.onnx')(images), strict=True):
+        assert sqnr(ours, theirs) > min(sqnr(reference, ours), 40) - 3
+
+
 def test_what_a_graph_stores(exported):
     model, path = exported
     graph = onnx.load(str(path)).graph

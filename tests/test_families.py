@@ -240,6 +240,20 @@ def test_the_patch_embedding_keeps_8_bits(family):
     assert bits.pop('patch_embed') == 8 and set(bits.values()) == {4}
 
 
+@pytest.mark.parametrize('stanza, symmetric', [
+    (dict(), True), (dict(bits=6), False), (dict(bits=6, symmetric_products=True), True),
+    (dict(symmetric_products=False), False)])
+def test_queries_keys_and_values_are_symmetric_at_8_bits(stanza, symmetric):
+    for model in (mmdet_swin(), mmseg_vit(), timm_vit()):
+        found = quantizers(quantize_model(model, dict(targets=['backbone'], activation=stanza)))
+        operands = {name: quantizer.config.symmetric for name, quantizer in found.items()
+                    if name.endswith(('.a_quantizer', '.b_quantizer'))}
+        for name, ours in operands.items():  # attention weights are not negative
+            assert ours == (symmetric and not name.endswith('matmul_context.a_quantizer')), name
+        assert len(operands) >= 12
+        assert not any(q.config.symmetric for name, q in found.items() if name.endswith('input_quantizer'))
+
+
 def test_targets_may_name_heads(family):
     model, images = family[0], images_for(family[0])
     head = next(name for name in ('bbox_head', 'decode_head', 'head') if hasattr(model, name))

@@ -65,12 +65,12 @@ def exportable(model: nn.Module) -> Iterator[None]:
             def linear(x, weight, bias, layer=layer, scale=scale):
                 if layer.input_quantizer is not None:
                     x = layer.input_quantizer(x)
-                units = getattr(layer, 'units', torch.ones(1))
+                unit = getattr(layer, 'units', torch.ones(1))  # see operators.in_units
                 if bias is not None and hasattr(layer, 'bias_integers'):
-                    bias = Dequantize.apply(layer.bias_integers, tuple((layer.bias_scale / units).tolist()), 0)
+                    bias = Dequantize.apply(layer.bias_integers, tuple((layer.bias_scale / unit).tolist()), 0)
                 elif bias is not None:
-                    bias = bias / units
-                return Linear.apply(x, layer.integers, tuple((scale / units).tolist()), bias)
+                    bias = bias / unit
+                return Linear.apply(x, layer.integers, tuple((scale / unit).tolist()), bias)
 
             shadow(layer, 'linear', linear)
         else:

@@ -37,14 +37,18 @@ class Grid(NamedTuple):
         return self.low < 0 and not any(self.zero_point)
 
 
+def _grid(quantizer, axis):
+    return Grid(tuple(quantizer.scale.tolist()), tuple(quantizer.zero_point.tolist()), axis, quantizer.quant_min,
+                quantizer.quant_max)
+
+
 def grid_of(quantizer: FakeQuantizer | None) -> Grid | None:
     """The grid of a quantizer with one scale and 8 bits, which an activation can be stored on; None of any other."""
     if quantizer is None or quantizer.mode is not Mode.QUANTIZE:
         return None
     if quantizer.config.bits < 8 or len(quantizer.scale) > 1:
         return None
-    return Grid(tuple(quantizer.scale.tolist()), tuple(quantizer.zero_point.tolist()), 0, quantizer.quant_min,
-                quantizer.quant_max)
+    return _grid(quantizer, 0)
 
 
 def _along(values, kind, axis, dim):
@@ -63,13 +67,18 @@ def _attributes(scale, zero_point, axis, low):
     return torch.int8 if low < 0 else torch.uint8, dict(axis_i=axis) if len(scale) > 1 else {}
 
 
+def _rounded(x, scale, zero_point, axis, low, high):
+    """The integers that a fake-quantizer rounds to, int8 or uint8."""
+    inverse = _along(scale, torch.float32, axis, x.dim()).reciprocal()
+    integers = (x * inverse).round() + _along(zero_point, torch.float32, axis, x.dim())
+    return integers.clamp(low, high).to(_attributes(scale, zero_point, axis, low)[0])
+
+
 class _Quantize(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, x, scale, zero_point, axis, low, high):
-        inverse = _along(scale, torch.float32, axis, x.dim()).reciprocal()  # as the fake-quantizer rounds
-        integers = (x * inverse).round() + _along(zero_point, torch.float32, axis, x.dim())
-        return integers.clamp(low, high).to(_attributes(scale, zero_point, axis, low)[0])
+    def forward(ctx, x, *grid):
+        return _rounded(x, *grid)
 
     @staticmethod
     def symbolic(g, x, scale, zero_point, axis, low, high):
@@ -113,8 +122,7 @@ def activation(quantizer: FakeQuantizer, x: Tensor) -> Tensor:
     if len(quantizer.scale) > 1 and quantizer.quant_max - quantizer.quant_min < 255:
         raise UserError(f"'{quantizer.name}': activations of fewer than 8 bits with a scale for each channel cannot be "
                         'exported, use granularity per_tensor')
-    grid = Grid(tuple(quantizer.scale.tolist()), tuple(quantizer.zero_point.tolist()), quantizer.axis % x.dim(),
-                quantizer.quant_min, quantizer.quant_max)
+    grid = _grid(quantizer, quantizer.axis % x.dim())
     return dequantize(quantize(x, grid), grid)
 
 
@@ -178,6 +186,4 @@ class Linear(torch.autograd.Function):
 
 def integers_of(quantizer: FakeQuantizer, weight: Tensor) -> Tensor:
     """A weight on its symmetric grid, int8."""
-    inverse = quantizer.scale.reciprocal()  # as the fake-quantizer rounds
-    inverse = inverse.view([-1 if i == quantizer.axis else 1 for i in range(weight.dim())])
-    return (weight * inverse).round().clamp(quantizer.quant_min, quantizer.quant_max).to(torch.int8)
+    return _rounded(weight, *_grid(quantizer, quantizer.axis))

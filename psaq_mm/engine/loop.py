@@ -308,10 +308,11 @@ class DataFreeLoop(BaseLoop):
             if config.weight_ranges == 'mse':
                 restore = search_weight_ranges(self.student, compared)
                 found = self.game.consider()
-                if found > self.game.best:
+                worse = found > self.game.best
+                if worse:
                     restore()
                 self.runner.logger.info(
-                    f'Weight ranges of least squared error {"put back" if found > self.game.best else "kept"}: '
+                    f'Weight ranges of least squared error {"put back" if worse else "kept"}: '
                     f'discrepancy on held-back images {self.game.initial:.4f} -> {found:.4f}')
             self.minutes['game'] += (time.perf_counter() - started) / 60
             self.announce(f'game, discrepancy of the plain calibration {self.game.initial:.4f} on held-back images', 3)

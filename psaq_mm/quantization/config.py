@@ -39,7 +39,7 @@ class ActivationConfig(WeightConfig):
     granularity: Granularity = Field('per_tensor', description='one scale a tensor, or one an input channel')
     symmetric: bool = Field(False, description='zero point fixed at 0')
     symmetric_products: bool | None = Field(
-        None, description='zero point fixed at 0 for queries, keys and values, without which runtimes have no int8 '
+        None, description='zero point fixed at 0 for queries, keys and values, without which OpenVINO has no int8 '
         'kernels for their products; None: with 8 bits')
     observer: Observer = Field('moving_average_minmax', description='how the range is chosen')
 
