@@ -260,8 +260,9 @@ def test_the_shipped_checkpoints_are_good_and_w8a8_keeps_it(tmp_path):
     compared = json.loads((tmp_path / 'int8' / 'int8_accuracy.json').read_text())
     for label, unit in (('detection/W8A8_psaq_v2', 100), ('segmentation/W8A8_psaq_v2', 1)):
         fake, int8 = (compared[label][kind]['metrics'] for kind in ('fake-quantized', 'openvino'))
-        for key in {'coco/bbox_mAP', 'coco/segm_mAP', 'mIoU'} & set(fake):
-            assert abs(fake[key] - int8[key]) * unit <= 0.2, (label, key)
+        for key, rounding in (('coco/bbox_mAP', 0.1), ('coco/segm_mAP', 0.1), ('mIoU', 0.01)):
+            if key in fake:  # each is rounded by mmdet (to 0.1) or mmseg: twice half a unit on top of 0.2
+                assert abs(fake[key] - int8[key]) * unit < 0.2 + rounding + 1e-6, (label, key)
         assert min(compared[label]['openvino']['sqnr_db'].values()) >= 30, label
 
 
