@@ -17,7 +17,7 @@ from psaq_mm.quantization import (
     UncalibratedError,
     WeightConfig,
 )
-from psaq_mm.quantization.quantizer import fake_quantize
+from psaq_mm.quantization.quantizer import fake_quantize, fake_quantize_backward
 
 
 def calibrated(config, *batches, channels=1, axis=0):
@@ -214,13 +214,25 @@ def test_fake_quantize_is_torchs_own_bit_for_bit(shape, channels, axis, symmetri
         return torch.fake_quantize_per_channel_affine(value, scale, zero_point, axis, low, high)
 
     for value in (x, x.mT.contiguous().mT, x.repeat_interleave(2, -1)[..., ::2]):  # transposed, a part of a larger one
-        rounded, outside = fake_quantize(value, scale, zero_point, axis, low, high)
+        rounded = fake_quantize(value, scale, zero_point, axis, low, high)
         reference = value.clone().requires_grad_()
         expected = torchs(reference)
         assert torch.equal(rounded, expected)
         expected.backward(torch.ones_like(expected))
-        assert 0 < len(outside) < value.numel()
-        assert torch.equal(outside, (reference.grad == 0).flatten().nonzero().flatten())
+        found, *none = fake_quantize_backward(torch.ones(x.shape), value.contiguous(), scale, zero_point, axis, low,
+                                              high, False)
+        assert torch.equal(found, reference.grad) and 0 < found.sum() < value.numel() and none == [None, None]
+
+
+@pytest.mark.parametrize('low, high, zero_point', [(-128, 127, 0), (0, 255, 100), (0, 255, 101), (-8, 7, 0)])
+def test_halves_at_the_ends_of_the_grid_pass_as_torch_rounds_them(low, high, zero_point):
+    scale, zero_point = torch.tensor([0.5]), torch.tensor([zero_point], dtype=torch.int32)
+    ends = torch.tensor([low, high]) - zero_point
+    x = torch.cat([(ends + 0.5) * 0.5, (ends - 0.5) * 0.5, ends * 0.5])
+    x = torch.cat([x, x.nextafter(x + 1), x.nextafter(x - 1)]).requires_grad_()
+    torch.fake_quantize_per_tensor_affine(x, scale, zero_point, low, high).sum().backward()
+    found, *_ = fake_quantize_backward(torch.ones(len(x)), x.detach(), scale, zero_point, 0, low, high, False)
+    assert torch.equal(found, x.grad) and 0 < found.sum() < len(x)
 
 
 def test_straight_through_gradient_of_a_quantizer_is_torchs_own():

@@ -1,6 +1,7 @@
 """Priors, the image optimiser and the rules of the game, on models of a few numbers."""
 import copy
 import random
+import sys
 
 import pytest
 import torch
@@ -99,14 +100,19 @@ def test_each_variation_of_lesson_views_does_what_it_says():
     assert (0.4 <= span).all() and (span <= 1.8).all() and len(span.unique()) == 3
 
 
-def test_distillation_is_a_relative_squared_error_with_autograds_gradient():
+def test_distillation_is_a_relative_squared_error_with_autograds_gradient(monkeypatch):
     torch.manual_seed(0)
-    teacher = [torch.randn(2, 3, 4, 4), 10 * torch.randn(2, 5)]
-    student = [torch.randn_like(t).requires_grad_() for t in teacher]
+    monkeypatch.setattr(sys.modules['psaq_mm.synthesis.game'], 'CHUNK', 10)
+    teacher = [torch.randn(2, 3, 4, 4), 10 * torch.randn(2, 5), torch.randn(3, 7).half()]
+    student = [torch.randn(t.shape).requires_grad_() for t in teacher]
+    student[0] = student[0].transpose(2, 3)
     for t, s in zip(teacher, student):
-        plain = (s - t).square().sum() / t.square().sum()
-        torch.testing.assert_close(distillation(t, s), plain)
-        for a, b in zip(torch.autograd.grad(3 * distillation(t, s), s), torch.autograd.grad(3 * plain, s)):
+        plain = (s - t).square().sum() / t.float().square().sum()
+        error, gap = distillation(t, s)
+        torch.testing.assert_close(error, plain)
+        torch.testing.assert_close(gap, discrepancy([t], [s]).mean().detach())
+        assert not gap.requires_grad
+        for a, b in zip(torch.autograd.grad(3 * error, s), torch.autograd.grad(3 * plain, s)):
             torch.testing.assert_close(a, b)
 
 

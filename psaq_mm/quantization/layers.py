@@ -83,29 +83,22 @@ class _LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, roundings, *parameters):
-        ctx.roundings = of_x, of_weight = roundings
-        x, kept_x, x_outside = of_x.forward(x)
-        weight, kept_weight, weight_outside = of_weight.forward(weight)
-        learned = of_x.learned or of_weight.learned  # then both are needed, whoever has a gradient
-        ctx.save_for_backward(kept_x if ctx.needs_input_grad[1] or learned else None, x_outside,
-                              kept_weight if ctx.needs_input_grad[0] or learned else None, weight_outside)
-        ctx.shape = x.shape
+        ctx.roundings, ctx.shape = roundings, x.shape
+        x, kept_x = roundings[0].forward(x)
+        weight, kept_weight = roundings[1].forward(weight)
+        ctx.save_for_backward(kept_x, kept_weight)
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
-        (x, x_outside, weight, weight_outside), (of_x, of_weight) = ctx.saved_tensors, ctx.roundings
+        (x, weight), (of_x, of_weight) = ctx.saved_tensors, ctx.roundings
         rows = grad.reshape(-1, grad.shape[-1])
         x_grads = weight_grads = (None, ) * 3
         bias_grad = None
-        rounded_x, rounded_weight = of_x.again(x), of_weight.again(weight)
         if ctx.needs_input_grad[1] or of_weight.learned:
-            weight_grads = rows.T @ rounded_x.reshape(-1, rounded_x.shape[-1])
+            weight_grads = of_weight.gradients(rows.T @ of_x.again(x).reshape(-1, x.shape[-1]), weight)
         if ctx.needs_input_grad[0] or of_x.learned:
-            x_grads = (rows @ rounded_weight).view(ctx.shape)
-            x_grads = of_x.gradients(x_grads, x, rounded_x, x_outside)
-        if torch.is_tensor(weight_grads):
-            weight_grads = of_weight.gradients(weight_grads, weight, rounded_weight, weight_outside)
+            x_grads = of_x.gradients((rows @ of_weight.again(weight)).view(ctx.shape), x)
         if ctx.needs_input_grad[2]:
             bias_grad = rows.sum(0)
         return x_grads[0], weight_grads[0], bias_grad, None, *x_grads[1:], *weight_grads[1:]
@@ -117,14 +110,14 @@ class _ConvolutionFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, arguments, roundings, *parameters):
         ctx.arguments, ctx.roundings, ctx.bias = arguments, roundings, None if bias is None else list(bias.shape)
-        x, kept_x, x_outside = roundings[0].forward(x)
-        weight, kept_weight, weight_outside = roundings[1].forward(weight)
-        ctx.save_for_backward(kept_x, x_outside, kept_weight, weight_outside)
+        x, kept_x = roundings[0].forward(x)
+        weight, kept_weight = roundings[1].forward(weight)
+        ctx.save_for_backward(kept_x, kept_weight)
         return torch.convolution(x, weight, bias, *arguments)
 
     @staticmethod
     def backward(ctx, grad):
-        (x, x_outside, weight, weight_outside), (of_x, of_weight) = ctx.saved_tensors, ctx.roundings
+        (x, weight), (of_x, of_weight) = ctx.saved_tensors, ctx.roundings
         rounded_x, rounded_weight = of_x.again(x), of_weight.again(weight)
         wanted = (ctx.needs_input_grad[0] or of_x.learned, ctx.needs_input_grad[1] or of_weight.learned,
                   ctx.needs_input_grad[2])
@@ -132,9 +125,9 @@ class _ConvolutionFunction(torch.autograd.Function):
             grad, rounded_x, rounded_weight, ctx.bias, *ctx.arguments, wanted)
         x_grads = weight_grads = (None, ) * 3
         if wanted[0]:
-            x_grads = of_x.gradients(x_grad.contiguous(), x, rounded_x, x_outside)
+            x_grads = of_x.gradients(x_grad.contiguous(), x)
         if wanted[1]:
-            weight_grads = of_weight.gradients(weight_grad.contiguous(), weight, rounded_weight, weight_outside)
+            weight_grads = of_weight.gradients(weight_grad.contiguous(), weight)
         return x_grads[0], weight_grads[0], bias_grad, None, None, *x_grads[1:], *weight_grads[1:]
 
 
@@ -144,19 +137,19 @@ class _MatMulFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, b, roundings, *parameters):
         ctx.transposed, ctx.roundings = b.stride(-2) < b.stride(-1), roundings
-        a, kept_a, a_outside = roundings[0].forward(a)
-        b, kept_b, b_outside = roundings[1].forward(b.mT if ctx.transposed else b)
-        ctx.save_for_backward(kept_a, a_outside, kept_b, b_outside)
+        a, kept_a = roundings[0].forward(a)
+        b, kept_b = roundings[1].forward(b.mT if ctx.transposed else b)
+        ctx.save_for_backward(kept_a, kept_b)
         return a @ (b.mT if ctx.transposed else b)
 
     @staticmethod
     def backward(ctx, grad):
-        (a, a_outside, b, b_outside), (of_a, of_b) = ctx.saved_tensors, ctx.roundings
+        (a, b), (of_a, of_b) = ctx.saved_tensors, ctx.roundings
         rounded_a, rounded_b = of_a.again(a), of_b.again(b)
         a_grad = grad @ (rounded_b if ctx.transposed else rounded_b.mT)
         b_grad = grad.mT @ rounded_a if ctx.transposed else rounded_a.mT @ grad
-        a_grad, *a_parameters = of_a.gradients(a_grad, a, rounded_a, a_outside)
-        b_grad, *b_parameters = of_b.gradients(b_grad, b, rounded_b, b_outside)
+        a_grad, *a_parameters = of_a.gradients(a_grad, a)
+        b_grad, *b_parameters = of_b.gradients(b_grad, b)
         return a_grad, b_grad.mT if ctx.transposed else b_grad, None, *a_parameters, *b_parameters
 
 
@@ -280,10 +273,10 @@ class _AttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, mask, roundings, *parameters):
         ctx.roundings = of_query, of_key, of_value, of_weights = roundings
-        query, kept_query, query_outside = of_query.forward(query)
-        key, kept_key, key_outside = of_key.forward(key)
-        value, kept_value, value_outside = of_value.forward(value)
-        ctx.save_for_backward(kept_query, query_outside, kept_key, key_outside, kept_value, value_outside, mask)
+        query, kept_query = of_query.forward(query)
+        key, kept_key = of_key.forward(key)
+        value, kept_value = of_value.forward(value)
+        ctx.save_for_backward(kept_query, kept_key, kept_value, mask)
         return of_weights.forward(_AttentionFunction.weights(query, key, mask))[0] @ value
 
     @staticmethod
@@ -293,20 +286,19 @@ class _AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        query, query_outside, key, key_outside, value, value_outside, mask = ctx.saved_tensors
+        query, key, value, mask = ctx.saved_tensors
         of_query, of_key, of_value, of_weights = ctx.roundings
         rounded_query, rounded_key, rounded_value = of_query.again(query), of_key.again(key), of_value.again(value)
         weights = _AttentionFunction.weights(rounded_query, rounded_key, mask)
-        rounded, _, outside = of_weights.forward(weights)
-        value_grad = rounded.mT @ grad
+        value_grad = of_weights.again(weights).mT @ grad
         grad = grad @ rounded_value.mT
-        value_grads = of_value.gradients(value_grad, value, rounded_value, value_outside)
-        grad, *parameters = of_weights.gradients(grad, weights, rounded, outside)
+        value_grads = of_value.gradients(value_grad, value)
+        grad, *parameters = of_weights.gradients(grad, weights)
         grad = torch._softmax_backward_data(grad, weights, -1, weights.dtype)
         mask_grad = grad.sum_to_size(mask.shape) if ctx.needs_input_grad[3] else None
         query_grad, key_grad = grad @ rounded_key, grad.mT @ rounded_query
-        query_grads = of_query.gradients(query_grad, query, rounded_query, query_outside)
-        key_grads = of_key.gradients(key_grad, key, rounded_key, key_outside)
+        query_grads = of_query.gradients(query_grad, query)
+        key_grads = of_key.gradients(key_grad, key)
         return (query_grads[0], key_grads[0], value_grads[0], mask_grad, None, *query_grads[1:], *key_grads[1:],
                 *value_grads[1:], *parameters)
 

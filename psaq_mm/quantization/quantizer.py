@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .observers import affine_parameters, build_observer, quantization_grid
 
-CHUNK = 1 << 17  # values at a time, which stay in the cache from pass to pass; measured, our choice
+CHUNK = 1 << 18  # values at a time, which stay in the cache from pass to pass; measured, our choice
 
 
 class UncalibratedError(UserError):
@@ -28,41 +28,59 @@ def describe(grid, scales: int) -> str:
 
 _library = torch.library.Library('psaq_mm', 'FRAGMENT')
 _library.define('fake_quantize(Tensor x, Tensor scale, Tensor zero_point, int axis, int quant_min, int quant_max) '
-                '-> (Tensor, Tensor)')
+                '-> Tensor')
+
+
+class _Grid:
+    """Scales and ends of a grid, and how tensors on it are cut into pieces that stay in the cache.
+
+    Args:
+        scale, zero_point (Tensor): (channels,), or (1,) for per-tensor.
+        axis (int): The axis that scales run along where there are several.
+        quant_min, quant_max (int): Ends, as integers that the zero point was added to.
+        shape (torch.Size): Of the tensors.
+    """
+
+    def __init__(self, scale, zero_point, axis, quant_min, quant_max, shape):
+        self.per_tensor, self.axis = scale.numel() == 1, axis
+        along = (1, ) if self.per_tensor else tuple(-1 if dim == axis else 1 for dim in range(len(shape)))
+        self.scale = scale.detach().view(along)
+        self.inverse = self.scale.reciprocal()
+        if zero_point.numel() == 1 or not zero_point.any():  # the latter: of symmetric quantization
+            self.low, self.high = (end - zero_point[0].item() for end in (quant_min, quant_max))
+        else:
+            self.low, self.high = ((end - zero_point.detach()).float().view(along) for end in (quant_min, quant_max))
+        self.others = [dim for dim in range(len(shape)) if dim != axis]
+        self.rows = CHUNK if self.per_tensor else max(1, CHUNK // max(1, shape[1:].numel()))
+
+    def pieces(self, *tensors, sums=()):
+        """Pieces of contiguous tensors, each with scale, inverse, ends and ``sums``, which are shaped as the scale."""
+        if self.per_tensor:
+            tensors = [tensor.view(-1) for tensor in tensors]
+        along = (self.scale, self.inverse, self.low, self.high, *sums)
+        split = [tensor.split(self.rows) for tensor in tensors]
+        if self.per_tensor or self.axis:
+            return ((*parts, *along) for parts in zip(*split))
+        along = (x.split(self.rows) if isinstance(x, Tensor) else [x] * len(split[0]) for x in along)
+        return zip(*split, *along)
+
+    def total(self, a, b):
+        """Sum of a product over what shares a scale."""
+        return torch.dot(a, b) if self.per_tensor else (a * b).sum(self.others, keepdim=True)
 
 
 def _fake_quantize(x, scale, zero_point, axis, quant_min, quant_max):
-    shape = [1] * x.dim()
-    if scale.numel() > 1:
-        shape[axis] = -1
-    x, scale = x.contiguous(), scale.view(shape)
-    if zero_point.numel() == 1 or not zero_point.any():  # the latter: of symmetric quantization
-        low, high = (end - zero_point[0].item() for end in (quant_min, quant_max))
-    else:
-        low, high = ((end - zero_point).float().view(shape) for end in (quant_min, quant_max))
-    rounded, outside = torch.empty_like(x), []
-    if scale.numel() > 1:  # a weight, mostly: small
-        parts = [(x, rounded)]
-    else:
-        parts, scale = list(zip(x.view(-1).split(CHUNK), rounded.view(-1).split(CHUNK))), scale.view(1)
-    inverse, integers = scale.reciprocal(), torch.empty_like(parts[0][0])
-    for number, (source, target) in enumerate(parts):
-        part = torch.mul(source, inverse, out=integers[:len(source)]).round_()
-        lowest, highest = torch.aminmax(part)
-        if isinstance(low, Tensor) or not (lowest >= low and highest <= high):
-            torch.clamp(part, low, high, out=target)
-            outside.append(target.ne(part).flatten().nonzero().flatten() + number * CHUNK)
-            target.mul_(scale)
-        else:
-            torch.mul(part, scale, out=target)
-    return rounded, torch.cat(outside) if outside else torch.empty(0, dtype=torch.int64)
+    x = x.contiguous()
+    rounded, grid = torch.empty_like(x), _Grid(scale, zero_point, axis, quant_min, quant_max, x.shape)
+    for source, target, scale, inverse, low, high in grid.pieces(x, rounded):
+        torch.mul(source, inverse, out=target).round_().clamp_(low, high).mul_(scale)
+    return rounded
 
 
 _library.impl('fake_quantize', _fake_quantize, 'CPU')
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int,
-                  quant_max: int) -> tuple[Tensor, Tensor]:
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int) -> Tensor:
     """What torch's fused ``fake_quantize_*`` ops compute, bit for bit, in vectorised passes over what fits the cache.
 
     On CPU torch's own (2.13) work value by value, several times slower. Has no gradient of its own. Source: our choice.
@@ -74,24 +92,61 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant
         quant_min, quant_max (int): Ends of the grid.
 
     Returns:
-        tuple[Tensor, Tensor]: The rounded values, contiguous, and the places of those outside the grid, mostly few or
-        none: (K,) int64, counted along the flattened tensor.
+        Tensor: The rounded values, contiguous.
     """
     return torch.ops.psaq_mm.fake_quantize(x.detach(), scale, zero_point, axis, quant_min, quant_max)
 
 
-def zero_at(grad: Tensor, outside: Tensor) -> Tensor:
-    """Sets a contiguous gradient to zero at places counted along the flattened tensor, in place."""
-    if len(outside):
-        grad.view(-1).index_fill_(0, outside, 0)
-    return grad
+def fake_quantize_backward(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int,
+                           quant_max: int, learned: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """From the gradient of the rounded values to that of the values and, where they are learned, of the range.
+
+    With ``v = scale * (clamp(round(x / scale + zero_point)) - zero_point)`` and straight-through rounding, the gradient
+    passes inside the grid and is 0 outside; the derivative by the scale is ``(v - x) / scale`` inside and ``v / scale``
+    outside, by the zero point ``-scale`` outside. In passes without booleans, which torch does not vectorise.
+    Source: LSQ and LSQ+.
+
+    Args:
+        grad (Tensor): Of the rounded values, contiguous; overwritten with that of the values.
+        x (Tensor): The values, contiguous.
+        scale, zero_point, axis, quant_min, quant_max: As of :func:`fake_quantize`.
+        learned (bool): Whether scale and zero point need gradients.
+
+    Returns:
+        tuple[Tensor, Tensor | None, Tensor | None]: Gradients of values, scale and zero point.
+    """
+    grid = _Grid(scale, zero_point, axis, quant_min, quant_max, x.shape)
+    errors, beyond = torch.zeros_like(grid.scale), torch.zeros_like(grid.scale)
+    scratch = None
+    for grads, values, scale, inverse, low, high, error, out in grid.pieces(grad, x, sums=(errors, beyond)):
+        if scratch is None:
+            scratch = [torch.empty_like(values) for _ in range(3 if learned else 2)]
+        integers, rounded, *rest = (buffer[:len(values)] for buffer in scratch)
+        torch.mul(values, inverse, out=integers).round_()
+        torch.clamp(integers, low, high, out=rounded)
+        clipped = integers.sub_(rounded).view(-1)
+        all_inside = torch.dot(clipped, clipped).item() == 0
+        inside = integers if all_inside else integers.eq_(0)
+        if learned:
+            error += grid.total(grads, rounded.mul_(scale).sub_(values))
+        if not all_inside and learned:
+            inside = torch.mul(grads, inside, out=rest[0])
+            grads -= inside
+            error += grid.total(grads, values)
+            out += grads.sum() if grid.per_tensor else grads.sum(grid.others, keepdim=True)
+            grads.copy_(inside)
+        elif not all_inside:
+            grads *= inside
+    if not learned:
+        return grad, None, None
+    return grad, (errors / grid.scale).view(-1), (-grid.scale * beyond).view(-1)
 
 
 class Rounding:
     """Rounds one tensor inside an autograd function, and finds the gradients of its values, scale and zero point.
 
-    Where the scale is learned it keeps the values as they came and rounds them again in the backward pass, else the
-    rounded ones: either way one tensor, besides the places outside the grid.
+    The function keeps the values as they came (of a weight that is no memory at all) and rounds them again in the
+    backward pass.
 
     Args:
         quantizer (FakeQuantizer | None): Without one, or with one that does not round at present, nothing happens.
@@ -109,46 +164,28 @@ class Rounding:
         """Scale and zero point, which the autograd function takes as arguments, to be able to give them gradients."""
         return self.grid[:2] if self.grid else (None, None)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The rounded values; what to keep of them; the places outside."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The rounded values; what to keep of them."""
         if self.quantizer is None or not self.quantizer.rounds(x):
-            return x, x, torch.empty(0, dtype=torch.int64)
+            return x, x
         x = x.contiguous()  # what is kept is no part of something larger
-        rounded, outside = fake_quantize(x, *self.grid)
-        return rounded, x if self.learned else rounded, outside
+        return fake_quantize(x, *self.grid), x
 
     def again(self, kept: Tensor) -> Tensor:
         """The rounded values, in the backward pass."""
-        return fake_quantize(kept, *self.grid)[0] if self.learned else kept
+        return kept if self.grid is None else fake_quantize(kept, *self.grid)
 
-    def gradients(self, grad: Tensor, kept: Tensor, rounded: Tensor, outside: Tensor) -> tuple:
-        """From the gradient of the rounded values to that of the values, of the scale and of the zero point.
-
-        With ``v = scale * (clamp(round(x / scale + zero_point)) - zero_point)`` and straight-through rounding, the
-        derivative by the scale is ``(v - x) / scale`` inside the grid and ``v / scale`` outside, by the zero point
-        ``-scale`` outside. Source: LSQ and LSQ+.
+    def gradients(self, grad: Tensor, kept: Tensor) -> tuple:
+        """Gradients of the values, the scale and the zero point, see :func:`fake_quantize_backward`.
 
         Args:
             grad (Tensor): Of the rounded values, contiguous; overwritten.
-            kept, rounded, outside (Tensor): From :meth:`forward` and :meth:`again`; ``rounded`` is overwritten where
-                the scale is learned.
+            kept (Tensor): From :meth:`forward`.
         """
-        if not self.learned:
-            return zero_at(grad, outside), None, None
-        scale, zero_point, axis, _, _ = self.grid
-        error, beyond = rounded.sub_(kept), grad.view(-1)[outside]
-        if scale.numel() == 1:
-            total = torch.dot(grad.view(-1), error.view(-1))
-            if len(outside):
-                total += torch.dot(beyond, kept.view(-1)[outside])
-            scale_grad, zero_grad = total / scale, -scale * beyond.sum()
-        else:
-            others = [dim for dim in range(grad.dim()) if dim != axis]
-            clipped = torch.zeros_like(grad)
-            clipped.view(-1)[outside] = beyond
-            scale_grad = (grad * error).add_(clipped * kept).sum(others) / scale
-            zero_grad = -scale * clipped.sum(others)
-        return zero_at(grad, outside), scale_grad, zero_grad if zero_point.requires_grad else None
+        if self.grid is None:
+            return grad, None, None
+        grad, scale_grad, zero_grad = fake_quantize_backward(grad, kept, *self.grid, self.learned)
+        return grad, scale_grad, zero_grad if self.grid[1].requires_grad else None
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -156,18 +193,15 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, rounding, *parameters):
-        rounded, kept, outside = rounding.forward(x)
+        rounded, kept = rounding.forward(x)
         ctx.rounding = rounding
-        ctx.save_for_backward(kept if rounding.learned else None, outside)
+        ctx.save_for_backward(kept)
         return rounded
 
     @staticmethod
     def backward(ctx, grad):
-        (kept, outside), rounding = ctx.saved_tensors, ctx.rounding
-        if rounding.learned or len(outside):  # the gradient that comes in is not ours to change
-            grad = grad.clone(memory_format=torch.contiguous_format)
-        rounded = rounding.again(kept) if rounding.learned else None
-        grad, *parameters = rounding.gradients(grad, kept, rounded, outside)
+        grad = grad.clone(memory_format=torch.contiguous_format)  # that which comes in is not ours to change
+        grad, *parameters = ctx.rounding.gradients(grad, *ctx.saved_tensors)
         return grad, None, *parameters
 
 

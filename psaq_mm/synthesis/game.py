@@ -41,23 +41,47 @@ def discrepancy(teacher: Features, student: Features) -> Tensor:
     return torch.stack(terms).mean(0)
 
 
-class _RelativeError(torch.autograd.Function):
-    """Mean squared error relative to the mean square of the first argument; keeps its arguments and nothing else."""
+CHUNK = 1 << 18  # values at a time on CPU, which stay in the cache from pass to pass
+
+
+class _RelativeErrors(torch.autograd.Function):
+    """Of two tensors of a shape: squared error over the first's square, absolute error over its magnitude.
+
+    The former has a gradient for the second argument. Keeps its arguments and nothing else.
+    """
+
+    @staticmethod
+    def pieces(teacher, student):
+        """Flat pieces of both, in float32."""
+        size = CHUNK if student.device.type == 'cpu' else student.numel()
+        for pair in zip(teacher.reshape(-1).split(size), student.reshape(-1).split(size)):
+            yield map(torch.Tensor.float, pair)
 
     @staticmethod
     def forward(ctx, teacher, student):
-        power = teacher.float().square().mean().clamp(min=1e-12)
-        ctx.save_for_backward(teacher, student, power)
-        return (student.float() - teacher.float()).square().mean() / power
+        sums = []
+        for aim, found in _RelativeErrors.pieces(teacher, student):
+            error = found - aim
+            squares = torch.dot(error, error), torch.dot(aim, aim)
+            sums.append(torch.stack([*squares, error.abs_().sum(), aim.abs().sum()]))
+        squared, power, absolute, magnitude = torch.stack(sums).sum(0)
+        ctx.save_for_backward(teacher, student, power.clamp_(min=1e-12 * student.numel()))
+        gap = absolute / magnitude.clamp_(min=1e-12 * student.numel())
+        ctx.mark_non_differentiable(gap)
+        return squared / power, gap
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         teacher, student, power = ctx.saved_tensors
-        return None, ((student.float() - teacher.float()) * (2 * grad / (power * teacher.numel()))).to(student.dtype)
+        out, factor = torch.empty_like(student, memory_format=torch.contiguous_format), 2 * grad / power
+        for piece, (aim, found) in zip(out.view(-1).split(CHUNK if out.device.type == 'cpu' else out.numel()),
+                                       _RelativeErrors.pieces(teacher, student)):
+            piece.copy_((found - aim).mul_(factor))
+        return None, out
 
 
-def distillation(teacher: Tensor, student: Tensor) -> Tensor:
-    """What the student minimises, for one map: mean squared error relative to the teacher's mean square.
+def distillation(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+    """What the student minimises, for one map, and the discrepancy beside it.
 
     Source: ours; the discrepancy has magnitudes.
 
@@ -65,9 +89,10 @@ def distillation(teacher: Tensor, student: Tensor) -> Tensor:
         teacher, student (Tensor): The same shape; the teacher's has no gradient.
 
     Returns:
-        Tensor: A scalar.
+        tuple[Tensor, Tensor]: Scalars: mean squared error relative to the teacher's mean square; without a gradient,
+        what :func:`discrepancy` says of this map.
     """
-    return _RelativeError.apply(teacher, student)
+    return _RelativeErrors.apply(teacher, student)
 
 
 class Game:
@@ -173,7 +198,13 @@ class Game:
             gain = (gap / self.reference).clamp(max=self.config.bound)
             return (prior_loss(view, self.synthesis) - entropy - self.config.weight * gain).mean()
 
-        self.optimizers[self.image_updates % len(self.optimizers)].step(objective)
+        for parameter in self.parameters.values():  # images alone need gradients
+            parameter.requires_grad_(False)
+        try:
+            self.optimizers[self.image_updates % len(self.optimizers)].step(objective)
+        finally:
+            for parameter in self.parameters.values():
+                parameter.requires_grad_()
         return log
 
     def new_lesson(self, seed: int) -> tuple[Tensor, Features, Features]:
@@ -207,12 +238,10 @@ class Game:
             self.lesson = None
         # An error computed when its map appears has its gradient computed when that is needed, and not kept till then.
         inner, errors = iter(inner), []
-        student = self.student(view, lambda value: errors.append(distillation(next(inner), value)))
-        with torch.no_grad():
-            gap = discrepancy(teacher, student).mean().item()
-        errors.extend(map(distillation, teacher, student))
-        self.update(torch.stack(errors).mean())
-        return dict(discrepancy=gap)
+        student = self.student(view, lambda value: errors.append(distillation(next(inner), value)[0]))
+        of_features, gaps = zip(*map(distillation, teacher, student))
+        self.update(torch.stack([*errors, *of_features]).mean())
+        return dict(discrepancy=torch.stack(gaps).mean().item())
 
     def consider(self) -> float:
         """Looks at the student on the held-back images and remembers it if it is the best so far.
