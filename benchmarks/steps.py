@@ -1,13 +1,18 @@
-"""How many synthesis steps are enough: entropy and accuracy after ever more steps, and what ends them earlier.
+"""How many steps are enough: accuracy after ever more steps of synthesis, or of the game, and what guides them.
 
-    python benchmarks/steps.py                                           # the embedded demos
+    python benchmarks/steps.py                                           # synthesis, the embedded demos
     python benchmarks/steps.py --bench ../shared/bench --tasks deit_tiny
+    python benchmarks/steps.py --of game --bits W4A8 --bench ../shared/bench --tasks deit_tiny
     python benchmarks/steps.py --steps 25 50 100 --cfg-options quantization.synthesis.warm_start=0.5
 
-Each number of steps calibrates the plain quantizer (psaq_v1: what V2's game starts from); 0 steps are Gaussian noise.
-Writes steps.md, steps.png and steps.json; finished runs are not done again.
+Of synthesis: each number of steps calibrates the plain quantizer (psaq_v1: what V2's game starts from); 0 steps are
+Gaussian noise. Beside the accuracy stands the entropy of the images. Of the game: images of as many steps as the
+stanza says, made once, then psaq_v2 with ever more updates; 0 is the plain calibration. Beside the accuracy stands the
+discrepancy on held-back images, relative to that of the plain calibration. Writes steps.md, steps.png and steps.json;
+finished runs are not done again.
 """
 import argparse
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,20 +23,52 @@ from common import parse_options  # noqa: E402
 from grid import bits  # noqa: E402
 from run import CONFIGS as DEMOS  # noqa: E402
 
+STEPS = dict(synthesis=[0, 10, 25, 50, 100, 200], game=[0, 50, 100, 200, 400, 800])
+GUIDES = dict(synthesis='entropy, nats a block', game='held-back discrepancy / plain')
+NUMBER = r'([-+0-9.e]+)'
 
-def last_entropy(folder):
-    """Entropy of a block, nats, at the end of synthesis, from the log of a run."""
-    import re
+
+def logged(folder, pattern):
+    """The numbers where a run's log matches a pattern for the last time."""
     logs = ''.join(path.read_text() for path in sorted(folder.glob('*/*.log')))
-    found = re.findall(r' entropy: (-?[0-9.]+)', logs)
-    return float(found[-1]) if found else float('nan')
+    found = re.findall(pattern, logs)
+    return found[-1] if found else None
+
+
+def entropy(folder):
+    """Entropy of a block, nats, at the end of synthesis."""
+    found = logged(folder, f' entropy: {NUMBER}')
+    return float(found) if found else float('nan')
+
+
+def remaining(folder):
+    """Discrepancy on held-back images after the game, as a share of that before."""
+    found = logged(folder, rf'Game over .* held-back images {NUMBER} -> {NUMBER}')
+    return float(found[1]) / float(found[0]) if found else 1.0
+
+
+def configs(tasks, bench, out):
+    """The config of each task; its data is there."""
+    from mmengine.config import Config
+    for task in tasks:
+        if task == 'deit_tiny':
+            folder = out / 'deit_tiny_full_precision'  # also writes the config
+            subprocess.run([sys.executable, ROOT / 'benchmarks' / 'deit_tiny.py', '--bench', bench, '--out', folder,
+                            '--methods', 'noise', '--bits', 'W8A8'], check=True)
+            yield task, Config.fromfile(folder / 'deit_tiny.py')
+        else:
+            import scenes
+            scenes.write(ROOT / 'demo' / 'data', ('val', ))
+            yield task, Config.fromfile(ROOT / 'demo' / DEMOS[task])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--of', choices=STEPS, default='synthesis', help='what has the steps (default: synthesis)')
     parser.add_argument('--tasks', nargs='+', choices=[*DEMOS, 'deit_tiny'], default=list(DEMOS), metavar='TASK')
     parser.add_argument('--bench', type=Path, help='folder with deit_tiny/, for that task')
-    parser.add_argument('--steps', nargs='+', type=int, default=[0, 10, 25, 50, 100, 200])
+    parser.add_argument('--steps', nargs='+', type=int, help='default: ' + '; '.join(
+        f'of {kind} {" ".join(map(str, steps))}' for kind, steps in STEPS.items()))
     parser.add_argument('--bits', type=bits, default=(8, 8), metavar='WxAy', help='default: W8A8')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/steps'))
     parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', default=[], help='as of tools/dfq.py')
@@ -39,38 +76,36 @@ def main():
     if 'deit_tiny' in args.tasks and not args.bench:
         parser.error('--tasks deit_tiny needs --bench')
     from matplotlib.figure import Figure
-    from mmengine.config import Config
 
     from psaq_mm.engine import compare, markdown, with_stanza, write_json
     from psaq_mm.engine.report import metric_names, percent, title_of
-    rows, results = [], {}
-    for task in args.tasks:
-        if task == 'deit_tiny':
-            folder = args.out / 'deit_tiny_full_precision'  # also writes the config
-            subprocess.run([sys.executable, ROOT / 'benchmarks' / 'deit_tiny.py', '--bench', args.bench, '--out',
-                            folder, '--methods', 'noise', '--bits', 'W8A8'], check=True)
-            cfg = Config.fromfile(folder / 'deit_tiny.py')
-        else:
-            import scenes
-            scenes.write(ROOT / 'demo' / 'data', ('val', ))
-            cfg = Config.fromfile(ROOT / 'demo' / DEMOS[task])
+    rows, results, guide = [], {}, GUIDES[args.of]
+    for task, cfg in configs(args.tasks, args.bench, args.out):
         cfg.merge_from_dict(parse_options(args.cfg_options))
-        for steps in args.steps:
-            method = 'psaq_v1' if steps else 'noise'
-            changed = with_stanza(cfg, synthesis=dict(steps=max(steps, 1)))
+        images = None
+        if args.of == 'game':
+            folder = args.out / task / 'images'
+            compare(cfg, ['psaq_v1'], [args.bits], folder)
+            images = str(next(folder.glob('*/synthetic.pt')))
+        for steps in args.steps or STEPS[args.of]:
+            if args.of == 'game':
+                method, changes = 'psaq_v2', dict(synthesis=dict(reuse=images), game=dict(steps=steps))
+            else:
+                method, changes = 'psaq_v1' if steps else 'noise', dict(synthesis=dict(steps=max(steps, 1)))
             work_dir = args.out / task / f'{steps}_steps'
-            compared = compare(changed, [method], [args.bits], work_dir)
+            compared = compare(with_stanza(cfg, **changes), [method], [args.bits], work_dir)
             (label, run), = compared['runs'].items()
+            run_dir = work_dir / label.replace(' ', '_')
             full, metrics = compared['full_precision'], run['quantized']
             name = metric_names([full])[0]
-            entropy = last_entropy(work_dir / label.replace(' ', '_'))
-            results.setdefault(task, {})[steps] = dict(
-                metric=name, full=percent(full, name), value=percent(metrics, name), entropy=entropy,
-                minutes=run['synthesis_minutes'])
-            rows.append([f'{task}, {steps}', f'{entropy:.3f}' if steps else '', title_of(name),
-                         f'{percent(full, name):.1f}', f'{percent(metrics, name):.1f}',
-                         f"{run['synthesis_minutes']:.2f}"])
-    text = markdown(['task, steps', 'entropy, nats a block', 'metric', 'full precision', 'quantized', 'minutes'], rows)
+            guided = remaining(run_dir) if args.of == 'game' else entropy(run_dir)
+            minutes = run['minutes'] if args.of == 'game' else run['synthesis_minutes']
+            results.setdefault(task, {})[steps] = dict(metric=name, full=percent(full, name),
+                                                       value=percent(metrics, name), guide=guided, minutes=minutes)
+            rows.append([f'{task}, {steps}', f'{guided:.3f}', title_of(name), f'{percent(full, name):.1f}',
+                         f'{percent(metrics, name):.1f}', f'{minutes:.2f}'])
+            print(*rows[-1], sep=' | ', flush=True)
+    text = markdown(['task, steps', guide, 'metric', 'full precision', 'quantized', 'minutes'], rows)
     (args.out / 'steps.md').write_text(text)
     write_json(results, args.out / 'steps.json')
     figure = Figure(figsize=(4 * len(results), 3.6), layout='constrained')
@@ -79,13 +114,15 @@ def main():
         first = found[steps[0]]
         axes.axhline(first['full'], color='black', linestyle='--', linewidth=1, label='full precision')
         axes.plot(steps, [found[s]['value'] for s in steps], 'o-', label='quantized')
-        axes.set_xscale('symlog', linthresh=10)
+        axes.set_xscale('symlog', linthresh=min(s for s in steps if s))
         axes.set_xticks(steps, map(str, steps))
-        axes.set(title=task, xlabel='synthesis steps', ylabel=f"{title_of(first['metric'])}, %")
+        axes.minorticks_off()
+        axes.set(title=task, xlabel=f'steps of the {args.of}', ylabel=f"{title_of(first['metric'])}, %")
         other = axes.twinx()
-        other.plot(steps, [found[s]['entropy'] for s in steps], 's:', color='tab:green', label='entropy')
-        other.set_ylabel('entropy, nats a block')
-        axes.legend(loc='lower right', fontsize='small')
+        other.plot(steps, [found[s]['guide'] for s in steps], 's:', color='tab:green', label=guide)
+        other.set_ylabel(guide)
+        lines = [*axes.get_lines(), *other.get_lines()]
+        axes.legend(handles=lines, loc='center right', fontsize='small')
     figure.savefig(args.out / 'steps.png', dpi=120)
     print(text)
     return 0
