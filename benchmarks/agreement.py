@@ -2,6 +2,7 @@
 
     python benchmarks/deit_tiny.py --bench ../shared/bench --out work_dirs/deit_tiny
     python benchmarks/agreement.py --grid work_dirs/deit_tiny
+    python benchmarks/agreement.py --grid work_dirs/deit_tiny --runs work_dirs/steps/deit_tiny/*_steps/W*
 
 Top-1 counts chance hits: a model that changes 70 of 500 answers can come out two points higher or lower. Agreement is
 the share of photographs with full precision's answer; the Kullback-Leibler divergence compares all probabilities.
@@ -22,6 +23,8 @@ def closeness(found, full) -> dict[str, float]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--grid', type=Path, default=Path('work_dirs/deit_tiny'), help="deit_tiny.py's --out")
+    parser.add_argument('--runs', nargs='+', type=Path, metavar='FOLDER', help="folders of other runs on this model, "
+                        "instead of the grid's")
     args = parser.parse_args()
     metrics = args.grid / 'metrics.json'
     if not metrics.is_file():
@@ -52,15 +55,19 @@ def main():
 
     full = probabilities(float_config(cfg), args.grid / 'full_precision.pth')
     rows, results = [], {}
-    for label in json.loads(metrics.read_text())['runs']:
-        folder = args.grid / label.replace(' ', '_')
+    folders = {str(folder): folder for folder in args.runs or ()} or {
+        label: args.grid / label.replace(' ', '_') for label in json.loads(metrics.read_text())['runs']}
+    for label, folder in folders.items():
         found = probabilities(Config.fromfile(folder / 'test_config.py'), folder / 'quantized.pth')
         close = results[label] = closeness(found, full)
         rows.append([label, f"{close['agreement']:.1f}", f"{close['kl']:.4f}"])
         print(*rows[-1], flush=True)
     text = markdown(['calibration', 'agreement, %', 'KL divergence, nats'], rows)
-    (args.grid / 'agreement.md').write_text(text)
-    write_json(results, args.grid / 'agreement.json')
+    if args.runs:
+        print(text)
+    else:
+        (args.grid / 'agreement.md').write_text(text)
+        write_json(results, args.grid / 'agreement.json')
     return 0
 
 
