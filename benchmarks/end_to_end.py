@@ -2,7 +2,7 @@
 
     git worktree add /tmp/before ff31954  # before steps were made cheap
     python benchmarks/end_to_end.py --repo . /tmp/before
-    python benchmarks/end_to_end.py --variants "" "--amp" "--cfg-options quantization.synthesis.warm_start=0.5"
+    python benchmarks/end_to_end.py --variant= --variant=--amp
 
 Demos that a checkout does not have are left out. A run includes start-up and both evaluations.
 """
@@ -40,8 +40,8 @@ def main():
     parser.add_argument('--tasks', nargs='*', choices=DEMOS, default=list(DEMOS), metavar='TASK')
     parser.add_argument('--configs', nargs='+', type=Path, default=[], help='other configs, besides the demos or '
                         'instead of them (--tasks without a name)')
-    parser.add_argument('--variants', nargs='+', default=[''], metavar='OPTIONS', help='run each once with each '
-                        'of these options of tools/dfq.py')
+    parser.add_argument('--variant', action='append', metavar='OPTIONS', help='run each with these options of '
+                        'tools/dfq.py, as in --variant=--amp; may be given several times (default: once without)')
     parser.add_argument('--json', type=Path)
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
@@ -55,7 +55,7 @@ def main():
     out = Path(tempfile.mkdtemp(prefix='end_to_end_'))  # stays, with the logs
     print(f'runs and logs are in {out}', flush=True)
     cases = [(config, repo, variant) for config in [*(Path('demo') / DEMOS[task] for task in args.tasks), *args.configs]
-             for repo in map(Path.resolve, args.repo) for variant in args.variants]
+             for repo in map(Path.resolve, args.repo) for variant in args.variant or ['']]
     for number, (config, repo, variant) in enumerate(cases):
         if not (repo / config).is_file():
             continue

@@ -5,9 +5,11 @@
 
 All models take turns in one process; times are medians, ratios are to eager float. Weights are random and images noise:
 latency does not depend on them. ONNX Runtime's own static quantization and, where nncf is installed, NNCF's are applied
-to the same float graph. Whole-detector and whole-segmentor rows time mm*'s ``predict`` with the graph inside.
+to the same float graph. Whole-detector and whole-segmentor rows (--predict) time mm*'s ``predict`` with the graph
+inside, and with graphs of the quantized heads, too.
 """
 import argparse
+import copy
 import statistics
 import sys
 import tempfile
@@ -96,17 +98,13 @@ def take_turns(runs, repeats):
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
-def inside(model, graph):
-    """A function that predicts with the graph in place of backbone and neck."""
-
-    def predict(image, samples):
-        model.extract_feat = graph  # shadows the method
-        try:
-            return model.predict(image, samples)
-        finally:
-            del model.extract_feat
-
-    return predict
+def deployed(model, features, heads):
+    """A copy of a model with graphs in place of backbone and neck, and of heads by name."""
+    model = copy.deepcopy(model)
+    model.extract_feat = features  # shadows the method
+    for name, graph in heads.items():
+        model.get_submodule(name).forward = graph.__call__
+    return model
 
 
 def samples_for(model, image):
@@ -126,27 +124,36 @@ def contestants(path, size, folder, args):
     from mmengine.registry import MODELS
 
     from psaq_mm.classification import Classifier
-    from psaq_mm.deploy import ExportedFeatures, Graph, export_graph
+    from psaq_mm.deploy import (
+        ExportedFeatures,
+        Graph,
+        HeadGraph,
+        export_graph,
+        export_head,
+        head_inputs,
+        head_names,
+    )
     from psaq_mm.deploy.graph import Features
     from psaq_mm.engine.config import default_scope, without_pretrained
     from psaq_mm.models import extract_features, quantize_model
-    from psaq_mm.quantization import Mode, calibrate, set_mode
+    from psaq_mm.quantization import calibrate
     cfg = Config.fromfile(ROOT / 'configs' / path)
     default_scope(cfg)
     torch.manual_seed(0)
     model = MODELS.build(without_pretrained(cfg.model)).eval()
+    plain_model = copy.deepcopy(model)
     classifier = isinstance(model, Classifier)
-    features = Features(model).eval()
+    features = Features(plain_model).eval()
     image = torch.randn(1, 3, *size)
     array = image.numpy()
     plain, own, theirs = folder / 'float.onnx', folder / 'int8.onnx', folder / 'ort_int8.onnx'
     export_graph(model, plain, size, integers=False)
-    quantize_model(model, dict(targets=['backbone', 'head']) if classifier else {})
-    calibrate(model, lambda: extract_features(model, image, classifier))
+    heads = [name for name in ('head', 'rpn_head', 'roi_head', 'decode_head') if hasattr(model, name)]
+    quantize_model(model, dict(targets=['backbone', *heads] if classifier else ['backbone', 'neck', *heads]))
+    calibrate(model, lambda: extract_features(model, image, True))
     export_graph(model, own, size)
     if args.dynamic and not classifier:
         export_graph(model, folder / 'any_size.onnx', size, dynamic=True)
-    set_mode(model, Mode.FLOAT)
 
     def session(path):
         return partial(ort_session(path, args.threads), array)
@@ -175,10 +182,16 @@ def contestants(path, size, folder, args):
     if args.dynamic and not classifier:
         runs['OpenVINO int8, psaq_mm, any size'] = ours(folder / 'any_size.onnx', 'openvino'), folder / 'any_size.onnx'
     if args.predict and not classifier:
-        samples = samples_for(model, image)
-        predict = inside(model, ExportedFeatures(str(own), 'openvino', args.threads))
-        runs[f'{PREDICT}, eager float'] = lambda: model.predict(image, samples), None
-        runs[f'{PREDICT}, OpenVINO int8, psaq_mm'] = lambda: predict(image, samples), None
+        samples = samples_for(plain_model, image)
+        backbone, graphs = ExportedFeatures(str(own), 'openvino', args.threads), {}
+        for name, inputs in head_inputs(model, head_names(model), image).items():
+            export_head(model, name, inputs, folder / f'{name}.onnx')
+            graphs[name] = HeadGraph(str(folder / f'{name}.onnx'), 'openvino', args.threads)
+        for title, contestant in (
+                (f'{PREDICT}, eager float', plain_model),
+                (f'{PREDICT}, OpenVINO int8, psaq_mm', deployed(plain_model, backbone, {})),
+                (f'{PREDICT}, OpenVINO int8, psaq_mm, heads too', deployed(plain_model, backbone, graphs))):
+            runs[title] = partial(contestant.predict, image, samples), None
     return runs
 
 

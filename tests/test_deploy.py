@@ -10,14 +10,25 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import nn
 
-from psaq_mm.deploy import Graph, export_graph
-from psaq_mm.deploy.adapters import ADAPTERS, shifted_window_mask
+from psaq_mm.deploy import RUNTIMES, Graph, HeadGraph, export_graph, export_head, head_inputs, head_names
+from psaq_mm.deploy.adapters import ADAPTERS, shifted_window_mask, traceable
 from psaq_mm.deploy.export import exported_config, quantized_config, sqnr
 from psaq_mm.deploy.extras import need
 from psaq_mm.deploy.graph import Features
+from psaq_mm.deploy.heads import nesting
+from psaq_mm.engine.config import default_scope
 from psaq_mm.errors import UserError
-from psaq_mm.models import quantize_model_config
-from psaq_mm.quantization import FakeQuantizer, Mode, UncalibratedError, quantized_layers, quantizers, set_mode
+from psaq_mm.models import extract_features, quantize_model, quantize_model_config
+from psaq_mm.models.features import data_samples, tensors
+from psaq_mm.quantization import (
+    FakeQuantizer,
+    Mode,
+    UncalibratedError,
+    calibrate,
+    quantized_layers,
+    quantizers,
+    set_mode,
+)
 from psaq_mm.stanza import QuantizationConfig
 
 from .conftest import DEMO_CONFIG, ROOT, run_tool
@@ -25,6 +36,7 @@ from .test_families import FAMILIES, calibrated, images_for
 from .test_families import family as family  # noqa: PLC0414
 from .test_tools import ap_of, mmdet_tool
 
+SEGMENTATION = ROOT / 'demo' / 'dfq_segmentation_w8a8.py'
 onnx = pytest.importorskip('onnx', reason="needs pip install 'psaq_mm[deploy]'")
 ort = pytest.importorskip('onnxruntime')
 pytest.importorskip('openvino')
@@ -269,6 +281,109 @@ def test_heads_that_are_quantized_stay_so_in_the_exported_config(tmp_path):
     found = exported.quantization
     assert found['targets'] == ['rpn_head'] and found['keep_float'] == ['rpn_head.rpn_reg']
     assert [o['pattern'] for o in found['overrides']] == ['*']
+
+
+# -- heads -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module', params=[(DEMO_CONFIG, ['rpn_head', 'roi_head']), (SEGMENTATION, ['decode_head'])],
+                ids=['detector', 'segmentor'])
+def with_heads(request):
+    """Config and quantized model of a demo, heads included, on the scales of random images."""
+    config, heads = request.param
+    cfg = Config.fromfile(config)
+    stanza = QuantizationConfig.parse(dict(targets=['backbone', 'neck', *heads]))
+    cfg = quantized_config(Config(dict(model=quantize_model_config(cfg.model, stanza))))
+    torch.manual_seed(0)
+    model = MODELS.build(copy.deepcopy(cfg.model)).eval()
+    images = torch.randn(2, 3, 96, 128)
+    calibrate(model, lambda: extract_features(model, images, True))
+    return cfg, model
+
+
+@pytest.mark.parametrize('runtime', RUNTIMES)
+def test_a_heads_graph_computes_what_the_head_does(with_heads, runtime, tmp_path):
+    """Of any number of proposals, none included, and of images of other sizes, several at once."""
+    _, model = with_heads
+    names = head_names(model)
+    assert names == (['decode_head'] if hasattr(model, 'decode_head') else
+                     ['rpn_head', 'roi_head.bbox_head', 'roi_head.mask_head'])
+    traced = head_inputs(model, names, torch.randn(1, 3, 64, 96))
+    for name in names:
+        export_head(model, name, traced[name], tmp_path / 'head.onnx', dynamic=True)
+        graph, head = HeadGraph(str(tmp_path / 'head.onnx'), runtime), model.get_submodule(name)
+        assert any(graph.session.products().values()) or runtime == 'onnxruntime'
+        if name.startswith('roi_head'):
+            (features, ), = [traced[name]]
+            cases = [(torch.cat([features] * 2)[:count], ) for count in (0, 1, 7)]
+        else:
+            cases = [head_inputs(model, [name], torch.randn(2, 3, *size))[name] for size in ((64, 96), (90, 130))]
+        for inputs in cases:
+            with torch.no_grad():
+                expected, found = head(*inputs), graph(*inputs)
+            assert nesting(expected) == nesting(found)
+            for ours, theirs in zip(tensors(expected), tensors(found), strict=True):
+                assert ours.shape == theirs.shape
+                assert not len(ours) or sqnr(ours, theirs) > 40
+    with pytest.raises(UserError, match='feature maps, not'):
+        graph(*inputs, inputs[0])
+
+
+def test_the_exported_model_has_heads_without_weights(with_heads, tmp_path):
+    cfg, model = with_heads
+    inputs = head_inputs(model, head_names(model), torch.randn(1, 3, 64, 96))
+    export_graph(model, tmp_path / 'features.onnx', (64, 96))
+    for name in inputs:
+        export_head(model, name, inputs[name], tmp_path / f'{name}.onnx')
+    written = tmp_path / 'config.py'
+    written.write_text(exported_config(cfg, model, 'openvino', 'features.onnx',
+                                       {name: f'{name}.onnx' for name in inputs}).pretty_text)
+    exported = MODELS.build(Config.fromfile(written).model).eval()
+    assert sum(p.numel() for p in exported.parameters()) < 0.05 * sum(p.numel() for p in model.parameters()) or hasattr(
+        exported, 'auxiliary_head')
+    assert not any(key.startswith(tuple(f'{name}.' for name in inputs)) for key in exported.state_dict())
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        ours, theirs = (extract_features(m, images, True) for m in (model, exported))
+    for a, b in zip(ours, theirs, strict=True):
+        assert sqnr(a, b) > 15  # random weights: differences in the last bit grow
+    samples = [type(s)(metainfo=dict(s.metainfo)) for s in data_samples(images)]
+    if hasattr(exported, 'roi_head'):
+        from mmdet.structures import DetDataSample
+        found, = exported.predict(images, [DetDataSample(metainfo=samples[0].metainfo)])
+        assert found.pred_instances.masks.shape[1:] == (64, 96)
+
+
+def test_heads_of_a_cascade_are_exported_one_by_one():
+    cfg = Config.fromfile(ROOT / 'configs' / 'cascade_mask_rcnn_swin_t_w8a8.py')
+    cfg.model.backbone.update(embed_dims=24, depths=(1, 1, 1, 1), init_cfg=None)
+    cfg.model.neck.update(in_channels=[24, 48, 96, 192])
+    default_scope(cfg)
+    model = quantize_model(MODELS.build(cfg.model), dict(targets=['backbone', 'neck', 'roi_head']))
+    assert head_names(model) == [f'roi_head.{kind}_head.{i}' for kind in ('bbox', 'mask') for i in range(3)]
+
+
+@pytest.mark.parametrize('size, bins', [((7, 9), 3), ((5, 5), (2, 4)), ((16, 16), 6), ((2, 3), 6)])
+def test_adaptive_pooling_is_traced_for_every_size(size, bins):
+    pool = nn.AdaptiveAvgPool2d(bins)
+    x = torch.randn(2, 4, *size)
+    with traceable(nn.Sequential(pool)):
+        torch.testing.assert_close(pool(x), nn.AdaptiveAvgPool2d(bins)(x))
+
+
+def test_a_detector_with_int8_heads_by_mmdets_own_tools(small_config, tmp_path):
+    run_tool(ROOT / 'tools' / 'dfq.py', small_config, '--work-dir', tmp_path, '--cfg-options',
+             "quantization.targets=['backbone','neck','rpn_head','roi_head']")
+    run_tool(ROOT / 'tools' / 'export.py', tmp_path / 'test_config.py', tmp_path / 'quantized.pth', '--json',
+             tmp_path / 'numbers.json')
+    result = json.loads((tmp_path / 'numbers.json').read_text())
+    assert set(result['heads']) == {'rpn_head', 'roi_head.bbox_head', 'roi_head.mask_head'}
+    assert not result['heads_not_exported'] and result['size_mb']['graph'] < 0.45 * result['size_mb']['float']
+    assert (tmp_path / 'int8' / 'int8.pth').stat().st_size < 20_000
+    tested = run_tool(mmdet_tool('test.py'), tmp_path / 'int8' / 'int8_config.py', tmp_path / 'int8' / 'int8.pth',
+                      '--work-dir', tmp_path / 'tested', cwd=tmp_path)
+    quantized = json.loads((tmp_path / 'metrics.json').read_text())['quantized']['coco/bbox_mAP']
+    assert ap_of(tested.stdout + tested.stderr) == pytest.approx(quantized, abs=0.03)
 
 
 def test_a_float_checkpoint_is_refused(quantized_run, tmp_path):

@@ -220,6 +220,28 @@ def test_the_density_benchmark_ranks_the_estimators(tmp_path):
         assert binned['peak_mb'] < ten['peak_mb']
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('of', ['synthesis', 'game'])
+def test_accuracy_against_steps(of, tmp_path):
+    command = ('benchmarks/steps.py', '--of', of, '--tasks', 'classification', '--steps', '0', '20', '--out', tmp_path)
+    run_tool(*command, '--cfg-options', *('quantization.synthesis.steps=10', ) * (of == 'game'),
+             'quantization.game.evaluate_every=5')
+    found = json.loads((tmp_path / 'steps.json').read_text())['classification']
+    start, end = found['0'], found['20']
+    better = end['guide'] < start['guide'] == 1 if of == 'game' else end['guide'] > start['guide']
+    assert better and end['value'] > 40 and start['metric'] == 'accuracy/top1'
+    assert np.asarray(Image.open(tmp_path / 'steps.png')).std() > 10
+
+
+@pytest.mark.slow
+def test_end_to_end_benchmark_runs_every_variant(small_config, tmp_path):
+    run_tool('benchmarks/end_to_end.py', '--tasks', '--configs', small_config, '--variant=', '--variant=--amp',
+             '--json', tmp_path / 'j.json')
+    found = json.loads((tmp_path / 'j.json').read_text())
+    assert len(found) == 2 and [key.endswith('--amp') for key in found] == [False, True]
+    assert all(run['minutes'] > 0 and run['peak_gb'] > 0.1 and run['quantized'] for run in found.values())
+
+
 def test_comparison_is_not_done_twice(small_config, tmp_path, monkeypatch):
     from mmengine.config import Config
 

@@ -1,6 +1,10 @@
 """The int8 model: exported as ONNX, run inside the ecosystem by ONNX Runtime or OpenVINO."""
 from .export import export
 from .graph import PRESETS, export_graph
-from .runtime import RUNTIMES, ExportedClassifier, ExportedFeatures, Graph
+from .heads import export_head, head_inputs, head_names
+from .runtime import RUNTIMES, ExportedClassifier, ExportedFeatures, Graph, HeadGraph, build_exported_model
 
-__all__ = ['ExportedClassifier', 'ExportedFeatures', 'Graph', 'PRESETS', 'RUNTIMES', 'export', 'export_graph']
+__all__ = [
+    'ExportedClassifier', 'ExportedFeatures', 'Graph', 'HeadGraph', 'PRESETS', 'RUNTIMES', 'build_exported_model',
+    'export', 'export_graph', 'export_head', 'head_inputs', 'head_names'
+]

@@ -219,6 +219,22 @@ def _register():
             return patched_img + pos_embed
         return patched_img + self.resize_pos_embed(pos_embed, hw_shape, sides, self.interpolate_mode)
 
+    def adaptive_average(self, x):
+        sides = self.output_size if isinstance(self.output_size, tuple) else (self.output_size, ) * 2
+        if sides == (1, 1) or None in sides:
+            return type(self).forward(self, x)
+
+        def shares(length, bins):
+            """Of each place in each bin, (bins, length)."""
+            numbers, places = torch.arange(bins)[:, None], torch.arange(length)[None]
+            first = torch.div(numbers * length, bins, rounding_mode='floor')
+            behind = torch.div((numbers + 1) * length + bins - 1, bins, rounding_mode='floor')
+            inside = ((places >= first) & (places < behind)).float()
+            return inside / inside.sum(1, keepdim=True)
+
+        return shares(x.shape[2], sides[0]) @ x @ shares(x.shape[3], sides[1]).T
+
+    adapts(nn.AdaptiveAvgPool2d.forward)(adaptive_average)
     for module in (mmdet_swin, mmseg_swin):
         adapts(module.ShiftWindowMSA.forward)(shifted_window_attention)
         adapts(module.WindowMSA.forward)(window_attention)

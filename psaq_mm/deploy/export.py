@@ -16,10 +16,11 @@ from ..engine.loop import read_images
 from ..engine.report import write_json
 from ..errors import UserError
 from ..models import quantize_model_config
-from ..models.features import FEATURE_PARTS
+from ..models.features import FEATURE_PARTS, tensors
 from ..stanza import QuantizationConfig
 from .graph import Features, check_calibrated, export_graph, float_layers
-from .runtime import RUNTIMES, Graph
+from .heads import export_head, head_inputs, head_names
+from .runtime import RUNTIMES, Graph, HeadGraph
 
 QUANTIZED = 'psaq_mm.QuantizedModel'
 
@@ -63,7 +64,7 @@ def build(cfg: Config, state: dict, checkpoint: str):
     return model.eval()
 
 
-def exported_config(cfg: Config, model, runtime: str, graph: str) -> Config:
+def exported_config(cfg: Config, model, runtime: str, graph: str, heads: dict[str, str] | None = None) -> Config:
     """The config with which the ecosystem's tools build the exported model.
 
     Args:
@@ -71,6 +72,7 @@ def exported_config(cfg: Config, model, runtime: str, graph: str) -> Config:
         model (nn.Module): Built from it.
         runtime (str): Of RUNTIMES.
         graph (str): File name of the graph, in the folder of the config.
+        heads (dict[str, str], optional): File names of those of heads, by name of the head.
     """
     cfg = copy.deepcopy(cfg)
     old = cfg.model
@@ -85,14 +87,21 @@ def exported_config(cfg: Config, model, runtime: str, graph: str) -> Config:
         return cfg
     old.backbone = ConfigDict(type='psaq_mm.ExportedFeatures', **exported)
     old.pop('neck', None)
-    heads = [t for t in stanza.targets if t.split('.')[0] not in FEATURE_PARTS]
-    if heads:  # they stay fake-quantized
-        prefixes = tuple(f'{head}.' for head in heads)  # also of layers in float, which keep_float names
+    left = [name for name in head_names(model) if name not in (heads or {})]
+    if left:  # they stay fake-quantized
+        prefixes = tuple(f'{name}.' for name in left)
+        targets = [t for t in stanza.targets if f'{t}.'.startswith(prefixes)]  # inside those heads, or all of them
+        targets += [name for name in left if f'{name}.'.startswith(tuple(f'{t}.' for t in stanza.targets))
+                    and name not in targets]
+        prefixes = tuple(f'{target}.' for target in targets)  # also of layers in float, which keep_float names
         names = [n for n, _ in model.named_modules() if f'{n}.'.startswith(prefixes)]
-        changed = dict(stanza.to_dict(), targets=heads, placement='operands')
+        changed = dict(stanza.to_dict(), targets=targets, placement='operands')
         for key, pattern in (('keep_float', lambda p: p), ('overrides', lambda o: o['pattern'])):
             changed[key] = [item for item in changed[key] if any(fnmatchcase(n, pattern(item)) for n in names)]
-        cfg.model = ConfigDict(quantize_model_config(old, QuantizationConfig.parse(changed)))
+        cfg.model = old = ConfigDict(quantize_model_config(old, QuantizationConfig.parse(changed)))
+    if heads:
+        old.exported_type, old.type, old.runtime = old.type, 'psaq_mm.ExportedModel', runtime
+        old.heads = ConfigDict({name: '{{ fileDirname }}/' + file for name, file in heads.items()})
     return cfg
 
 
@@ -100,6 +109,33 @@ def sqnr(reference, other) -> float:
     """Signal to noise, dB."""
     noise = (reference - other).square().sum()
     return float(10 * torch.log10(reference.square().sum() / noise.clamp(min=1e-30)))
+
+
+@torch.no_grad()
+def export_heads(model, folder: Path, images: torch.Tensor, runtime: str, dynamic: bool, preset: str):
+    """Writes the heads that can be exported.
+
+    Returns:
+        tuple[dict, dict]: By name of the head: its file, its SQNR against the quantized model (dB) and its products;
+        of those that cannot be exported, why.
+    """
+    done, failed = {}, {}
+    names = head_names(model)
+    found = head_inputs(model, names, images)
+    for name in names:
+        if name not in found:
+            failed[name] = 'is not run in prediction'
+            continue
+        inputs, path = found[name], folder / f'{name}.onnx'
+        try:
+            export_head(model, name, inputs, path, dynamic, preset)
+            graph = HeadGraph(str(path), runtime)
+            outputs = zip(tensors(model.get_submodule(name)(*inputs)), tensors(graph(*inputs)))
+            done[name] = dict(file=path.name, products=graph.session.products(),
+                              sqnr=min(sqnr(ours, theirs) for ours, theirs in outputs))
+        except (UserError, RuntimeError, TypeError) as error:
+            failed[name] = str(error).splitlines()[0]
+    return done, failed
 
 
 @torch.no_grad()
@@ -117,7 +153,7 @@ def own_size(model) -> tuple[int, int] | None:
 
 def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | None = None, runtime: str = 'openvino',
            preset: str = 'asymmetric') -> dict:
-    """Writes ``features.onnx``, ``int8_config.py``, ``int8.pth`` and ``export.json``.
+    """Writes ``features.onnx``, a graph for each quantized head, ``int8_config.py``, ``int8.pth`` and ``export.json``.
 
     Args:
         cfg (Config): Of the quantized model, or with a stanza.
@@ -157,17 +193,26 @@ def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | 
         other = traced[0] + 24, traced[1] + 72  # neither a multiple of windows nor of strides
         found[f'{other[0]} x {other[1]}'] = agreement(model, graph, torch.nn.functional.interpolate(
             images, other, mode='bilinear'))
-    exported = exported_config(cfg, model, runtime, path.name)
+    heads, not_exported = export_heads(model, folder, images, runtime, not fixed, preset)
+    exported = exported_config(cfg, model, runtime, path.name, {name: head['file'] for name, head in heads.items()})
     (folder / 'int8_config.py').write_text(exported.pretty_text)
     state = {} if isinstance(model, Classifier) else {
-        key: value for key, value in model.state_dict().items() if key.split('.')[0] not in FEATURE_PARTS}
+        key: value for key, value in model.state_dict().items()
+        if not key.startswith(tuple(f'{name}.' for name in (*FEATURE_PARTS, *heads)))}
     write_atomically(dict(state_dict=state, meta=content.get('meta', {})), folder / 'int8.pth')
     products = graph.session.products()
+    for name, head in heads.items():
+        products.update({f'{name}: {product}': integer for product, integer in head['products'].items()})
+        found[name] = head['sqnr']
     result = dict(
         graph=str(path), config=str(folder / 'int8_config.py'), checkpoint=str(folder / 'int8.pth'), runtime=runtime,
         size=list(fixed) if fixed else None, preset=preset, sqnr_db={k: round(v, 1) for k, v in found.items()},
-        size_mb=dict(graph=round(path.stat().st_size / 1e6, 2), float=round(
-            4e-6 * sum(p.numel() for p in Features(model).parameters()), 2)),
+        heads={name: str(folder / head['file']) for name, head in heads.items()}, heads_not_exported=not_exported,
+        size_mb=dict(graph=round(sum(file.stat().st_size for file in (path, *(
+            folder / head['file'] for head in heads.values()))) / 1e6, 2), float=round(
+                4e-6 * sum(p.numel() for n, p in model.named_parameters()
+                           if isinstance(model, Classifier) or n.startswith(
+                               tuple(f'{name}.' for name in (*FEATURE_PARTS, *heads)))), 2)),
         int8=sum(products.values()), float=[name for name, integer in products.items() if not integer],
         kept_float=float_layers(model))
     write_json(result, folder / 'export.json')

@@ -1,4 +1,4 @@
-"""Backbone and neck of a quantized model as one ONNX graph in QDQ form, weights stored as int8."""
+"""Parts of a quantized model - backbone and neck as one, each head - as ONNX in QDQ form, weights stored as int8."""
 from __future__ import annotations
 
 import json
@@ -84,7 +84,7 @@ def exportable(model: nn.Module) -> Iterator[None]:
 
 
 class Features(nn.Module):
-    """What is exported: images to feature maps of backbone and neck; of a classifier, to logits."""
+    """What is exported first: images to feature maps of backbone and neck; of a classifier, to logits."""
 
     def __init__(self, model):
         super().__init__()
@@ -129,6 +129,27 @@ def check_preset(model: nn.Module, preset: str) -> None:
                 'quantization.activation.symmetric=True')
 
 
+def write(network: nn.Module, inputs: tuple, path, input_names, output_names, axes, notes: dict, name: str) -> None:
+    """Traces a network and writes the graph, BatchNorm folded.
+
+    Raises:
+        UserError: If there is something that ONNX does not know.
+    """
+    onnx = need('onnx')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # the tracer's, about Python numbers that are the same at every size
+        try:
+            torch.onnx.export(network, inputs, str(path), dynamo=False, opset_version=OPSET, input_names=input_names,
+                              output_names=output_names, dynamic_axes=axes)
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise UserError(f'{name} cannot be exported to ONNX: {error}') from None
+    graph = onnx.load(str(path))
+    onnx.helper.set_model_props(graph, dict(psaq_mm=__version__, **notes))
+    fold_batch_norm(graph)
+    onnx.checker.check_model(graph)
+    onnx.save(graph, str(path))
+
+
 @torch.no_grad()
 def export_graph(model: nn.Module, path, size: tuple[int, int], dynamic: bool = False, preset: str = 'asymmetric',
                  integers: bool = True) -> None:
@@ -145,7 +166,7 @@ def export_graph(model: nn.Module, path, size: tuple[int, int], dynamic: bool = 
     Raises:
         UserError: If the model cannot be exported that way.
     """
-    onnx = need('onnx')
+    need('onnx')
     if integers:
         check_calibrated(model)
         check_preset(model, preset)
@@ -155,19 +176,9 @@ def export_graph(model: nn.Module, path, size: tuple[int, int], dynamic: bool = 
     names = [f'feature_{i}' for i in range(len(features(images)))]
     axes = {INPUT: {2: 'height', 3: 'width'}, **{n: {2: f'{n}_height', 3: f'{n}_width'} for n in names}}
     with traceable(model), exportable(model) if integers else nullcontext():
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # the tracer's, about Python numbers that are the same at every size
-            try:
-                torch.onnx.export(features, (images, ), str(path), dynamo=False, opset_version=OPSET,
-                                  input_names=[INPUT], output_names=names, dynamic_axes=axes if dynamic else None)
-            except torch.onnx.errors.OnnxExporterError as error:
-                raise UserError(f'{type(model.backbone).__name__} cannot be exported to ONNX: {error}') from None
-    graph = onnx.load(str(path))
-    notes = dict(psaq_mm=__version__, preset=preset, dynamic=str(dynamic), size=json.dumps(list(size)))
-    onnx.helper.set_model_props(graph, notes)
-    fold_batch_norm(graph)
-    onnx.checker.check_model(graph)
-    onnx.save(graph, str(path))
+        notes = dict(preset=preset, dynamic=str(dynamic), size=json.dumps(list(size)))
+        kind = type(model.backbone).__name__
+        write(features, (images, ), path, [INPUT], names, axes if dynamic else None, notes, kind)
 
 
 def fold_batch_norm(graph) -> int:

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import torch
 from mmengine.model import BaseModule
-from torch import Tensor
+from mmengine.registry import MODELS as ROOT_MODELS
+from torch import Tensor, nn
 
 from ..classification import Classifier
 from ..errors import UserError
+from ..models.features import tensors
 from ..registry import MODELS
 from .extras import need
 from .graph import INPUT
+from .heads import nested
 
 RUNTIMES = ('openvino', 'onnxruntime')
 
@@ -34,9 +37,9 @@ class OnnxRuntimeSession:
         self.session = ort.InferenceSession(path, options, providers=['CPUExecutionProvider'])
         self.path = path
 
-    def run(self, images):
-        """Feature maps, NumPy arrays, from images (1, 3, H, W)."""
-        return self.session.run(None, {INPUT: images})
+    def run(self, inputs):
+        """Outputs, NumPy arrays, from a dict of arrays."""
+        return self.session.run(None, inputs)
 
     def products(self) -> dict[str, bool]:
         """Products and convolutions of the optimised graph by name, and whether they run in int8."""
@@ -64,9 +67,9 @@ class OpenVinoSession:
         self.model = openvino.Core().compile_model(path, 'CPU', options)
         self.request = self.model.create_infer_request()
 
-    def run(self, images):
-        """Feature maps, NumPy arrays, from images (1, 3, H, W)."""
-        found = self.request.infer({INPUT: images}, share_inputs=True)  # outputs are copies
+    def run(self, inputs):
+        """Outputs, NumPy arrays, from a dict of arrays."""
+        found = self.request.infer(inputs, share_inputs=True)  # outputs are copies
         return [found[output] for output in self.model.outputs]
 
     def products(self) -> dict[str, bool]:
@@ -121,13 +124,37 @@ class Graph:
             height, width = self.notes['size']
             raise UserError(f'{self.path} takes images of {height} x {width}, not {size[0]} x {size[1]}: export it '
                             'without --size, or resize and pad images to that size')
-        outputs = [self.session.run(image[None].float().cpu().numpy()) for image in images]
+        return self.each([images], [INPUT])
+
+    def each(self, inputs, names) -> list[Tensor]:
+        """Outputs of one image after the other, together; the first axis of the inputs counts images."""
+        arrays = [value.float().cpu().numpy() for value in inputs]
+        outputs = [self.session.run({name: array[i:i + 1] for name, array in zip(names, arrays)})
+                   for i in range(len(arrays[0]))]
         return [torch.from_numpy(parts[0]) if len(outputs) == 1 else torch.cat([*map(torch.from_numpy, parts)])
                 for parts in zip(*outputs)]
 
 
+class HeadGraph(Graph):
+    """An exported head; called as the head was."""
+
+    def __call__(self, *inputs):
+        flat = list(tensors(inputs))
+        names = [f'input_{i}' for i in range(len(flat))]
+        if len(flat) != self.notes['inputs']:
+            raise UserError(f"{self.path} takes {self.notes['inputs']} feature maps, not {len(flat)}: export it again")
+        device, count = flat[0].device, len(flat[0])
+        if not self.notes['proposals']:
+            found = self.each(flat, names)
+        else:  # no runtime is asked to compute nothing
+            arrays = [(x if count else x.new_zeros(1, *x.shape[1:])).float().cpu().numpy() for x in flat]
+            found = [torch.from_numpy(out)[:count] for out in self.session.run(dict(zip(names, arrays)))]
+        return nested(self.notes['outputs'], [out.to(device) for out in found])
+
+
 def read_notes(path) -> dict:
-    """What :func:`psaq_mm.deploy.export_graph` noted in a graph: ``size`` (H, W), None where it takes any.
+    """What :func:`psaq_mm.deploy.export_graph` noted in a graph: ``size`` (H, W), None where it takes any. In that of a
+    head: how many ``inputs`` it takes, how ``outputs`` are nested, and whether it takes ``proposals``.
 
     Raises:
         UserError: If it is no graph of ours.
@@ -141,6 +168,9 @@ def read_notes(path) -> dict:
     notes = {item.key: item.value for item in graph.metadata_props}
     if 'psaq_mm' not in notes:
         raise UserError(f'{path} was not written by tools/export.py')
+    if 'head' in notes:
+        return dict(preset=notes['preset'], size=None, proposals=notes['proposals'] == 'True',
+                    **{key: json.loads(notes[key]) for key in ('inputs', 'outputs')})
     return dict(preset=notes['preset'],
                 size=None if notes['dynamic'] == 'True' else tuple(json.loads(notes['size'])))
 
@@ -162,6 +192,28 @@ class ExportedFeatures(BaseModule):
     def forward(self, images):
         """Feature maps, (B, C_i, H_i, W_i) each, from images (B, 3, H, W)."""
         return tuple(part.to(images.device) for part in self.graph.run(images))
+
+
+@MODELS.register_module('ExportedModel')
+def build_exported_model(exported_type: str, heads: dict[str, str], runtime='openvino', threads=0,
+                         **model) -> nn.Module:
+    """Builds a model and puts graphs in place of heads, which lose their weights.
+
+    Args:
+        exported_type (str): Registered name of the model.
+        heads (dict[str, str]): Files that tools/export.py wrote, by name of the head in the model.
+        runtime, threads: As of :class:`ExportedFeatures`.
+        **model: The model's own config.
+    """
+    model = ROOT_MODELS.build(dict(type=exported_type, **model))
+    for name, path in heads.items():
+        head = model.get_submodule(name)
+        graph = HeadGraph(path, runtime, threads)
+        for module in head.modules():
+            module._parameters.clear()
+            module._buffers.clear()
+        head.forward = graph.__call__  # shadows the class's
+    return model
 
 
 @MODELS.register_module()

@@ -1,0 +1,129 @@
+"""Quantized heads as graphs of their own: each maps tensors to tensors, what lies between them stays the library's."""
+from __future__ import annotations
+
+import itertools
+import json
+from functools import partial
+
+import torch
+from torch import nn
+
+from ..classification import Classifier
+from ..errors import UserError
+from ..models.features import FEATURE_PARTS, data_samples, tensors
+from ..quantization import quantized_layers
+from .adapters import traceable
+from .graph import check_preset, exportable, write
+
+
+class Head(nn.Module):
+    """A head with its inputs and outputs in flat lists; ``outputs`` tells how they were nested, once it has run.
+
+    Args:
+        module (nn.Module): The head.
+        inputs (tuple): Example of its positional arguments, nested tuples and lists of tensors.
+    """
+
+    def __init__(self, module, inputs):
+        super().__init__()
+        self.module, self.inputs, self.outputs = module, nesting(inputs), None
+
+    def forward(self, *flat):
+        found = self.module(*nested(self.inputs, flat))
+        self.outputs = nesting(found)
+        return tuple(tensors(found))
+
+
+def nesting(value, number=None):
+    """How tensors are nested: their numbers in lists that begin with 'tuple' or 'list'."""
+    number = itertools.count() if number is None else number
+    if isinstance(value, torch.Tensor):
+        return next(number)
+    if isinstance(value, (tuple, list)):
+        return ['tuple' if isinstance(value, tuple) else 'list', *(nesting(item, number) for item in value)]
+    if value is None:
+        return None
+    raise UserError(f'{type(value).__name__} is neither a tensor nor a list of them')
+
+
+def nested(form, flat):
+    """The tensors of a flat list as :func:`nesting` found them."""
+    if isinstance(form, list):
+        items = [nested(item, flat) for item in form[1:]]
+        return tuple(items) if form[0] == 'tuple' else items
+    return None if form is None else flat[form]
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """Names of the heads that hold quantized layers and map tensors to tensors; of a two-stage detector's second stage
+    those for boxes and masks, each of a cascade's.
+    """
+    found = {}
+    for name, child in model.named_children():
+        if name in FEATURE_PARTS or isinstance(model, Classifier):
+            continue
+        parts = {f'{name}.{part}': getattr(child, part) for part in ('bbox_head', 'mask_head') if hasattr(child, part)}
+        for path, part in (parts or {name: child}).items():
+            stages = part.named_children() if isinstance(part, nn.ModuleList) else ()
+            found.update({f'{path}.{stage}': module for stage, module in stages} or {path: part})
+    return [name for name, module in found.items() if quantized_layers(module)]
+
+
+@torch.no_grad()
+def head_inputs(model: nn.Module, names: list[str], images: torch.Tensor) -> dict[str, tuple]:
+    """What each head gets when a model predicts; those that are not run are left out.
+
+    Args:
+        model (nn.Module): Quantized.
+        names (list[str]): Of the heads.
+        images (Tensor): (1, 3, H, W).
+    """
+    seen = {}
+
+    def record(name, forward, *inputs):
+        seen[name] = inputs
+        return forward(*inputs)
+
+    heads = {name: model.get_submodule(name) for name in names}
+    for name, head in heads.items():
+        head.forward = partial(record, name, head.forward)  # no hook: mmseg calls the method itself
+    try:
+        model(images, data_samples(images), mode='tensor')
+    finally:
+        for head in heads.values():
+            del head.forward
+    return seen
+
+
+@torch.no_grad()
+def export_head(model: nn.Module, name: str, inputs: tuple, path, dynamic: bool = False,
+                preset: str = 'asymmetric') -> Head:
+    """Writes a head as ONNX. Heads on proposals take any number of them.
+
+    Args:
+        model (nn.Module): Quantized and calibrated, on CPU.
+        name (str): Of :func:`head_names`.
+        inputs (tuple): Of :func:`head_inputs`.
+        path (str | Path): The file to write.
+        dynamic (bool): Whether feature maps may have other sizes. Defaults to False.
+        preset (str): As of :func:`export_graph`.
+
+    Returns:
+        Head: What was exported.
+
+    Raises:
+        UserError: If the head cannot be exported.
+    """
+    check_preset(model, preset)
+    head = Head(model.get_submodule(name), inputs).eval()
+    flat = tuple(tensors(inputs))
+    proposals = '.' in name
+    values = dict(input=flat, output=head(*flat))
+    names = {kind: [f'{kind}_{i}' for i in range(len(tensors))] for kind, tensors in values.items()}
+    axes = {n: {0: 'proposals'} if proposals else {2: f'{n}_height', 3: f'{n}_width'} for kind in values
+            for n, value in zip(names[kind], values[kind]) if proposals or value.dim() == 4}
+    notes = dict(head=name, inputs=json.dumps(len(flat)), outputs=json.dumps(head.outputs), preset=preset,
+                 proposals=str(proposals), dynamic=str(dynamic))
+    with traceable(model), exportable(model):
+        write(head, flat, path, *names.values(), axes if dynamic or proposals else None, notes, name)
+    return head
