@@ -6,11 +6,13 @@
 All models take turns in one process; times are medians, ratios are to eager float. Weights are random and images noise:
 latency does not depend on them. ONNX Runtime's own static quantization and, where nncf is installed, NNCF's are applied
 to the same float graph. Whole-detector and whole-segmentor rows (--predict) time mm*'s ``predict`` with the graph
-inside, and with graphs of the quantized heads, too.
+inside, and with graphs of the quantized heads, too. Peak memory (--peak, Linux) is what a process of its own needs
+beyond its imports to load a model and to run it three times.
 """
 import argparse
 import copy
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +38,8 @@ def parse_args():
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--predict', action='store_true', help='also time predict of the whole model')
     parser.add_argument('--dynamic', action='store_true', help='also our graph for every image size')
+    parser.add_argument('--peak', action='store_true', help='also measure peak memory')
+    parser.add_argument('--alone', metavar='RUNTIME=FILE', help=argparse.SUPPRESS)  # what --peak starts
     parser.add_argument('--json', metavar='FILE')
     return parser.parse_args()
 
@@ -85,6 +89,57 @@ def openvino_network(network, threads):
     return lambda array: list(request.infer({'images': array}).values())
 
 
+def float_model(path):
+    """A float model with random weights, in evaluation mode."""
+    import torch
+    from mmengine.config import Config
+    from mmengine.registry import MODELS
+
+    from psaq_mm.engine.config import default_scope, without_pretrained
+    cfg = Config.fromfile(ROOT / 'configs' / path)
+    default_scope(cfg)
+    torch.manual_seed(0)
+    return MODELS.build(without_pretrained(cfg.model)).eval()
+
+
+def alone(args):
+    """Prints the peak memory of one model in this process, MB."""
+    import numpy as np
+    import torch
+
+    from psaq_mm.deploy.graph import Features
+    runtime, _, file = args.alone.partition('=')
+    _, path, size = CASES[args.cases[0]]
+    array = np.random.default_rng(0).standard_normal((1, 3, *size), np.float32)
+    __import__(runtime)
+
+    def megabytes(key):
+        status = Path('/proc/self/status').read_text()
+        return int(status.split(f'{key}:')[1].split()[0]) / 1e3
+
+    Path('/proc/self/clear_refs').write_text('5')  # the high-water mark starts anew
+    before = megabytes('VmRSS')
+    if runtime == 'torch':
+        features = Features(float_model(path)).eval()
+        run = lambda image: features(torch.from_numpy(image))  # noqa: E731
+    else:
+        run = dict(onnxruntime=ort_session, openvino=openvino_network)[runtime](file, args.threads)
+    with torch.no_grad():
+        for _ in range(3):
+            run(array)
+    print(round(megabytes('VmHWM') - before))
+
+
+def peak_of(case, name, file, threads):
+    """MB that a contestant needs in a process of its own."""
+    runtime = 'torch' if name.startswith('eager') else 'openvino' if name.startswith('OpenVINO') else 'onnxruntime'
+    if file.suffix == '.bin':
+        file = file.with_suffix('.xml')
+    done = subprocess.run([sys.executable, __file__, '--cases', case, '--threads', str(threads), '--alone',
+                           f'{runtime}={file}'], check=True, capture_output=True, text=True)
+    return int(done.stdout.split()[-1])
+
+
 def take_turns(runs, repeats):
     """Median seconds of each callable."""
     times = {name: [] for name in runs}
@@ -120,8 +175,6 @@ def samples_for(model, image):
 def contestants(path, size, folder, args):
     """All ways to compute one model: callables by name, and the files they need."""
     import torch
-    from mmengine.config import Config
-    from mmengine.registry import MODELS
 
     from psaq_mm.classification import Classifier
     from psaq_mm.deploy import (
@@ -134,13 +187,9 @@ def contestants(path, size, folder, args):
         head_names,
     )
     from psaq_mm.deploy.graph import Features
-    from psaq_mm.engine.config import default_scope, without_pretrained
     from psaq_mm.models import extract_features, quantize_model
     from psaq_mm.quantization import calibrate
-    cfg = Config.fromfile(ROOT / 'configs' / path)
-    default_scope(cfg)
-    torch.manual_seed(0)
-    model = MODELS.build(without_pretrained(cfg.model)).eval()
+    model = float_model(path)
     plain_model = copy.deepcopy(model)
     classifier = isinstance(model, Classifier)
     features = Features(plain_model).eval()
@@ -207,18 +256,25 @@ def main():
 
     from psaq_mm.engine import write_json
     torch.set_num_threads(args.threads)
+    if args.alone:
+        return alone(args)
     results = {}
     for case in args.cases:
         title, path, size = CASES[case]
-        table = Table('', 'seconds', 'speed-up', 'size, MB', title=f'{title}, {args.threads} threads')
+        columns = ['', 'seconds', 'speed-up', 'size, MB', *['peak, MB'] * args.peak]
+        table = Table(*columns, title=f'{title}, {args.threads} threads')
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             runs = contestants(path, size, Path(folder), args)
             times = take_turns({name: run for name, (run, _) in runs.items()}, args.repeats)
             for name, seconds in times.items():
                 base = times[f'{PREDICT}, eager float' if name.startswith(PREDICT) else 'eager float']
                 size_mb = runs[name][1] and runs[name][1].stat().st_size / 1e6
-                results.setdefault(case, {})[name] = dict(seconds=seconds, speedup=base / seconds, size_mb=size_mb)
-                table.add_row(name, f'{seconds:.3f}', f'{base / seconds:.2f}', f'{size_mb:.1f}' if size_mb else '')
+                found = dict(seconds=seconds, speedup=base / seconds, size_mb=size_mb)
+                results.setdefault(case, {})[name] = found
+                if args.peak and size_mb:
+                    found['peak_mb'] = peak_of(case, name, runs[name][1], args.threads)
+                table.add_row(name, f'{seconds:.3f}', f'{base / seconds:.2f}', f'{size_mb:.1f}' if size_mb else '',
+                              *[str(found.get('peak_mb', ''))] * args.peak)
         Console(width=120).print(table)
     if args.json:
         write_json(results, args.json)
