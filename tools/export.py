@@ -10,7 +10,7 @@ from common import load_config, run
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description='Exports backbone and neck of a quantized model as int8 ONNX.')
+    parser = argparse.ArgumentParser(description='Exports backbone, neck and heads of a quantized model as int8 ONNX.')
     parser.add_argument('config', help='test_config.py that tools/dfq.py wrote, or the config with the stanza')
     parser.add_argument('checkpoint', help='quantized.pth')
     parser.add_argument('--work-dir', metavar='DIR', help='where results go (default: int8/ beside the checkpoint)')
@@ -40,11 +40,18 @@ def export(args):
                     args.runtime, args.preset)
     table = Table('exported', '', show_header=False)
     sizes = result['size_mb']
-    table.add_row('graph', f"{result['graph']}, {sizes['graph']} MB (weights in float32: {sizes['float']} MB)")
+    heads = ' and of heads' if result['heads'] else ''
+    table.add_row('graph', f"{result['graph']}{heads}, {sizes['graph']} MB (weights in float32: {sizes['float']} MB)")
+    if result['heads']:
+        table.add_row('heads', ', '.join(result['heads']))
     table.add_row('image sizes', 'any' if result['size'] is None else ' x '.join(map(str, result['size'])))
-    table.add_row('SQNR to the quantized model', ', '.join(f'{v} dB at {k}' for k, v in result['sqnr_db'].items()))
+    table.add_row('SQNR to the quantized model', ', '.join(
+        f'{v} dB {"in" if k in result["heads"] else "at"} {k}' for k, v in result['sqnr_db'].items()))
     table.add_row(f"products in int8, {result['runtime']}",
                   f"{result['int8']} of {result['int8'] + len(result['float'])}")
+    if result['heads_not_exported']:
+        table.add_row('heads that stay fake-quantized', '\n'.join(
+            f'{name}: {why}' for name, why in result['heads_not_exported'].items()))
     for title, names in (('in float at run time', result['float']), ('kept in float by the stanza',
                                                                      result['kept_float'])):
         if names:
