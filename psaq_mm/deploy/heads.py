@@ -56,14 +56,15 @@ def nested(form, flat):
 
 def head_names(model: nn.Module) -> list[str]:
     """Names of the heads that hold quantized layers and map tensors to tensors; of a two-stage detector's second stage
-    those for boxes and masks, each of a cascade's.
+    those for boxes, masks and the like, each of a cascade's.
     """
     found = {}
     for name, child in model.named_children():
         if name in FEATURE_PARTS or isinstance(model, Classifier):
             continue
-        parts = {f'{name}.{part}': getattr(child, part) for part in ('bbox_head', 'mask_head') if hasattr(child, part)}
-        for path, part in (parts or {name: child}).items():
+        second_stage = hasattr(child, 'bbox_head') or hasattr(child, 'mask_head')
+        parts = {f'{name}.{key}': part for key, part in child.named_children()} if second_stage else {name: child}
+        for path, part in parts.items():
             stages = part.named_children() if isinstance(part, nn.ModuleList) else ()
             found.update({f'{path}.{stage}': module for stage, module in stages} or {path: part})
     return [name for name, module in found.items() if quantized_layers(module)]
