@@ -200,6 +200,26 @@ def test_patience_ends_a_turn():
     assert turns == (['student'] * 5 + ['images'] * 3) * 2 + ['student'] * 4
 
 
+def test_an_update_of_the_images_computes_no_gradient_of_the_student():
+    played, student = game()
+    needed, plain = [], student.forward
+
+    def forward(x):
+        needed.append(any(p.requires_grad for p in student.parameters()))
+        return plain(x)
+
+    played.turn, played.student = 'images', forward
+    before = [batch.clone() for batch in (o.images for o in played.optimizers)]
+    played.step(random.Random(0))
+    assert needed == [False] and all(p.requires_grad for p in student.parameters())
+    assert any(not torch.equal(a, o.images) for a, o in zip(before, played.optimizers))
+    played.student = lambda x: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        played.turn = 'images'
+        played.step(random.Random(0))
+    assert all(p.requires_grad for p in student.parameters())
+
+
 def test_images_gain_nothing_beyond_the_bound():
     """Far over the bound the objective's gradient is the entropy's and the priors' alone."""
     gradients = []
