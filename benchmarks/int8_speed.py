@@ -156,7 +156,7 @@ def take_turns(runs, repeats):
 def deployed(model, features, heads):
     """A copy of a model with graphs in place of backbone and neck, and of heads by name."""
     model = copy.deepcopy(model)
-    model.extract_feat = features  # shadows the method
+    model.extract_feat = features.forward  # shadows the method, which a module would not
     for name, graph in heads.items():
         model.get_submodule(name).forward = graph.__call__
     return model
