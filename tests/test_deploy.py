@@ -371,6 +371,20 @@ def test_adaptive_pooling_is_traced_for_every_size(size, bins):
         torch.testing.assert_close(pool(x), nn.AdaptiveAvgPool2d(bins)(x))
 
 
+def test_a_segmentor_with_an_int8_head_by_mmsegs_own_functions(segmentation_config, tmp_path):
+    from mmseg.apis import inference_model, init_model
+    run_tool(ROOT / 'tools' / 'dfq.py', segmentation_config, '--work-dir', tmp_path, '--no-eval', '--cfg-options',
+             "quantization.targets=['backbone','neck','decode_head']")
+    run_tool(ROOT / 'tools' / 'export.py', tmp_path / 'test_config.py', tmp_path / 'quantized.pth')
+    maps = []
+    for folder, name, weights in ((tmp_path, 'test_config.py', 'quantized.pth'),
+                                  (tmp_path / 'int8', 'int8_config.py', 'int8.pth')):
+        image = np.random.default_rng(0).integers(0, 255, (96, 128, 3), np.uint8)
+        model = init_model(str(folder / name), str(folder / weights), device='cpu')
+        maps.append(inference_model(model, image).pred_sem_seg.data)
+    assert (maps[0] == maps[1]).float().mean() > 0.95
+
+
 def test_a_detector_with_int8_heads_by_mmdets_own_tools(small_config, tmp_path):
     run_tool(ROOT / 'tools' / 'dfq.py', small_config, '--work-dir', tmp_path, '--cfg-options',
              "quantization.targets=['backbone','neck','rpn_head','roi_head']")

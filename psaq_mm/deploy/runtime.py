@@ -209,9 +209,11 @@ def build_exported_model(exported_type: str, heads: dict[str, str], runtime='ope
     for name, path in heads.items():
         head = model.get_submodule(name)
         graph = HeadGraph(path, runtime, threads)
-        for module in head.modules():
-            module._parameters.clear()
-            module._buffers.clear()
+        for part, child in list(head.named_children()):  # losses stay: predictions ask them for their activation
+            if any(True for _ in (*child.parameters(), *child.buffers())):
+                setattr(head, part, nn.Identity())
+        for store in (head._parameters, head._buffers):
+            store.update(dict.fromkeys(store))
         head.forward = graph.__call__  # shadows the class's
     return model
 
