@@ -96,7 +96,9 @@ def loop_of(path, batch, size, device, options, amp=False):
     cfg.merge_from_dict(options)
     default_scope(cfg)
     cfg.work_dir = tempfile.mkdtemp()
-    cfg.quantization.merge(dict(synthesis=dict(num_images=2 * batch, batch_size=batch, size=size)))
+    # Half of the images are held back: whole batches alone take part in the game.
+    cfg.quantization.merge(dict(synthesis=dict(num_images=2 * batch, batch_size=batch, size=size),
+                                game=dict(holdout=0.5)))
     model = MODELS.build(without_pretrained(copy.deepcopy(cfg.model)))
     if hasattr(model, 'init_weights'):
         model.init_weights()
@@ -156,6 +158,7 @@ def student_case(path, batch, size, device, options, amp=False):
         adam.step()
 
     game = loop.game
+    assert all(len(o.images) == batch for o in game.optimizers)
 
     def first():
         game.uses = 0
