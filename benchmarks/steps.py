@@ -62,6 +62,27 @@ def configs(tasks, bench, out):
             yield task, Config.fromfile(ROOT / 'demo' / DEMOS[task])
 
 
+def plot(results, of, path):
+    """Accuracy and what guides it against the steps, a panel for each task."""
+    from matplotlib.figure import Figure
+    guide = GUIDES[of]
+    figure = Figure(figsize=(4 * len(results), 3.6), layout='constrained')
+    for axes, (task, found) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items()):
+        steps = sorted(found)
+        first = found[steps[0]]
+        axes.axhline(first['full'], color='black', linestyle='--', linewidth=1, label='full precision')
+        axes.plot(steps, [found[s]['value'] for s in steps], 'o-', label='quantized')
+        axes.set_xscale('symlog', linthresh=min(s for s in steps if s))
+        axes.set_xticks(steps, map(str, steps))
+        axes.minorticks_off()
+        axes.set(title=task, xlabel=f'steps of the {of}', ylabel=f"{title_of(first['metric'])}, %")
+        other = axes.twinx()
+        other.plot(steps, [found[s]['guide'] for s in steps], 's:', color='tab:green', label=guide)
+        other.set_ylabel(guide)
+    figure.legend(handles=[*axes.get_lines(), *other.get_lines()], loc='outside lower center', ncols=3)
+    figure.savefig(path, dpi=120)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--of', choices=STEPS, default='synthesis', help='what has the steps (default: synthesis)')
@@ -75,8 +96,6 @@ def main():
     args = parser.parse_args()
     if 'deit_tiny' in args.tasks and not args.bench:
         parser.error('--tasks deit_tiny needs --bench')
-    from matplotlib.figure import Figure
-
     from psaq_mm.engine import compare, markdown, with_stanza, write_json
     from psaq_mm.engine.report import metric_names, percent, title_of
     rows, results, guide = [], {}, GUIDES[args.of]
@@ -108,22 +127,7 @@ def main():
     text = markdown(['task, steps', guide, 'metric', 'full precision', 'quantized', 'minutes'], rows)
     (args.out / 'steps.md').write_text(text)
     write_json(results, args.out / 'steps.json')
-    figure = Figure(figsize=(4 * len(results), 3.6), layout='constrained')
-    for axes, (task, found) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items()):
-        steps = sorted(found)
-        first = found[steps[0]]
-        axes.axhline(first['full'], color='black', linestyle='--', linewidth=1, label='full precision')
-        axes.plot(steps, [found[s]['value'] for s in steps], 'o-', label='quantized')
-        axes.set_xscale('symlog', linthresh=min(s for s in steps if s))
-        axes.set_xticks(steps, map(str, steps))
-        axes.minorticks_off()
-        axes.set(title=task, xlabel=f'steps of the {args.of}', ylabel=f"{title_of(first['metric'])}, %")
-        other = axes.twinx()
-        other.plot(steps, [found[s]['guide'] for s in steps], 's:', color='tab:green', label=guide)
-        other.set_ylabel(guide)
-        lines = [*axes.get_lines(), *other.get_lines()]
-        axes.legend(handles=lines, loc='center right', fontsize='small')
-    figure.savefig(args.out / 'steps.png', dpi=120)
+    plot(results, args.of, args.out / 'steps.png')
     print(text)
     return 0
 
