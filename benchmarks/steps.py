@@ -65,6 +65,8 @@ def configs(tasks, bench, out):
 def plot(results, of, path):
     """Accuracy and what guides it against the steps, a panel for each task."""
     from matplotlib.figure import Figure
+
+    from psaq_mm.engine.report import title_of
     guide = GUIDES[of]
     figure = Figure(figsize=(4 * len(results), 3.6), layout='constrained')
     for axes, (task, found) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items()):
