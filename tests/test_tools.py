@@ -228,8 +228,11 @@ def test_accuracy_against_steps(of, tmp_path):
              'quantization.game.evaluate_every=5')
     found = json.loads((tmp_path / 'steps.json').read_text())['classification']
     start, end = found['0'], found['20']
-    better = end['guide'] < start['guide'] == 1 if of == 'game' else end['guide'] > start['guide']
-    assert better and end['value'] > 40 and start['metric'] == 'accuracy/top1'
+    if of == 'game':
+        assert end['guide'] < start['guide'] == 1
+    else:  # noise has no entropy worth the name, and calibrates badly
+        assert abs(end['guide']) < 10 and end['value'] > start['value'] + 5
+    assert end['value'] > 40 and start['metric'] == 'accuracy/top1'
     assert np.asarray(Image.open(tmp_path / 'steps.png')).std() > 10
 
 
