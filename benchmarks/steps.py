@@ -123,8 +123,8 @@ def main():
             minutes = run['minutes'] if args.of == 'game' else run['synthesis_minutes']
             results.setdefault(task, {})[steps] = dict(metric=name, full=percent(full, name),
                                                        value=percent(metrics, name), guide=guided, minutes=minutes)
-            rows.append([f'{task}, {steps}', f'{guided:.3f}' if guided == guided else '-', title_of(name), f'{percent(full, name):.1f}',
-                         f'{percent(metrics, name):.1f}', f'{minutes:.2f}'])
+            rows.append([f'{task}, {steps}', f'{guided:.3f}' if guided == guided else '-', title_of(name),
+                         f'{percent(full, name):.1f}', f'{percent(metrics, name):.1f}', f'{minutes:.2f}'])
             print(*rows[-1], sep=' | ', flush=True)
     text = markdown(['task, steps', guide, 'metric', 'full precision', 'quantized', 'minutes'], rows)
     (args.out / 'steps.md').write_text(text)
