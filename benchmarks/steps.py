@@ -23,7 +23,7 @@ from common import parse_options  # noqa: E402
 from grid import bits  # noqa: E402
 from run import CONFIGS as DEMOS  # noqa: E402
 
-STEPS = dict(synthesis=[0, 10, 25, 50, 100, 200], game=[0, 50, 100, 200, 400, 800])
+STEPS = dict(synthesis=[0, 10, 25, 50, 100, 200], game=[0, 50, 100, 200, 400])
 GUIDES = dict(synthesis='entropy, nats a block', game='held-back discrepancy / plain')
 NUMBER = r'([-+0-9.e]+)'
 

@@ -1,7 +1,9 @@
 """The exported int8 model against the quantized one: both runtimes, several sizes, the ecosystem's tools."""
 import copy
+import inspect
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from torch import nn
 
 from psaq_mm.deploy import RUNTIMES, Graph, HeadGraph, export_graph, export_head, head_inputs, head_names
 from psaq_mm.deploy.adapters import ADAPTERS, shifted_window_mask, traceable
-from psaq_mm.deploy.export import exported_config, quantized_config, sqnr
+from psaq_mm.deploy.export import export_heads, exported_config, quantized_config, sqnr
 from psaq_mm.deploy.extras import need
 from psaq_mm.deploy.graph import Features
 from psaq_mm.deploy.heads import nesting
@@ -314,7 +316,7 @@ def test_a_heads_graph_computes_what_the_head_does(with_heads, runtime, tmp_path
         graph, head = HeadGraph(str(tmp_path / 'head.onnx'), runtime), model.get_submodule(name)
         assert any(graph.session.products().values()) or runtime == 'onnxruntime'
         if name.startswith('roi_head'):
-            (features, ), = [traced[name]]
+            features, = traced[name]
             cases = [(torch.cat([features] * 2)[:count], ) for count in (0, 1, 7)]
         else:
             cases = [head_inputs(model, [name], torch.randn(2, 3, *size))[name] for size in ((64, 96), (90, 130))]
@@ -352,6 +354,48 @@ def test_the_exported_model_has_heads_without_weights(with_heads, tmp_path):
         from mmdet.structures import DetDataSample
         found, = exported.predict(images, [DetDataSample(metainfo=samples[0].metainfo)])
         assert found.pred_instances.masks.shape[1:] == (64, 96)
+
+
+def test_a_head_that_cannot_be_exported_stays_fake_quantized(with_heads, tmp_path, monkeypatch):
+    """Its file goes, the reason is told, and the config quantizes it as before; graphs serve the others."""
+    cfg, model = with_heads
+    names = head_names(model)
+    images = torch.randn(1, 3, 64, 96)
+
+    def fails(model, name, inputs, path, *args):
+        if name == names[-1]:
+            path.write_text('half a graph')
+            raise ValueError('')
+        return export_head(model, name, inputs, path, *args)
+
+    monkeypatch.setattr(sys.modules['psaq_mm.deploy.export'], 'export_head', fails)
+    heads, failed = export_heads(model, tmp_path, images, 'openvino', True, 'asymmetric')
+    assert failed == {names[-1]: 'ValueError: '} and list(heads) == names[:-1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f'{name}.onnx' for name in names[:-1])
+    export_graph(model, tmp_path / 'features.onnx', (64, 96))
+    written = tmp_path / 'config.py'
+    written.write_text(exported_config(cfg, model, 'openvino', 'features.onnx', {
+        name: head['file'] for name, head in heads.items()}).pretty_text)
+    exported = MODELS.build(Config.fromfile(written).model)
+    state = {k: v for k, v in model.state_dict().items() if k.startswith(f'{names[-1]}.')}
+    kept = {k: v for k, v in exported.state_dict().items() if k.startswith(f'{names[-1]}.')}
+    assert kept.keys() == state.keys() and any(k.endswith('_quantizer.scale') for k in kept)
+    with pytest.raises(UserError, match='not of a head'):
+        HeadGraph(str(tmp_path / 'features.onnx'))
+
+
+def test_a_head_that_is_called_by_names_has_no_recorded_inputs(with_heads, monkeypatch):
+    _, model = with_heads
+    first = head_names(model)[0]
+    head = model.get_submodule(first)
+    argument = next(iter(inspect.signature(head.forward).parameters))
+
+    def by_name(images, samples, mode):
+        return head.forward(**{argument: model.extract_feat(images)})
+
+    monkeypatch.setattr(model, 'forward', by_name)
+    assert head_inputs(model, [first], torch.randn(1, 3, 64, 96)) == {}
+    assert 'forward' not in vars(head)
 
 
 def test_heads_of_a_cascade_are_exported_one_by_one():

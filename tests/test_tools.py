@@ -237,6 +237,16 @@ def test_accuracy_against_steps(of, tmp_path):
 
 
 @pytest.mark.slow
+def test_int8_speed_measures_files_and_memory(tmp_path):
+    pytest.importorskip('openvino', reason="needs pip install 'psaq_mm[deploy]'")
+    run_tool('benchmarks/int8_speed.py', '--cases', 'deit_s', '--repeats', '1', '--peak', '--json', tmp_path / 'j.json')
+    found = json.loads((tmp_path / 'j.json').read_text())['deit_s']
+    ours, plain = (found[f'OpenVINO {kind}'] for kind in ('int8, psaq_mm', 'float'))
+    assert ours['size_mb'] < 0.3 * plain['size_mb'] and 0 < ours['peak_mb'] < plain['peak_mb']
+    assert all(run['peak_mb'] > 0 and run['seconds'] > 0 for run in found.values())
+
+
+@pytest.mark.slow
 def test_end_to_end_benchmark_runs_every_variant(small_config, tmp_path):
     run_tool('benchmarks/end_to_end.py', '--tasks', '--configs', small_config, '--variant=', '--variant=--amp',
              '--json', tmp_path / 'j.json')
@@ -322,6 +332,8 @@ def test_real_weights_of_deit_tiny_keep_their_accuracy(tmp_path):
              '--out', tmp_path, '--json', tmp_path / 'j.json', timeout=2700)
     run_tool('benchmarks/agreement.py', '--grid', tmp_path)
     fidelity = json.loads((tmp_path / 'agreement.json').read_text())
+    shown = run_tool('benchmarks/agreement.py', '--grid', tmp_path, '--runs', tmp_path / 'W4A8_psaq_v1').stdout
+    assert f"W4A8_psaq_v1 | {fidelity['W4A8 psaq_v1']['agreement']:.1f} |" in shown and 'v2 |' not in shown
     assert fidelity['W4A8 psaq_v2']['kl'] < 0.9 * fidelity['W4A8 psaq_v1']['kl']
     assert fidelity['W4A8 psaq_v2']['agreement'] > fidelity['W4A8 psaq_v1']['agreement']
     log = ''.join(file.read_text() for file in (tmp_path / 'W4A8_psaq_v2').glob('*/*.log'))

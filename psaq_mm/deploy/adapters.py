@@ -220,7 +220,8 @@ def _register():
         return patched_img + self.resize_pos_embed(pos_embed, hw_shape, sides, self.interpolate_mode)
 
     def adaptive_average(self, x):
-        sides = self.output_size if isinstance(self.output_size, tuple) else (self.output_size, ) * 2
+        size = self.output_size
+        sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
         if sides == (1, 1) or None in sides:
             return type(self).forward(self, x)
 

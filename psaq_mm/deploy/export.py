@@ -89,10 +89,10 @@ def exported_config(cfg: Config, model, runtime: str, graph: str, heads: dict[st
     old.pop('neck', None)
     left = [name for name in head_names(model) if name not in (heads or {})]
     if left:  # they stay fake-quantized
-        prefixes = tuple(f'{name}.' for name in left)
-        targets = [t for t in stanza.targets if f'{t}.'.startswith(prefixes)]  # inside those heads, or all of them
-        targets += [name for name in left if f'{name}.'.startswith(tuple(f'{t}.' for t in stanza.targets))
-                    and name not in targets]
+        targets = []
+        for name in left:
+            whole = f'{name}.'.startswith(tuple(f'{target}.' for target in stanza.targets))
+            targets += [name] if whole else [t for t in stanza.targets if t.startswith(f'{name}.')]
         prefixes = tuple(f'{target}.' for target in targets)  # also of layers in float, which keep_float names
         names = [n for n, _ in model.named_modules() if f'{n}.'.startswith(prefixes)]
         changed = dict(stanza.to_dict(), targets=targets, placement='operands')
@@ -124,7 +124,7 @@ def export_heads(model, folder: Path, images: torch.Tensor, runtime: str, dynami
     found = head_inputs(model, names, images)
     for name in names:
         if name not in found:
-            failed[name] = 'is not run in prediction'
+            failed[name] = 'is not run in prediction, or not by positional arguments'
             continue
         inputs, path = found[name], folder / f'{name}.onnx'
         try:
@@ -133,8 +133,9 @@ def export_heads(model, folder: Path, images: torch.Tensor, runtime: str, dynami
             outputs = zip(tensors(model.get_submodule(name)(*inputs)), tensors(graph(*inputs)))
             done[name] = dict(file=path.name, products=graph.session.products(),
                               sqnr=min(sqnr(ours, theirs) for ours, theirs in outputs))
-        except (UserError, RuntimeError, TypeError) as error:
-            failed[name] = str(error).splitlines()[0]
+        except Exception as error:  # the exporter's, the runtime's or the head's own: there is a way on without it
+            path.unlink(missing_ok=True)
+            failed[name] = f'{type(error).__name__}: {error}'.splitlines()[0]
     return done, failed
 
 
@@ -196,10 +197,11 @@ def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | 
     heads, not_exported = export_heads(model, folder, images, runtime, not fixed, preset)
     exported = exported_config(cfg, model, runtime, path.name, {name: head['file'] for name, head in heads.items()})
     (folder / 'int8_config.py').write_text(exported.pretty_text)
-    state = {} if isinstance(model, Classifier) else {
-        key: value for key, value in model.state_dict().items()
-        if not key.startswith(tuple(f'{name}.' for name in (*FEATURE_PARTS, *heads)))}
+    exported_parts = () if isinstance(model, Classifier) else (*FEATURE_PARTS, *heads)
+    parts = tuple(f'{name}.' for name in exported_parts) or ''  # of a classifier all: every name begins like that
+    state = {key: value for key, value in model.state_dict().items() if not key.startswith(parts)}
     write_atomically(dict(state_dict=state, meta=content.get('meta', {})), folder / 'int8.pth')
+    files = {name: folder / head['file'] for name, head in heads.items()}
     products = graph.session.products()
     for name, head in heads.items():
         products.update({f'{name}: {product}': integer for product, integer in head['products'].items()})
@@ -207,12 +209,9 @@ def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | 
     result = dict(
         graph=str(path), config=str(folder / 'int8_config.py'), checkpoint=str(folder / 'int8.pth'), runtime=runtime,
         size=list(fixed) if fixed else None, preset=preset, sqnr_db={k: round(v, 1) for k, v in found.items()},
-        heads={name: str(folder / head['file']) for name, head in heads.items()}, heads_not_exported=not_exported,
-        size_mb=dict(graph=round(sum(file.stat().st_size for file in (path, *(
-            folder / head['file'] for head in heads.values()))) / 1e6, 2), float=round(
-                4e-6 * sum(p.numel() for n, p in model.named_parameters()
-                           if isinstance(model, Classifier) or n.startswith(
-                               tuple(f'{name}.' for name in (*FEATURE_PARTS, *heads)))), 2)),
+        heads={name: str(file) for name, file in files.items()}, heads_not_exported=not_exported,
+        size_mb=dict(graph=round(sum(file.stat().st_size for file in (path, *files.values())) / 1e6, 2), float=round(
+            4e-6 * sum(p.numel() for name, p in model.named_parameters() if name.startswith(parts)), 2)),
         int8=sum(products.values()), float=[name for name, integer in products.items() if not integer],
         kept_float=float_layers(model))
     write_json(result, folder / 'export.json')

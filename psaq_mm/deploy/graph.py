@@ -166,7 +166,6 @@ def export_graph(model: nn.Module, path, size: tuple[int, int], dynamic: bool = 
     Raises:
         UserError: If the model cannot be exported that way.
     """
-    need('onnx')
     if integers:
         check_calibrated(model)
         check_preset(model, preset)

@@ -72,7 +72,7 @@ def head_names(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def head_inputs(model: nn.Module, names: list[str], images: torch.Tensor) -> dict[str, tuple]:
-    """What each head gets when a model predicts; those that are not run are left out.
+    """What each head gets when a model predicts; those that are not run, or with named arguments, are left out.
 
     Args:
         model (nn.Module): Quantized.
@@ -81,9 +81,10 @@ def head_inputs(model: nn.Module, names: list[str], images: torch.Tensor) -> dic
     """
     seen = {}
 
-    def record(name, forward, *inputs):
-        seen[name] = inputs
-        return forward(*inputs)
+    def record(name, forward, *inputs, **named):
+        if not named:
+            seen[name] = inputs
+        return forward(*inputs, **named)
 
     heads = {name: model.get_submodule(name) for name in names}
     for name, head in heads.items():
@@ -98,8 +99,8 @@ def head_inputs(model: nn.Module, names: list[str], images: torch.Tensor) -> dic
 
 @torch.no_grad()
 def export_head(model: nn.Module, name: str, inputs: tuple, path, dynamic: bool = False,
-                preset: str = 'asymmetric') -> Head:
-    """Writes a head as ONNX. Heads on proposals take any number of them.
+                preset: str = 'asymmetric') -> None:
+    """Writes a head as ONNX. Those of a second stage, whose names have a dot, take any number of proposals.
 
     Args:
         model (nn.Module): Quantized and calibrated, on CPU.
@@ -109,9 +110,6 @@ def export_head(model: nn.Module, name: str, inputs: tuple, path, dynamic: bool 
         dynamic (bool): Whether feature maps may have other sizes. Defaults to False.
         preset (str): As of :func:`export_graph`.
 
-    Returns:
-        Head: What was exported.
-
     Raises:
         UserError: If the head cannot be exported.
     """
@@ -120,11 +118,10 @@ def export_head(model: nn.Module, name: str, inputs: tuple, path, dynamic: bool 
     flat = tuple(tensors(inputs))
     proposals = '.' in name
     values = dict(input=flat, output=head(*flat))
-    names = {kind: [f'{kind}_{i}' for i in range(len(tensors))] for kind, tensors in values.items()}
+    names = {kind: [f'{kind}_{i}' for i in range(len(value))] for kind, value in values.items()}
     axes = {n: {0: 'proposals'} if proposals else {2: f'{n}_height', 3: f'{n}_width'} for kind in values
             for n, value in zip(names[kind], values[kind]) if proposals or value.dim() == 4}
     notes = dict(head=name, inputs=json.dumps(len(flat)), outputs=json.dumps(head.outputs), preset=preset,
                  proposals=str(proposals), dynamic=str(dynamic))
     with traceable(model), exportable(model):
         write(head, flat, path, *names.values(), axes if dynamic or proposals else None, notes, name)
-    return head

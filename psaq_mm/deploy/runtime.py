@@ -138,6 +138,11 @@ class Graph:
 class HeadGraph(Graph):
     """An exported head; called as the head was."""
 
+    def __init__(self, path: str, runtime: str = 'openvino', threads: int = 0):
+        super().__init__(path, runtime, threads)
+        if 'inputs' not in self.notes:
+            raise UserError(f'{path} is the graph of a backbone, not of a head: export again')
+
     def __call__(self, *inputs):
         flat = list(tensors(inputs))
         names = [f'input_{i}' for i in range(len(flat))]
@@ -210,7 +215,7 @@ def build_exported_model(exported_type: str, heads: dict[str, str], runtime='ope
         head = model.get_submodule(name)
         graph = HeadGraph(path, runtime, threads)
         for part, child in list(head.named_children()):  # losses stay: predictions ask them for their activation
-            if any(True for _ in (*child.parameters(), *child.buffers())):
+            if child.state_dict():
                 setattr(head, part, nn.Identity())
         for store in (head._parameters, head._buffers):
             store.update(dict.fromkeys(store))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..quantization.quantizer import CHUNK
 from .config import GameConfig, SynthesisConfig
 from .entropy import PatchSimilarityTap
 from .images import ImageOptimizer, augment, lesson_view, prior_loss
@@ -41,9 +42,6 @@ def discrepancy(teacher: Features, student: Features) -> Tensor:
     return torch.stack(terms).mean(0)
 
 
-CHUNK = 1 << 18  # values at a time on CPU, which stay in the cache from pass to pass
-
-
 class _RelativeErrors(torch.autograd.Function):
     """Of two tensors of a shape: squared error over the first's square, absolute error over its magnitude.
 
@@ -51,17 +49,17 @@ class _RelativeErrors(torch.autograd.Function):
     """
 
     @staticmethod
-    def pieces(teacher, student):
-        """Flat pieces of both, in float32."""
-        size = CHUNK if student.device.type == 'cpu' else student.numel()
-        for pair in zip(teacher.reshape(-1).split(size), student.reshape(-1).split(size)):
-            yield map(torch.Tensor.float, pair)
+    def pieces(*tensors):
+        """Flat pieces of tensors of one shape, which on CPU stay in the cache from pass to pass."""
+        size = CHUNK if tensors[0].device.type == 'cpu' else tensors[0].numel()
+        return zip(*(tensor.reshape(-1).split(size) for tensor in tensors))
 
     @staticmethod
     def forward(ctx, teacher, student):
         sums = []
         for aim, found in _RelativeErrors.pieces(teacher, student):
-            error = found - aim
+            aim = aim.float()
+            error = found.float() - aim
             squares = torch.dot(error, error), torch.dot(aim, aim)
             sums.append(torch.stack([*squares, error.abs_().sum(), aim.abs().sum()]))
         squared, power, absolute, magnitude = torch.stack(sums).sum(0)
@@ -74,9 +72,8 @@ class _RelativeErrors(torch.autograd.Function):
     def backward(ctx, grad, _):
         teacher, student, power = ctx.saved_tensors
         out, factor = torch.empty_like(student, memory_format=torch.contiguous_format), 2 * grad / power
-        for piece, (aim, found) in zip(out.view(-1).split(CHUNK if out.device.type == 'cpu' else out.numel()),
-                                       _RelativeErrors.pieces(teacher, student)):
-            piece.copy_((found - aim).mul_(factor))
+        for piece, aim, found in _RelativeErrors.pieces(out, teacher, student):
+            piece.copy_((found.float() - aim.float()).mul_(factor))
         return None, out
 
 
