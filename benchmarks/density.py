@@ -45,7 +45,7 @@ def tokens_of_demo():
 
     import psaq_mm.classification  # noqa: F401
     from psaq_mm.engine.checkpoint import float_checkpoint, load_float
-    from psaq_mm.models import attention_taps, quantize_model
+    from psaq_mm.models import quantize_model, similarity_taps
     from psaq_mm.synthesis import PatchSimilarityTap
     cfg = Config.fromfile(ROOT / 'demo' / 'dfq_classification_w8a8.py')
     model = MODELS.build(dict(cfg.model, _scope_='psaq_mm')).eval()
@@ -56,7 +56,7 @@ def tokens_of_demo():
     real = [torch.from_numpy(mmcv.imread(str(f)).transpose(2, 0, 1).copy()) for f in files]
     images = dict(rendered=model.data_preprocessor(dict(inputs=real))['inputs'],
                   noise=torch.randn(IMAGES, 3, 96, 96))
-    tap = PatchSimilarityTap(*attention_taps(model.backbone))
+    tap = PatchSimilarityTap(*similarity_taps(model.backbone))
     found = {}
     for kind, batch in images.items():
         with torch.no_grad():

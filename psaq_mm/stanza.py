@@ -97,7 +97,7 @@ class QuantizationConfig(FrozenConfig):
         configs = {}
         for name, module in layers.items():
             weight, activation = self.weight, self.activation
-            if getattr(module, 'in_channels', None) == 3:  # reads the pixels: the patch embedding
+            if reads_pixels(module):
                 weight = _changed(weight, dict(bits=self.patch_embed_bits))
                 activation = _changed(activation, dict(bits=self.patch_embed_bits))
             configs[name] = LayerConfig(weight=weight, activation=activation)
@@ -123,6 +123,11 @@ class QuantizationConfig(FrozenConfig):
     def to_dict(self) -> dict:
         """The complete stanza, defaults spelled out, as plain lists and dicts that a config file can hold."""
         return self.model_dump(mode='json')
+
+
+def reads_pixels(layer) -> bool:
+    """Whether a layer is a convolution of the image itself: the patch embedding, or a stem."""
+    return getattr(layer, 'in_channels', None) == 3
 
 
 def _changed(config, changes):

@@ -1,5 +1,6 @@
 """Patch-similarity entropy against scipy's kernel density and against finite differences."""
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -7,7 +8,14 @@ import torch
 from scipy.integrate import trapezoid
 from scipy.stats import gaussian_kde
 
-from psaq_mm.synthesis import PatchSimilarityTap, patch_similarity, patch_similarity_entropy
+from psaq_mm.errors import UserError
+from psaq_mm.synthesis import (
+    PatchSimilarityTap,
+    attention_tokens,
+    map_tokens,
+    patch_similarity,
+    patch_similarity_entropy,
+)
 
 
 def scipy_entropy(values, bandwidth):
@@ -128,7 +136,7 @@ def test_similarity_is_the_cosine():
 
 def test_tap_averages_heads_drops_class_tokens_and_forgets():
     product = torch.nn.Identity()
-    tap = PatchSimilarityTap([product], [1])
+    tap = PatchSimilarityTap([product], [partial(attention_tokens, skip=1)])
     output = torch.randn(2, 3, 10, 4)
     product(output)
     assert not tap.tokens  # nobody asked
@@ -142,6 +150,27 @@ def test_tap_averages_heads_drops_class_tokens_and_forgets():
     with tap:
         product(output)
     assert not tap.tokens
+
+
+def test_tokens_of_every_shape_of_attention():
+    """Three windows of two images in four heads, laid out as the libraries do."""
+    output = torch.randn(2, 3, 4, 10, 5)  # (images, windows, heads, N, d)
+    expected = output.mean(2).flatten(0, 1)[:, 1:]
+    for shown in (output, output.flatten(0, 1), output.flatten(0, 2)):
+        found, = attention_tokens(shown, 1, 4)
+        torch.testing.assert_close(found, expected)
+
+
+def test_positions_of_feature_maps_are_tokens():
+    small, large = torch.randn(2, 3, 5, 7), torch.randn(2, 4, 56, 30)
+    found = map_tokens((small, [large], torch.randn(2, 9)))
+    assert len(found) == 2
+    assert torch.equal(found[0][1, 7], small[1, :, 1, 0])
+    assert found[1].shape == (2, 28 * 28, 4)
+    torch.testing.assert_close(found[1].mean(1), torch.nn.functional.adaptive_avg_pool2d(large, 28).mean((2, 3)))
+    tap = PatchSimilarityTap([torch.nn.Identity()], [map_tokens])
+    with pytest.raises(UserError, match='no feature maps'), tap:
+        tap.entropy(2)
 
 
 def test_a_pass_ends_at_the_last_tap():
@@ -160,7 +189,7 @@ def test_a_pass_ends_at_the_last_tap():
             return y
 
     model, x = Model(), torch.randn(2, 3, 10, 4)
-    tap = PatchSimilarityTap([model.first, model.second], [0, 0])
+    tap = PatchSimilarityTap([model.first, model.second], [attention_tokens] * 2)
     entropies = []
     for _ in range(3):
         tap.run(model, x)

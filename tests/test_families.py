@@ -9,11 +9,11 @@ from torch import nn
 from psaq_mm.errors import UserError
 from psaq_mm.models import (
     attention_blocks,
-    attention_taps,
     checkpoint_blocks,
     extract_features,
     extract_inner,
     quantize_model,
+    similarity_taps,
 )
 from psaq_mm.quantization import (
     SUMS,
@@ -200,9 +200,9 @@ def test_parameters_keep_their_names_and_a_state_dict_brings_the_scales(family):
 def test_taps_see_the_patches_of_every_block(family):
     model, blocks, _, class_tokens = family
     converted = quantize_model(copy.deepcopy(model), dict(keep_float=['*']))  # float attention shows its products, too
-    products, prefixes = attention_taps(converted.backbone)
-    assert len(products) == blocks and set(prefixes) == {class_tokens}
-    tap = PatchSimilarityTap(products, prefixes)
+    products, readers = similarity_taps(converted.backbone)
+    assert len(products) == blocks and {reader.keywords['skip'] for reader in readers} == {class_tokens}
+    tap = PatchSimilarityTap(products, readers)
     images = images_for(model).requires_grad_()
     with tap:
         converted.backbone(images)
@@ -225,7 +225,7 @@ def test_tokens_are_what_attention_puts_out(family):
         if hasattr(module, 'num_heads') and isinstance(projection, nn.Linear):
             projection.register_forward_pre_hook(lambda _, args, heads=module.num_heads: expected.append(
                 args[0].unflatten(-1, (heads, -1)).mean(-2)[:, class_tokens:]))
-    tap = PatchSimilarityTap(*attention_taps(converted.backbone))
+    tap = PatchSimilarityTap(*similarity_taps(converted.backbone))
     with torch.no_grad(), tap:
         converted.backbone(images_for(model))
     assert len(tap.tokens) == len(expected) == blocks
@@ -335,7 +335,7 @@ def test_checkpointed_blocks_give_the_same_gradient(family):
         assert len(attention_blocks(converted.backbone)) == blocks
         if checkpointed:
             checkpoint_blocks(converted.backbone)
-        tap = PatchSimilarityTap(*attention_taps(converted.backbone))
+        tap = PatchSimilarityTap(*similarity_taps(converted.backbone))
         for _ in range(2):  # the second pass ends at the last tap
             tap.run(converted.backbone, images)
             entropy = tap.entropy(len(images)).sum()

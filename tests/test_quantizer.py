@@ -16,8 +16,8 @@ from psaq_mm.quantization import (
     QuantizerMismatchError,
     UncalibratedError,
     WeightConfig,
+    kernels,
 )
-from psaq_mm.quantization.quantizer import fake_quantize, fake_quantize_backward
 
 
 def calibrated(config, *batches, channels=1, axis=0):
@@ -198,40 +198,100 @@ def test_a_transposed_convolution_has_a_scale_for_each_output_channel(groups):
     assert 0 < (converted(x) - expected).abs().max() < 0.02 * expected.abs().max()
 
 
-@pytest.mark.parametrize('shape, channels, axis', [((3, 50_000), 1, 0), ((2, 7, 40, 30), 1, 0), ((6, 5, 3, 3), 6, 0),
-                                                   ((4, 6, 3, 3), 6, 1), ((2, 9, 5), 5, 2)])
-@pytest.mark.parametrize('symmetric', [True, False])
-def test_fake_quantize_is_torchs_own_bit_for_bit(shape, channels, axis, symmetric):
-    x = torch.randn(shape) * 3
+@pytest.fixture(params=['compiled', 'in passes'])
+def rounding(request):
+    """Both implementations of rounding and its gradient; the compiled one where a compiler was at hand."""
+    if request.param == 'in passes':
+        return kernels.round_in_passes, kernels.backward_in_passes
+    if not kernels.IS_COMPILED:
+        pytest.skip('the kernels are not compiled: torch or a C++ compiler were absent when psaq_mm was installed')
+    return kernels.fake_quantize, kernels.fake_quantize_backward
+
+
+GRIDS = pytest.mark.parametrize('shape, channels, axis', [
+    ((3, 50_000), 1, 0), ((2, 7, 40, 30), 1, 0), ((6, 5, 3, 3), 6, 0), ((4, 6, 3, 3), 6, 1), ((2, 9, 5), 5, 2),
+    ((300, 700), 700, 1), ((70, ), 70, 0), ((40, 9000), 40, 0), ((0, 3), 3, 1)])
+
+
+def affine(channels, symmetric):
     scale = torch.rand(channels) * 0.02 + 0.005
-    low, high = (-128, 127) if symmetric else (0, 255)
-    zero_point = torch.zeros(channels, dtype=torch.int32) if symmetric else torch.randint(
-        100, 150, (channels, ), dtype=torch.int32)
+    if symmetric:
+        return scale, torch.zeros(channels, dtype=torch.int32), -128, 127
+    return scale, torch.randint(100, 150, (channels, ), dtype=torch.int32), 0, 255
+
+
+@GRIDS
+@pytest.mark.parametrize('symmetric', [True, False])
+def test_fake_quantize_is_torchs_own_bit_for_bit(shape, channels, axis, symmetric, rounding):
+    fake_quantize, backward = rounding
+    x = torch.randn(shape) * 3
+    scale, zero_point, low, high = affine(channels, symmetric)
 
     def torchs(value):
         if channels == 1:
             return torch.fake_quantize_per_tensor_affine(value, scale, zero_point, low, high)
         return torch.fake_quantize_per_channel_affine(value, scale, zero_point, axis, low, high)
 
-    for value in (x, x.mT.contiguous().mT, x.repeat_interleave(2, -1)[..., ::2]):  # transposed, a part of a larger one
+    for value in (x, x.mT.contiguous().mT if x.dim() > 1 else x, x.repeat_interleave(2, -1)[..., ::2]):
         rounded = fake_quantize(value, scale, zero_point, axis, low, high)
         reference = value.clone().requires_grad_()
         expected = torchs(reference)
-        assert torch.equal(rounded, expected)
+        assert rounded.is_contiguous() and torch.equal(rounded, expected)
         expected.backward(torch.ones_like(expected))
-        found, *none = fake_quantize_backward(torch.ones(x.shape), value.contiguous(), scale, zero_point, axis, low,
-                                              high, False)
-        assert torch.equal(found, reference.grad) and 0 < found.sum() < value.numel() and none == [None, None]
+        found = torch.ones(x.shape)
+        backward(found, value.contiguous(), scale, zero_point, axis, low, high, False)
+        assert torch.equal(found, reference.grad) and (not x.numel() or 0 < found.sum() < value.numel())
+
+
+@GRIDS
+@pytest.mark.parametrize('symmetric', [True, False])
+def test_gradients_of_scale_and_zero_point(shape, channels, axis, symmetric, rounding):
+    """Against the formula, written with booleans, in double precision."""
+    x, grad = torch.randn(shape) * 3, torch.randn(shape)
+    scale, zero_point, low, high = affine(channels, symmetric)
+    along = (1, ) if channels == 1 else tuple(-1 if dim == axis else 1 for dim in range(len(shape)))
+    wide, zero = scale.view(along), zero_point.view(along)
+    integers = (x * (1 / wide)).round() + zero
+    inside = (integers >= low) & (integers <= high)
+    by_scale = (integers.clamp(low, high) - zero - torch.where(inside, x / wide, 0)).double()
+    passed = grad.clone()
+    of_scale, of_zero_point = rounding[1](passed, x, scale, zero_point, axis, low, high, True)
+    assert torch.equal(passed, grad * inside)
+    for found, terms in ((of_scale, grad * by_scale), (of_zero_point, -(grad * ~inside).double() * wide)):
+        expected = terms.sum().view(1) if channels == 1 else terms.movedim(axis, 0).reshape(channels, -1).sum(1)
+        torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-2)
+
+
+def test_gradients_do_not_depend_on_the_number_of_threads(rounding):
+    x, grad, threads = torch.randn(9, 70_001), torch.randn(9, 70_001), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(rounding[1](grad.clone(), x, torch.tensor([0.01]), torch.zeros(1), 0, -128, 127, True))
+    finally:
+        torch.set_num_threads(threads)
+    if rounding[1] is kernels.fake_quantize_backward:  # sums of torch's own do depend on it
+        assert all(torch.equal(a, b) for pair in (found[:2], found[1:]) for a, b in zip(*pair))
+    for pair in (found[:2], found[1:]):
+        torch.testing.assert_close(*pair)
+
+
+def test_nan_stays_nan(rounding):
+    x = torch.tensor([float('nan'), 1.0, float('inf')])
+    rounded = rounding[0](x, torch.tensor([0.01]), torch.zeros(1), 0, -128, 127)
+    assert rounded[0].isnan() and torch.equal(rounded[1:], torch.tensor([1.0, 1.27]))
 
 
 @pytest.mark.parametrize('low, high, zero_point', [(-128, 127, 0), (0, 255, 100), (0, 255, 101), (-8, 7, 0)])
-def test_halves_at_the_ends_of_the_grid_pass_as_torch_rounds_them(low, high, zero_point):
+def test_halves_at_the_ends_of_the_grid_pass_as_torch_rounds_them(low, high, zero_point, rounding):
     scale, zero_point = torch.tensor([0.5]), torch.tensor([zero_point], dtype=torch.int32)
     ends = torch.tensor([low, high]) - zero_point
     x = torch.cat([(ends + 0.5) * 0.5, (ends - 0.5) * 0.5, ends * 0.5])
     x = torch.cat([x, x.nextafter(x + 1), x.nextafter(x - 1)]).requires_grad_()
     torch.fake_quantize_per_tensor_affine(x, scale, zero_point, low, high).sum().backward()
-    found, *_ = fake_quantize_backward(torch.ones(len(x)), x.detach(), scale, zero_point, 0, low, high, False)
+    found = torch.ones(len(x))
+    rounding[1](found, x.detach(), scale, zero_point, 0, low, high, False)
     assert torch.equal(found, x.grad) and 0 < found.sum() < len(x)
 
 

@@ -13,6 +13,7 @@ from psaq_mm.synthesis import (
     ImageOptimizer,
     PatchSimilarityTap,
     SynthesisConfig,
+    attention_tokens,
     augment,
     discrepancy,
     distillation,
@@ -171,8 +172,8 @@ def game(**rules):
 
     images = [torch.randn(2, 3, 16, 16) for _ in range(3)]
     made = Game(GameConfig(**rules), SynthesisConfig(jitter=2), teacher, student,
-                PatchSimilarityTap([teacher.product], [0]), dict(student.named_parameters()), update, images[:2],
-                images[2:], LOW, HIGH)
+                PatchSimilarityTap([teacher.product], [attention_tokens]), dict(student.named_parameters()), update,
+                images[:2], images[2:], LOW, HIGH)
     made.start()
     return made, student
 

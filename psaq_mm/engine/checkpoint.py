@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import UserError
 from ..models import PATCH_BIAS, convert_state, convert_swin, is_original_swin
 from ..quantization import quantizers
+from ..quantization.kernels import IS_COMPILED
 from ..version import __version__
 
 
@@ -220,7 +221,7 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             pass
-    return found
+    return dict(found, kernels='compiled' if IS_COMPILED else 'none')
 
 
 def write_atomically(content, path: Path) -> None:

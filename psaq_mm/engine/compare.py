@@ -28,7 +28,8 @@ def _read(path: Path):
 def _software() -> dict:
     """Everything installed that results depend on: versions, and a digest of this package's own code."""
     code = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].rglob('*.py')):
+    package = Path(__file__).parents[1]
+    for path in sorted([*package.rglob('*.py'), *package.rglob('*.cpp')]):
         code.update(path.read_bytes())
     return dict(versions(), psaq_mm=code.hexdigest())
 

@@ -17,10 +17,10 @@ from mmengine.runner import BaseLoop
 
 from ..compat import keep_freed_memory
 from ..errors import UserError
-from ..models import attention_taps, beyond_features, checkpoint_blocks, extract_features, extract_inner
+from ..models import beyond_features, checkpoint_blocks, extract_features, extract_inner, similarity_taps
 from ..quantization import Mode, calibrate, quantizers, search_weight_ranges, set_mode, unused_quantizers
 from ..registry import LOOPS
-from ..stanza import ROOT, QuantizationConfig
+from ..stanza import ROOT, QuantizationConfig, reads_pixels
 from ..synthesis import Game, ImageOptimizer, PatchSimilarityTap, augment, learning_rate, prior_loss, valid_range
 from .checkpoint import load_float, read_checkpoint
 
@@ -171,7 +171,7 @@ class DataFreeLoop(BaseLoop):
             getattr(preprocessor, 'std', torch.ones(channels)).flatten().cpu()))
         self.tap = None
         if self.synthesized:
-            self.tap = PatchSimilarityTap(*attention_taps(self.teacher.backbone))
+            self.tap = PatchSimilarityTap(*similarity_taps(self.teacher.backbone))
         self.load_images()
         if self.game_iters and sum(map(len, self.images)) < 2:
             raise UserError(f'{ROOT}.synthesis: each process needs at least 2 images for the game, one evolves and one '
@@ -239,7 +239,7 @@ class DataFreeLoop(BaseLoop):
             with self.precision():
                 self.tap.run(self.teacher.backbone, view)
             entropy, prior = self.tap.entropy(len(view), config.bandwidth, config.density), prior_loss(view, config)
-            log.update(entropy=entropy.mean().item() / self.blocks, prior=prior.mean().item())
+            log.update(entropy=entropy.mean().item() / self.tap.count, prior=prior.mean().item())
             return (prior - entropy).mean()
 
         self.optimizer.step(objective, learning_rate(step, config))
@@ -258,11 +258,6 @@ class DataFreeLoop(BaseLoop):
             self.plateau['since'] += 1
         patience = self.quantization.synthesis.patience
         return patience is not None and self.plateau['since'] >= patience
-
-    @property
-    def blocks(self):
-        """Number of attention blocks whose entropy is summed."""
-        return len(self.tap.handles)
 
     def is_calibrated(self):
         return all(q.calibrated for q in quantizers(self.student).values())
@@ -331,7 +326,8 @@ class DataFreeLoop(BaseLoop):
     def learn_ranges(self, targets):
         """Makes the ranges of activations trainable where the stanza wants it.
 
-        Only those of operands of products: residual sums and logits carry outliers that synthetic images may lack.
+        Only those of operands of products: residual sums and logits carry outliers that synthetic images may lack. Not
+        that of the pixels, which is known.
 
         Args:
             targets (tuple[str]): Beginnings of names.
@@ -341,11 +337,12 @@ class DataFreeLoop(BaseLoop):
         """
         lr = self.quantization.game.range_lr
         self.ranges = {name: quantizer for name, quantizer in quantizers(self.student).items()
-                       if lr and name.startswith(targets) and name.rpartition('.')[2] in OPERANDS}
+                       if lr and name.startswith(targets) and name.rpartition('.')[2] in OPERANDS
+                       and not reads_pixels(self.student.get_submodule(name.rpartition('.')[0]))}
         if not self.ranges:
             return {}
         stretches = {f'{name}.stretch': q.learn_range() for name, q in self.ranges.items()}
-        self.range_adam = torch.optim.Adam(stretches.values(), lr=lr)
+        self.range_adam = torch.optim.Adam(stretches.values(), lr=lr, fused=True)
         if self.restored is not None and self.restored['ranges'] is not None:
             for stretch, saved in zip(stretches.values(), self.restored['ranges']['stretches']):
                 stretch.data.copy_(saved)
@@ -396,7 +393,7 @@ class DataFreeLoop(BaseLoop):
             self.range_adam.param_groups[0]['lr'] = self.quantization.game.range_lr * share
         log = self.game.step(rng)
         if 'entropy' in log:
-            log['entropy'] /= self.blocks
+            log['entropy'] /= self.tap.count
         return log
 
     def finish_game(self):

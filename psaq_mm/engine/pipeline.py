@@ -13,7 +13,7 @@ from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from ..errors import UserError
-from ..models import attention_taps, quantize_model, scope
+from ..models import quantize_model, scope
 from ..quantization import model_bits, quantizers
 from ..stanza import QuantizationConfig
 from .checkpoint import CheckpointError, float_checkpoint, in_own_layout, load_float, versions
@@ -119,9 +119,6 @@ def check(cfg: Config, checkpoint: str | None = None, evaluated: bool = True):
     if not quantizers(model):
         raise UserError(f"nothing to quantize: targets {', '.join(quantization.targets)} hold no linear layer, "
                         'convolution or attention, less what keep_float names')
-    if quantization.synthesis.method.startswith('psaq') and not attention_taps(model.backbone)[0]:
-        raise UserError(f"{type(model.backbone).__name__} has no attention that psaq_mm knows, so there are no patch "
-                        "similarities to make images by: only quantization.synthesis.method = 'noise' or 'real' works")
     load_float(model, content, quantization.targets)
     return quantization, content, float_size, model_bits(model) / MEGABYTE
 

@@ -1,23 +1,13 @@
-"""Where attention lives in each model family."""
+"""Where attention lives in a backbone, and the tokens that patch similarity is taken from."""
 from __future__ import annotations
 
 import functools
-import sys
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..quantization import CONTEXT, LAYERS, attention_parts
-
-# Classes whose forward makes two matrix products, scores and context, or a fused attention. A family is one line here;
-# nn.MultiheadAttention, inside mmseg's ViT and mmcv's MultiheadAttention, is known to the quantization itself.
-ATTENTIONS = (
-    'mmdet.models.backbones.swin.WindowMSA',
-    'mmseg.models.backbones.swin.WindowMSA',
-    'timm.layers.attention.Attention',
-    'timm.models.vision_transformer.Attention',  # where older releases of timm have it
-    'timm.models.swin_transformer.WindowAttention',
-)
+from ..synthesis import attention_tokens, map_tokens
 
 
 def layer_types() -> dict:
@@ -28,22 +18,12 @@ def layer_types() -> dict:
     return {**LAYERS, **same}
 
 
-def attention_types() -> tuple[type, ...]:
-    """All known attention classes that any model in this process can have: those whose module is imported."""
-    found = []
-    for path in ATTENTIONS:
-        module, _, name = path.rpartition('.')
-        if hasattr(sys.modules.get(module), name):
-            found.append(getattr(sys.modules[module], name))
-    return tuple(found)
-
-
 def attention_blocks(backbone: nn.Module) -> list[nn.Module]:
     """The blocks that hold the attentions of a backbone, converted or not: members of a ModuleList or Sequential."""
-    modules, kinds = dict(backbone.named_modules()), attention_types()
+    modules = dict(backbone.named_modules())
     blocks = {}
     for name, module in modules.items():
-        if not hasattr(module, CONTEXT) and not attention_parts(module, kinds):
+        if not hasattr(module, CONTEXT) and not attention_parts(module):
             continue
         while '.' in name:
             owner = name.rpartition('.')[0]
@@ -70,11 +50,15 @@ def prefix_tokens(backbone: nn.Module) -> int:
     """
     if hasattr(backbone, 'num_prefix_tokens'):  # timm
         return backbone.num_prefix_tokens
-    return int(getattr(backbone, 'with_cls_token', False))  # mmseg
+    # mmseg; where nothing says that the class token can be left out, it is there if it exists
+    return int(getattr(backbone, 'with_cls_token', isinstance(getattr(backbone, 'cls_token', None), nn.Parameter)))
 
 
-def attention_taps(backbone: nn.Module) -> tuple[list[nn.Module], list[int]]:
-    """The modules whose outputs are the tokens of patch similarity, and how many leading tokens of each are no patches.
+def similarity_taps(backbone: nn.Module) -> tuple[list[nn.Module], list]:
+    """The modules whose outputs hold the tokens of patch similarity, and how to read those of each.
+
+    A backbone without attention, convolutional or of a kind that shows no products, is read at its feature maps: every
+    position is a token.
 
     Args:
         backbone (nn.Module): Of a converted model.
@@ -82,11 +66,11 @@ def attention_taps(backbone: nn.Module) -> tuple[list[nn.Module], list[int]]:
     Raises:
         ValueError: If it is not converted.
     """
-    kinds = attention_types()
-    products = []
+    skip, products, readers = prefix_tokens(backbone), [], []
     for module in backbone.modules():
         if hasattr(module, CONTEXT):
             products.append(getattr(module, CONTEXT).output)
-        elif attention_parts(module, kinds):
+            readers.append(functools.partial(attention_tokens, skip=skip, heads=getattr(module, 'num_heads', 1)))
+        elif attention_parts(module):
             raise ValueError(f'{type(module).__name__} is not converted: the tap needs its products as modules')
-    return products, [prefix_tokens(backbone)] * len(products)
+    return (products, readers) if products else ([backbone], [map_tokens])

@@ -28,7 +28,8 @@ from ..quantization import (
 )
 from ..registry import MODELS
 from ..stanza import ROOT, QuantizationConfig
-from .attention import attention_blocks, attention_types, layer_types
+from .adapters import adapt
+from .attention import attention_blocks, layer_types
 
 
 def quantize_model(model: nn.Module, quantization) -> nn.Module:
@@ -45,15 +46,15 @@ def quantize_model(model: nn.Module, quantization) -> nn.Module:
     if quantizers(model):
         return model
     quantization = QuantizationConfig.parse(quantization)
+    adapt(model)
     targets = scope(model, quantization)
     kinds = layer_types()
-    attentions = attention_types()
-    layers = quantizable(model, targets, attentions, kinds)
+    layers = quantizable(model, targets, kinds)
     outputs = between_layers(model, targets, kinds) if quantization.placement == 'all' else {}
     configs = quantization.layer_configs({**layers, **outputs})
     convert(model, layers, configs, kinds)
     for module in list(model.backbone.modules()):  # attention left in float still shows its products to synthesis
-        if attention_parts(module, attentions) and not hasattr(module, CONTEXT):
+        if attention_parts(module) and not hasattr(module, CONTEXT):
             convert_attention(module, {})
     quantize_outputs(model, [name for name in outputs if name in configs], configs)
     model.register_load_state_dict_pre_hook(_refuse_other_quantizers)

@@ -24,6 +24,7 @@ from .layers import (
     quantize_multihead_attention,
 )
 from .quantizer import FakeQuantizer, Mode
+from .recognition import is_attention
 
 # A layer is what its forward computes: subclasses that inherit it are the same layer.
 LAYERS = {
@@ -40,7 +41,6 @@ class PatternError(UserError):
 
 def quantizable(model: nn.Module,
                 targets: Iterable[str],
-                attentions: tuple[type, ...] = (),
                 layers: FloatLayers = LAYERS) -> dict[str, nn.Module]:
     """All layers that can be quantized inside the targets, by name.
 
@@ -51,7 +51,6 @@ def quantizable(model: nn.Module,
     Args:
         model (nn.Module): Not converted yet.
         targets (Iterable[str]): Names of submodules.
-        attentions (tuple[type, ...]): Classes whose forward makes exactly two matrix products.
         layers (Mapping[Callable, type]): Quantized counterpart by the forward function of the float layer.
 
     Returns:
@@ -72,15 +71,15 @@ def quantizable(model: nn.Module,
             if type(module).forward in layers:
                 found[name] = module
             else:
-                found.update((f'{name}.{part}', module) for part in attention_parts(module, attentions))
+                found.update((f'{name}.{part}', module) for part in attention_parts(module))
     return found
 
 
-def attention_parts(module: nn.Module, attentions: tuple[type, ...]) -> tuple[str, ...]:
-    """Names of what is quantized inside an attention module besides its submodules; nothing for any other module."""
+def attention_parts(module: nn.Module) -> tuple[str, ...]:
+    """Names of what is quantized inside a float attention module besides its submodules; nothing for any other."""
     if type(module).forward is nn.MultiheadAttention.forward:
         return (*projections(module), SCORES, CONTEXT)
-    return (SCORES, CONTEXT) if isinstance(module, attentions) else ()
+    return (SCORES, CONTEXT) if is_attention(module) else ()
 
 
 def convert_attention(attention: nn.Module, configs: dict[str, LayerConfig]) -> nn.Module:

@@ -75,14 +75,14 @@ def _trains(*tensors):
 def _with(function, inputs, *operands):
     """Applies one of the functions below to its inputs and a :class:`Rounding` for each (quantizer, tensor)."""
     roundings = [Rounding(*operand) for operand in operands]
-    return function.apply(*inputs, roundings, *(p for r in roundings for p in r.parameters))
+    return function.apply(*inputs, roundings, *(rounding.stretch for rounding in roundings))
 
 
 class _LinearFunction(torch.autograd.Function):
     """``F.linear(q(x), q(weight), bias)`` with straight-through gradients."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, roundings, *parameters):
+    def forward(ctx, x, weight, bias, roundings, *stretches):
         ctx.roundings, ctx.shape = roundings, x.shape
         x, kept_x = roundings[0].forward(x)
         weight, kept_weight = roundings[1].forward(weight)
@@ -93,22 +93,22 @@ class _LinearFunction(torch.autograd.Function):
     def backward(ctx, grad):
         (x, weight), (of_x, of_weight) = ctx.saved_tensors, ctx.roundings
         rows = grad.reshape(-1, grad.shape[-1])
-        x_grads = weight_grads = (None, ) * 3
-        bias_grad = None
-        if ctx.needs_input_grad[1] or of_weight.learned:
-            weight_grads = of_weight.gradients(rows.T @ of_x.again(x).reshape(-1, x.shape[-1]), weight)
-        if ctx.needs_input_grad[0] or of_x.learned:
-            x_grads = of_x.gradients((rows @ of_weight.again(weight)).view(ctx.shape), x)
-        if ctx.needs_input_grad[2]:
+        needed = ctx.needs_input_grad
+        x_grad = weight_grad = bias_grad = x_range = weight_range = None
+        if needed[1] or needed[5]:
+            weight_grad, weight_range = of_weight.gradients(rows.T @ of_x.again(x).reshape(-1, x.shape[-1]), weight)
+        if needed[0] or needed[4]:
+            x_grad, x_range = of_x.gradients((rows @ of_weight.again(weight)).view(ctx.shape), x)
+        if needed[2]:
             bias_grad = rows.sum(0)
-        return x_grads[0], weight_grads[0], bias_grad, None, *x_grads[1:], *weight_grads[1:]
+        return x_grad, weight_grad, bias_grad, None, x_range, weight_range
 
 
 class _ConvolutionFunction(torch.autograd.Function):
     """A convolution, transposed or not, of q(x) with q(weight), with straight-through gradients."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, arguments, roundings, *parameters):
+    def forward(ctx, x, weight, bias, arguments, roundings, *stretches):
         ctx.arguments, ctx.roundings, ctx.bias = arguments, roundings, None if bias is None else list(bias.shape)
         x, kept_x = roundings[0].forward(x)
         weight, kept_weight = roundings[1].forward(weight)
@@ -119,23 +119,23 @@ class _ConvolutionFunction(torch.autograd.Function):
     def backward(ctx, grad):
         (x, weight), (of_x, of_weight) = ctx.saved_tensors, ctx.roundings
         rounded_x, rounded_weight = of_x.again(x), of_weight.again(weight)
-        wanted = (ctx.needs_input_grad[0] or of_x.learned, ctx.needs_input_grad[1] or of_weight.learned,
-                  ctx.needs_input_grad[2])
+        needed = ctx.needs_input_grad
+        wanted = needed[0] or needed[5], needed[1] or needed[6], needed[2]
         x_grad, weight_grad, bias_grad = torch.ops.aten.convolution_backward(
             grad, rounded_x, rounded_weight, ctx.bias, *ctx.arguments, wanted)
-        x_grads = weight_grads = (None, ) * 3
+        x_range = weight_range = None
         if wanted[0]:
-            x_grads = of_x.gradients(x_grad.contiguous(), x)
+            x_grad, x_range = of_x.gradients(x_grad.contiguous(), x)
         if wanted[1]:
-            weight_grads = of_weight.gradients(weight_grad.contiguous(), weight)
-        return x_grads[0], weight_grads[0], bias_grad, None, None, *x_grads[1:], *weight_grads[1:]
+            weight_grad, weight_range = of_weight.gradients(weight_grad.contiguous(), weight)
+        return x_grad, weight_grad, bias_grad, None, None, x_range, weight_range
 
 
 class _MatMulFunction(torch.autograd.Function):
     """``q(a) @ q(b)`` with straight-through gradients; b may be a transposed view, its memory is taken as it lies."""
 
     @staticmethod
-    def forward(ctx, a, b, roundings, *parameters):
+    def forward(ctx, a, b, roundings, *stretches):
         ctx.transposed, ctx.roundings = b.stride(-2) < b.stride(-1), roundings
         a, kept_a = roundings[0].forward(a)
         b, kept_b = roundings[1].forward(b.mT if ctx.transposed else b)
@@ -148,9 +148,9 @@ class _MatMulFunction(torch.autograd.Function):
         rounded_a, rounded_b = of_a.again(a), of_b.again(b)
         a_grad = grad @ (rounded_b if ctx.transposed else rounded_b.mT)
         b_grad = grad.mT @ rounded_a if ctx.transposed else rounded_a.mT @ grad
-        a_grad, *a_parameters = of_a.gradients(a_grad, a)
-        b_grad, *b_parameters = of_b.gradients(b_grad, b)
-        return a_grad, b_grad.mT if ctx.transposed else b_grad, None, *a_parameters, *b_parameters
+        a_grad, a_range = of_a.gradients(a_grad, a)
+        b_grad, b_range = of_b.gradients(b_grad, b)
+        return a_grad, b_grad.mT if ctx.transposed else b_grad, None, a_range, b_range
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):
@@ -271,7 +271,7 @@ class _AttentionFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, mask, roundings, *parameters):
+    def forward(ctx, query, key, value, mask, roundings, *stretches):
         ctx.roundings = of_query, of_key, of_value, of_weights = roundings
         query, kept_query = of_query.forward(query)
         key, kept_key = of_key.forward(key)
@@ -292,15 +292,14 @@ class _AttentionFunction(torch.autograd.Function):
         weights = _AttentionFunction.weights(rounded_query, rounded_key, mask)
         value_grad = of_weights.again(weights).mT @ grad
         grad = grad @ rounded_value.mT
-        value_grads = of_value.gradients(value_grad, value)
-        grad, *parameters = of_weights.gradients(grad, weights)
+        value_grad, value_range = of_value.gradients(value_grad, value)
+        grad, weights_range = of_weights.gradients(grad, weights)
         grad = torch._softmax_backward_data(grad, weights, -1, weights.dtype)
         mask_grad = grad.sum_to_size(mask.shape) if ctx.needs_input_grad[3] else None
         query_grad, key_grad = grad @ rounded_key, grad.mT @ rounded_query
-        query_grads = of_query.gradients(query_grad, query)
-        key_grads = of_key.gradients(key_grad, key)
-        return (query_grads[0], key_grads[0], value_grads[0], mask_grad, None, *query_grads[1:], *key_grads[1:],
-                *value_grads[1:], *parameters)
+        query_grad, query_range = of_query.gradients(query_grad, query)
+        key_grad, key_range = of_key.gradients(key_grad, key)
+        return (query_grad, key_grad, value_grad, mask_grad, None, query_range, key_range, value_range, weights_range)
 
 
 class _MatMulRedirection(TorchFunctionMode):

@@ -3,13 +3,13 @@ from __future__ import annotations
 
 from enum import Enum
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from .kernels import fake_quantize, fake_quantize_backward
 from .observers import affine_parameters, build_observer, quantization_grid
-
-CHUNK = 1 << 18  # values at a time, which stay in the cache from pass to pass; measured, our choice
 
 
 class UncalibratedError(UserError):
@@ -26,124 +26,8 @@ def describe(grid, scales: int) -> str:
     return f'{low}..{high} ({(high - low).bit_length()} bits, {scales} scale{"s" * (scales > 1)})'
 
 
-_library = torch.library.Library('psaq_mm', 'FRAGMENT')
-_library.define('fake_quantize(Tensor x, Tensor scale, Tensor zero_point, int axis, int quant_min, int quant_max) '
-                '-> Tensor')
-
-
-class _Grid:
-    """Scales and ends of a grid, and how tensors on it are cut into pieces that stay in the cache.
-
-    Args:
-        scale, zero_point (Tensor): (channels,), or (1,) for per-tensor.
-        axis (int): The axis that scales run along where there are several.
-        quant_min, quant_max (int): Ends, as integers that the zero point was added to.
-        shape (torch.Size): Of the tensors.
-    """
-
-    def __init__(self, scale, zero_point, axis, quant_min, quant_max, shape):
-        self.per_tensor, self.axis = scale.numel() == 1, axis
-        along = (1, ) if self.per_tensor else tuple(-1 if dim == axis else 1 for dim in range(len(shape)))
-        self.scale = scale.detach().view(along)
-        self.inverse = self.scale.reciprocal()
-        if zero_point.numel() == 1 or not zero_point.any():  # the latter: of symmetric quantization
-            self.low, self.high = (end - zero_point[0].item() for end in (quant_min, quant_max))
-        else:
-            self.low, self.high = ((end - zero_point.detach()).float().view(along) for end in (quant_min, quant_max))
-        self.others = [dim for dim in range(len(shape)) if dim != axis]
-        self.rows = CHUNK if self.per_tensor else max(1, CHUNK // max(1, shape[1:].numel()))
-
-    def pieces(self, *tensors, sums=()):
-        """Pieces of contiguous tensors, each with scale, inverse, ends and ``sums``, which are shaped as the scale."""
-        if self.per_tensor:
-            tensors = [tensor.view(-1) for tensor in tensors]
-        along = (self.scale, self.inverse, self.low, self.high, *sums)
-        split = [tensor.split(self.rows) for tensor in tensors]
-        if self.per_tensor or self.axis:
-            return ((*parts, *along) for parts in zip(*split))
-        along = (x.split(self.rows) if isinstance(x, Tensor) else [x] * len(split[0]) for x in along)
-        return zip(*split, *along)
-
-    def total(self, a, b):
-        """Sum of a product over what shares a scale."""
-        return torch.dot(a, b) if self.per_tensor else (a * b).sum(self.others, keepdim=True)
-
-
-def _fake_quantize(x, scale, zero_point, axis, quant_min, quant_max):
-    x = x.contiguous()
-    rounded, grid = torch.empty_like(x), _Grid(scale, zero_point, axis, quant_min, quant_max, x.shape)
-    for source, target, scale, inverse, low, high in grid.pieces(x, rounded):
-        torch.mul(source, inverse, out=target).round_().clamp_(low, high).mul_(scale)
-    return rounded
-
-
-_library.impl('fake_quantize', _fake_quantize, 'CPU')
-
-
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int) -> Tensor:
-    """What torch's fused ``fake_quantize_*`` ops compute, bit for bit, in vectorised passes over what fits the cache.
-
-    On CPU torch's own (2.13) work value by value, several times slower. Has no gradient of its own. Source: our choice.
-
-    Args:
-        x (Tensor): float32, on CPU.
-        scale, zero_point (Tensor): (channels,), or (1,) for per-tensor.
-        axis (int): The axis that scales run along where there are several.
-        quant_min, quant_max (int): Ends of the grid.
-
-    Returns:
-        Tensor: The rounded values, contiguous.
-    """
-    return torch.ops.psaq_mm.fake_quantize(x.detach(), scale, zero_point, axis, quant_min, quant_max)
-
-
-def fake_quantize_backward(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int,
-                           quant_max: int, learned: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """From the gradient of the rounded values to that of the values and, where they are learned, of the range.
-
-    With ``v = scale * (clamp(round(x / scale + zero_point)) - zero_point)`` and straight-through rounding, the gradient
-    passes inside the grid and is 0 outside; the derivative by the scale is ``(v - x) / scale`` inside and ``v / scale``
-    outside, by the zero point ``-scale`` outside. In passes without booleans, which torch does not vectorise.
-    Source: LSQ and LSQ+.
-
-    Args:
-        grad (Tensor): Of the rounded values, contiguous; overwritten with that of the values.
-        x (Tensor): The values, contiguous.
-        scale, zero_point, axis, quant_min, quant_max: As of :func:`fake_quantize`.
-        learned (bool): Whether scale and zero point need gradients.
-
-    Returns:
-        tuple[Tensor, Tensor | None, Tensor | None]: Gradients of values, scale and zero point.
-    """
-    grid = _Grid(scale, zero_point, axis, quant_min, quant_max, x.shape)
-    errors, beyond = torch.zeros_like(grid.scale), torch.zeros_like(grid.scale)
-    scratch = None
-    for grads, values, scale, inverse, low, high, error, out in grid.pieces(grad, x, sums=(errors, beyond)):
-        if scratch is None:
-            scratch = [torch.empty_like(values) for _ in range(3 if learned else 2)]
-        integers, rounded, *rest = (buffer[:len(values)] for buffer in scratch)
-        torch.mul(values, inverse, out=integers).round_()
-        torch.clamp(integers, low, high, out=rounded)
-        clipped = integers.sub_(rounded).view(-1)
-        all_inside = torch.dot(clipped, clipped).item() == 0
-        inside = integers if all_inside else integers.eq_(0)
-        if learned:
-            error += grid.total(grads, rounded.mul_(scale).sub_(values))
-        if not all_inside and learned:
-            inside = torch.mul(grads, inside, out=rest[0])
-            grads -= inside
-            error += grid.total(grads, values)
-            out += grads.sum() if grid.per_tensor else grads.sum(grid.others, keepdim=True)
-            grads.copy_(inside)
-        elif not all_inside:
-            grads *= inside
-    if not learned:
-        return grad, None, None
-    return grad, (errors / grid.scale).view(-1), (-grid.scale * beyond).view(-1)
-
-
 class Rounding:
-    """Rounds one tensor inside an autograd function, and finds the gradients of its values, scale and zero point.
+    """Rounds one tensor inside an autograd function, and finds the gradients of its values and of a learned range.
 
     The function keeps the values as they came (of a weight that is no memory at all) and rounds them again in the
     backward pass.
@@ -154,15 +38,12 @@ class Rounding:
     """
 
     def __init__(self, quantizer, x: Tensor):
-        self.quantizer = quantizer
-        rounds = quantizer is not None and quantizer.mode is Mode.QUANTIZE
-        self.grid = quantizer.parameters_for(x) if rounds else None
-        self.learned = self.grid is not None and self.grid[0].requires_grad
-
-    @property
-    def parameters(self) -> tuple:
-        """Scale and zero point, which the autograd function takes as arguments, to be able to give them gradients."""
-        return self.grid[:2] if self.grid else (None, None)
+        self.quantizer, self.grid, self.stretch = quantizer, None, None
+        if quantizer is not None and quantizer.mode is Mode.QUANTIZE:
+            if quantizer.stretch is not None and quantizer.stretch.requires_grad:
+                self.stretch = quantizer.stretch  # an argument of the function, which finds its gradient
+            with torch.no_grad():
+                self.grid = quantizer.parameters_for(x)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The rounded values; what to keep of them."""
@@ -175,24 +56,25 @@ class Rounding:
         """The rounded values, in the backward pass."""
         return kept if self.grid is None else fake_quantize(kept, *self.grid)
 
-    def gradients(self, grad: Tensor, kept: Tensor) -> tuple:
-        """Gradients of the values, the scale and the zero point, see :func:`fake_quantize_backward`.
+    def gradients(self, grad: Tensor, kept: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the values and the range, see :func:`fake_quantize_backward`.
 
         Args:
             grad (Tensor): Of the rounded values, contiguous; overwritten.
             kept (Tensor): From :meth:`forward`.
         """
         if self.grid is None:
-            return grad, None, None
-        grad, scale_grad, zero_grad = fake_quantize_backward(grad, kept, *self.grid, self.learned)
-        return grad, scale_grad, zero_grad if self.grid[1].requires_grad else None
+            return grad, None
+        learned = self.stretch is not None
+        of_grid = fake_quantize_backward(grad, kept, *self.grid, learned)
+        return grad, self.quantizer.stretch_gradient(*of_grid) if learned else None
 
 
 class _StraightThrough(torch.autograd.Function):
     """:func:`fake_quantize` with gradient 1 inside the grid and 0 outside, and those of :class:`Rounding`."""
 
     @staticmethod
-    def forward(ctx, x, rounding, *parameters):
+    def forward(ctx, x, rounding, stretch):
         rounded, kept = rounding.forward(x)
         ctx.rounding = rounding
         ctx.save_for_backward(kept)
@@ -201,8 +83,8 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad = grad.clone(memory_format=torch.contiguous_format)  # that which comes in is not ours to change
-        grad, *parameters = ctx.rounding.gradients(grad, *ctx.saved_tensors)
-        return grad, None, *parameters
+        grad, of_range = ctx.rounding.gradients(grad, *ctx.saved_tensors)
+        return grad, None, of_range
 
 
 class Mode(Enum):
@@ -254,7 +136,7 @@ class FakeQuantizer(nn.Module):
         value = x.float()  # the kernels want float32; under autocast x may be bfloat16
         if value.device.type == 'cpu':
             rounding = Rounding(self, value)
-            value = _StraightThrough.apply(value, rounding, *rounding.parameters)
+            value = _StraightThrough.apply(value, rounding, rounding.stretch)
         else:
             value = self.torchs(value)
         return value.to(x.dtype)
@@ -295,13 +177,35 @@ class FakeQuantizer(nn.Module):
         """Scale and zero point in force, (channels,) each; functions of ``stretch`` while the range is learned."""
         if self.stretch is None:
             return self.scale, self.zero_point
-        factors = self.stretch.exp()
+        if self.stretch.device.type == 'cpu' and not torch.is_grad_enabled():
+            scale, zero_point = self.stretched(*self.as_arrays())
+            return torch.from_numpy(scale), torch.from_numpy(zero_point.round())
+        scale, zero_point = self.stretched(self.stretch.exp(), self.scale, self.zero_point.float())
+        return scale, zero_point + (zero_point.round() - zero_point).detach()
+
+    def as_arrays(self) -> tuple:
+        """Factors of the ends, scale and zero point for NumPy, which takes a tenth of torch's time on so few values."""
+        return np.exp(self.stretch.detach().numpy()), self.scale.numpy(), self.zero_point.numpy().astype(np.float32)
+
+    def stretched(self, factors, scale, zero_point) -> tuple:
+        """Scale and zero point, not rounded, of a range whose ends move by factors; arrays or tensors."""
         if self.config.symmetric:
-            return self.scale * factors[0], self.zero_point
-        low, high = ((end - self.zero_point) * factor for end, factor in zip((self.quant_min, self.quant_max), factors))
+            return scale * factors[0], zero_point
+        low, high = ((end - zero_point) * factor for end, factor in zip((self.quant_min, self.quant_max), factors))
         growth = (high - low) / (self.quant_max - self.quant_min)  # low and high in units of the old scale
-        zero_point = self.quant_min - low / growth
-        return self.scale * growth, zero_point + (zero_point.round() - zero_point).detach()
+        return scale * growth, self.quant_min - low / growth
+
+    def stretch_gradient(self, of_scale: Tensor, of_zero_point: Tensor) -> Tensor:
+        """From gradients of :meth:`affine`, (channels,) each, to that of ``stretch``; on CPU."""
+        factors, scale, zero_point = self.as_arrays()
+        of_scale, of_zero_point = of_scale.numpy() * scale, of_zero_point.numpy()
+        if self.config.symmetric:
+            return torch.from_numpy((of_scale * factors[0])[None])
+        steps = self.quant_max - self.quant_min
+        low, high = (self.quant_min - zero_point) * factors[0], (self.quant_max - zero_point) * factors[1]
+        of_scale, of_zero_point = of_scale / steps, of_zero_point * steps / (high - low)**2
+        return torch.from_numpy(np.stack([-low * (of_scale + of_zero_point * high),
+                                          high * (of_scale + of_zero_point * low)]))
 
     def learn_range(self) -> Tensor:
         """Makes the ends of the range trainable, until :meth:`fix_range`.

@@ -1,11 +1,11 @@
 """Images from noise by patch-similarity entropy, and the teacher-student game. Knows only torch."""
 from .config import GameConfig, SynthesisConfig
-from .entropy import PatchSimilarityTap, patch_similarity, patch_similarity_entropy
+from .entropy import PatchSimilarityTap, attention_tokens, map_tokens, patch_similarity, patch_similarity_entropy
 from .game import Game, discrepancy, distillation
 from .images import ImageOptimizer, augment, learning_rate, lesson_view, prior_loss, total_variation, valid_range
 
 __all__ = [
-    'Game', 'GameConfig', 'ImageOptimizer', 'PatchSimilarityTap', 'SynthesisConfig', 'augment', 'discrepancy',
-    'distillation', 'learning_rate', 'lesson_view', 'patch_similarity', 'patch_similarity_entropy', 'prior_loss',
-    'total_variation', 'valid_range'
+    'Game', 'GameConfig', 'ImageOptimizer', 'PatchSimilarityTap', 'SynthesisConfig', 'attention_tokens', 'augment',
+    'discrepancy', 'distillation', 'learning_rate', 'lesson_view', 'map_tokens', 'patch_similarity',
+    'patch_similarity_entropy', 'prior_loss', 'total_variation', 'valid_range'
 ]

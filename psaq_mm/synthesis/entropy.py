@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import UserError
+
 BANDWIDTH = 0.01  # V1 code
 POINTS = 4  # grid points a bandwidth: the trapezoid rule of the entropy is then exact to 1e-4 nats; our choice
 BINS = 8  # bins a grid point: counting widens the kernel's variance by 1/(12 * 32^2), 0.01 %; our choice
@@ -233,32 +235,70 @@ class Enough(Exception):
     """Ends a forward pass whose last tokens have been seen; never leaves :meth:`PatchSimilarityTap.run`."""
 
 
-class PatchSimilarityTap:
-    """Collects the tokens of attention blocks while a model runs inside ``with tap:``, and only then.
+MAP = 28  # positions of a feature map along each side, at most; our choice
+
+
+def attention_tokens(output: Tensor, skip: int = 0, heads: int = 1) -> list[Tensor]:
+    """Tokens of an attention: what it puts out, its heads averaged.
 
     Args:
-        products (list[nn.Module]): The modules that put out ``softmax(scores) @ v``, (groups, heads, N, d).
-        class_tokens (list[int]): How many leading tokens of each are no patches, and are left out.
+        output (Tensor): ``softmax(scores) @ v``: (B, heads, N, d); with windows (B * windows, heads, N, d), those of an
+            image following each other, or (B, windows, heads, N, d); or (B * heads, N, d).
+        skip (int): How many leading tokens are no patches. Defaults to 0.
+        heads (int): Of an output with three dimensions. Defaults to 1.
+
+    Returns:
+        list[Tensor]: One, (groups, N - skip, d).
+    """
+    if output.dim() == 3:
+        output = output.unflatten(0, (-1, heads))
+    return [output.flatten(0, -4).mean(1)[:, skip:]]
+
+
+def map_tokens(output) -> list[Tensor]:
+    """Tokens of feature maps: their positions, those of larger maps averaged to at most 28 x 28.
+
+    Args:
+        output (Tensor | Sequence): Maps (B, C, H, W), nested in any way; other tensors are left out.
+
+    Returns:
+        list[Tensor]: (B, positions, C) for each.
+    """
+    if isinstance(output, (tuple, list)):
+        return [tokens for item in output for tokens in map_tokens(item)]
+    if not isinstance(output, Tensor) or output.dim() != 4:
+        return []
+    size = [min(side, MAP) for side in output.shape[2:]]
+    return [F.adaptive_avg_pool2d(output, size).flatten(2).mT]
+
+
+class PatchSimilarityTap:
+    """Collects the tokens that modules put out while a model runs inside ``with tap:``, and only then.
+
+    Args:
+        sources (list[nn.Module]): The modules.
+        readers (list[Callable]): ``reader(output) -> list[Tensor]`` finds the tokens of each, (groups, N, d).
     """
 
-    def __init__(self, products, class_tokens):
+    def __init__(self, sources, readers):
         self.tokens = []
-        self.last = None  # how many tokens a whole pass gives, once one has shown it
+        self.last = None  # how many outputs a whole pass gives, once one has shown it
+        self.count = 0  # how many sets of tokens the last pass gave
+        self.seen = 0
         self.listens = self.stops = False
-        self.handles = [
-            product.register_forward_hook(functools.partial(self._collect, skip))
-            for product, skip in zip(products, class_tokens)
-        ]
+        self.handles = [source.register_forward_hook(functools.partial(self._collect, reader))
+                        for source, reader in zip(sources, readers)]
 
-    def _collect(self, skip, module, inputs, output):
+    def _collect(self, reader, module, inputs, output):
         if not self.listens:
             return
-        self.tokens.append(output.mean(1)[:, skip:])
-        if self.stops and len(self.tokens) == self.last:
+        self.tokens.extend(reader(output))
+        self.seen += 1
+        if self.stops and self.seen == self.last:
             raise Enough
 
     def __enter__(self):
-        self.tokens, self.listens = [], True
+        self.tokens, self.seen, self.listens = [], 0, True
         return self
 
     def __exit__(self, *unused):
@@ -270,13 +310,22 @@ class PatchSimilarityTap:
             self.stops = True
             try:
                 model(images)
-                self.last = len(self.tokens)
+                self.last = self.seen
             except Enough:
                 pass
 
     def entropy(self, images: int, bandwidth: float = BANDWIDTH, density: str = 'binned') -> Tensor:
-        """Sum over blocks of the entropy of what was collected, (images,), in nats; forgets the tokens."""
+        """Sum over sets of tokens of their entropy, (images,), in nats; forgets the tokens.
+
+        Raises:
+            UserError: If there are none.
+        """
         tokens, self.tokens = self.tokens, []
+        self.count = len(tokens)
+        if not tokens:
+            raise UserError('the backbone shows no attention and puts out no feature maps (B, C, H, W), so there are '
+                            "no patch similarities to make images by: use quantization.synthesis.method = 'noise' or "
+                            "'real'")
         return torch.stack([patch_similarity_entropy(t, images, bandwidth, density) for t in tokens]).sum(0)
 
     def remove(self) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..quantization.quantizer import CHUNK
+from ..quantization.kernels import CHUNK
 from .config import GameConfig, SynthesisConfig
 from .entropy import PatchSimilarityTap
 from .images import ImageOptimizer, augment, lesson_view, prior_loss
