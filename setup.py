@@ -7,9 +7,10 @@ HERE = Path(__file__).parent
 
 
 def read_version():
+    """What ``psaq_mm/version.py`` defines; importing the package would need what is to be installed."""
     namespace = {}
     exec((HERE / 'psaq_mm' / 'version.py').read_text(encoding='utf-8'), namespace)
-    return namespace['__version__']
+    return namespace
 
 
 def kernels():
@@ -31,7 +32,7 @@ def kernels():
 
 setup(
     name='psaq_mm',
-    version=read_version(),
+    version=read_version()['__version__'],
     description='Data-free quantization of OpenMMLab detectors, segmentors and timm classifiers (PSAQ-ViT V2)',
     long_description=(HERE / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
@@ -39,15 +40,10 @@ setup(
     packages=find_packages(include=['psaq_mm', 'psaq_mm.*']),
     python_requires='>=3.10',
     install_requires=[
-        'torch>=2.6',  # torch.load is safe by default from here on
-        'pydantic>=2.7',
-        'mmengine>=0.10.4,<0.11',
-        'mmcv>=2.0.0,<2.2.0',
-        'mmdet>=3.3.0,<3.4',
-        'mmsegmentation>=1.2.0,<1.3',
-        'timm>=1.0.9',
+        *(name + versions for name, versions in read_version()['REQUIRES'].items()),
         'torchvision',  # timm imports it
         'numpy',
+        'packaging',
         'six',  # mmdet 3.3.0 imports it without declaring it
         'ftfy',  # so does mmsegmentation 1.2.2
         'regex',
@@ -56,8 +52,8 @@ setup(
         'Pillow',
     ],
     extras_require={
-        'deploy': ['onnx>=1.14', 'onnxruntime>=1.17', 'openvino>=2024.0', 'packaging'],
-        'dev': ['pytest', 'pytest-timeout', 'pytest-xdist', 'ruff', 'scipy'],
+        'deploy': ['onnx>=1.14', 'onnxruntime>=1.17', 'openvino>=2024.0'],
+        'dev': ['hypothesis', 'pytest', 'pytest-timeout', 'pytest-xdist', 'ruff', 'scipy'],
     },
     **kernels(),
 )

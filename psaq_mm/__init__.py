@@ -1,11 +1,12 @@
 """psaq_mm: data-free quantization for OpenMMLab (PSAQ-ViT V2).
 
-Importing the package makes mmengine's checkpoints loadable under torch's safe unpickler and torchvision importable
-beside a torch it was not built for; nothing else happens here.
+Importing the package checks the versions of what it builds on, makes mmengine's checkpoints loadable under torch's safe
+unpickler and torchvision importable beside a torch it was not built for; nothing else happens here.
 """
-from .compat import allow_mmengine_checkpoints, complete_torchvision
+from .compat import allow_mmengine_checkpoints, check_versions, complete_torchvision
 from .version import __version__
 
+check_versions()
 allow_mmengine_checkpoints()
 complete_torchvision()
 

@@ -4,21 +4,49 @@ Checkpoints: since torch 2.6 ``torch.load`` refuses everything but plain data un
 pickles its ``HistoryBuffer`` (log history) and NumPy values into every checkpoint. The types below are data containers;
 none of them runs code from the file. ``weights_only`` stays on.
 
+Versions: those of torch and OpenMMLab that psaq_mm works with, checked before anything of theirs fails in its own way.
+
 torchvision: timm imports it, and mmengine's Runner does where it is installed. Its compiled part is built for one
 torch; beside another one, such as a CPU-only torch, it cannot load and the import fails.
 """
 import ctypes
 import sys
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from .version import REQUIRES
+
 try:
     from numpy._core.multiarray import _reconstruct, scalar
 except ImportError:  # NumPy before 1.26
     from numpy.core.multiarray import _reconstruct, scalar
+
+
+def check_versions(requires=None) -> None:
+    """Compares what is installed with what psaq_mm works with; what is not installed its importer will miss.
+
+    Args:
+        requires (dict[str, str], optional): Versions by name of the distribution, as pip writes them.
+
+    Raises:
+        ImportError: Naming every package that is too old or too new, and the pip command that mends it.
+    """
+    from packaging.specifiers import SpecifierSet
+    requires, wrong = REQUIRES if requires is None else requires, {}
+    for name, versions in requires.items():
+        try:
+            installed = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        if not SpecifierSet(versions).contains(installed, prereleases=True):
+            wrong[name] = f'{name} {installed} is installed, psaq_mm works with {name}{versions}'
+    if wrong:
+        command = ' '.join(f"'{name}{requires[name]}'" for name in wrong)
+        raise ImportError('; '.join(wrong.values()) + f'. Install: pip install {command}')
 
 
 def _statistic(owner, name):

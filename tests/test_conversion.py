@@ -6,6 +6,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
+from torch import nn
 
 from psaq_mm.errors import UserError
 from psaq_mm.models import extract_features, quantize_model
@@ -150,3 +151,17 @@ def test_model_bits_counts_integers(detector):
     config = QuantizationConfig.parse(dict(weight=dict(bits=4)))
     convert(net, layers, config.layer_configs(layers))
     assert model_bits(net) == 60 * 4 + 6 * 32 + 2 * 32 * (6 + 1)
+
+
+@pytest.mark.parametrize('layer, shape', [(nn.Linear(4, 6), (2, 5, 4)), (nn.Linear(4, 6), (5, 4)),
+                                          (nn.Conv2d(4, 6, 1), (2, 4, 3, 3))], ids=str)
+def test_what_a_layer_puts_out_may_be_changed_in_place(layer, shape):
+    """As ReLU(inplace=True) does, with gradients on."""
+    model = nn.ModuleDict(dict(backbone=nn.Sequential(layer, nn.ReLU(inplace=True))))
+    model.backbone = model['backbone']
+    quantize_model(model, dict(targets=['backbone']))
+    x = torch.randn(shape, requires_grad=True)
+    calibrate(model, lambda: model.backbone(x))
+    set_mode(model, Mode.QUANTIZE)
+    model.backbone(x).sum().backward()
+    assert x.grad.abs().sum() > 0

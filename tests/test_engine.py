@@ -291,11 +291,27 @@ def test_amp_runs_and_changes_little(small_config, tmp_path, uninterrupted):
     assert weights(tmp_path)[key].item() != uninterrupted[key].item()  # bfloat16 really was used
 
 
-def test_noise_dataset_is_the_same_however_it_is_sharded():
-    dataset = NoiseDataset(6, [(8, 8), (4, 12)], group=2, seed=5)
-    assert [tuple(dataset[i]['inputs'].shape[1:]) for i in range(6)] == [(8, 8)] * 2 + [(4, 12)] * 2 + [(8, 8)] * 2
-    assert torch.equal(dataset[3]['inputs'], NoiseDataset(6, [(8, 8), (4, 12)], group=2, seed=5)[3]['inputs'])
-    assert not torch.equal(dataset[0]['inputs'], dataset[1]['inputs'])
+@pytest.mark.parametrize('num_images', [12, 20])
+def test_noise_dataset_is_the_same_however_it_is_sharded(num_images):
+    from mmengine.dataset import DefaultSampler
+    sizes = [(8, 8), (4, 12)]
+    whole = NoiseDataset(num_images, sizes, 3, seed=5)
+    assert [tuple(whole[i]['inputs'].shape[1:]) for i in range(12)] == ([(8, 8)] * 3 + [(4, 12)] * 3) * 2
+    assert torch.equal(whole[3]['inputs'], NoiseDataset(num_images, sizes, 3, seed=5)[3]['inputs'])
+    assert not torch.equal(whole[0]['inputs'], whole[1]['inputs'])
+    parts = NoiseDataset(num_images, sizes, 3, 2, seed=5)
+    shards = [list(range(rank, num_images, 2)) for rank in (0, 1)]
+    assert list(DefaultSampler(parts, shuffle=False)) == list(range(num_images))  # processes take turns in that
+    seen = set()
+    for rank, shard in enumerate(shards):
+        for turn in range(0, len(shard), 3):
+            batch = [parts[index]['inputs'] for index in shard[turn:turn + 3]]
+            assert len({image.shape for image in batch}) == 1
+            first = (turn // 3 * 2 + rank) * 3
+            if turn + 3 <= len(shard) and first + 3 <= 12:
+                assert all(torch.equal(image, whole[first + i]['inputs']) for i, image in enumerate(batch))
+            seen.update(parts.place(index)[0] for index in shard)
+    assert seen == set(range(num_images))
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------
@@ -384,6 +400,14 @@ def test_the_safe_getattr_refuses_everything_else(tmp_path):
     torch.save(dict(state_dict=dict(a=torch.ones(1)), x=dict.fromkeys), path)
     with pytest.raises(pickle.UnpicklingError):
         torch.load(path, weights_only=True)
+
+
+def test_nothing_is_fetched_that_a_model_config_names():
+    file = dict(type='Pretrained', checkpoint='torchvision://x')
+    model = dict(backbone=dict(init_cfg=dict(checkpoint='https://x/pvt.pth'), pretrained='x.pth'),
+                 neck=dict(init_cfg=[dict(type='Xavier'), file]), heads=[dict(init_cfg=file)])
+    assert without_pretrained(model) == dict(backbone=dict(init_cfg=None, pretrained=None), neck=dict(
+        init_cfg=[dict(type='Xavier')]), heads=[dict(init_cfg=None)])
 
 
 def test_wrong_stanza_and_wrong_checkpoint_end_before_any_work(small_config, tmp_path):
@@ -495,15 +519,6 @@ def test_heads_of_a_detector_are_quantized_when_they_are_named(small_config, tmp
         assert torch.isfinite(state[f'{layer}.input_quantizer.scale']).all()
 
 
-def test_backbones_without_attention_end_early(small_config, tmp_path):
-    cfg = Config.fromfile(small_config)
-    cfg.model.backbone = dict(type='ResNet', depth=18, num_stages=4, out_indices=(0, 1, 2, 3))
-    cfg.model.neck.in_channels = [64, 128, 256, 512]
-    cfg.work_dir = str(tmp_path / 'r')
-    with pytest.raises(UserError, match="ResNet has no attention.*'noise'"):
-        run(cfg)
-
-
 @pytest.mark.parametrize('holdout', [0.9, 0.01])
 def test_both_sides_of_the_game_have_images(small_config, tmp_path, holdout):
     run(config(small_config, tmp_path, **{'synthesis.num_images': 2, 'game.holdout': holdout, 'synthesis.steps': 1}))
@@ -575,6 +590,24 @@ def test_two_processes_see_what_one_sees(small_config, tmp_path):
     assert two.keys() == one.keys()
     for key in one:
         assert torch.allclose(two[key].float(), one[key].float(), rtol=1e-5), key
+
+
+def test_two_processes_make_what_one_makes(small_config, tmp_path):
+    """The same images; scales from all of them; a student as good."""
+    options = ['--no-eval', '--cfg-options', 'quantization.activation.observer=minmax']
+    torchrun(small_config, tmp_path / 'two', *options)
+    run_tool('tools/dfq.py', small_config, '--work-dir', tmp_path / 'one', *options)
+    for two, one in zip(images_of(tmp_path / 'two'), images_of(tmp_path / 'one'), strict=True):
+        assert torch.equal(two, one)
+    two, one = (torch.load(tmp_path / name / 'quantized.pth', weights_only=True) for name in ('two', 'one'))
+    assert two['meta']['game']['best'] == pytest.approx(one['meta']['game']['best'], rel=0.2)
+    two, one = two['state_dict'], one['state_dict']
+    assert two.keys() == one.keys()
+    for key in one:
+        if key.endswith('_quantizer.scale'):  # lessons differ, so learned ranges do
+            assert (two[key] / one[key]).log().abs().max() < 0.2, key
+        elif one[key].is_floating_point():
+            assert (two[key] - one[key]).abs().max() < 1e-3, key
 
 
 def test_two_processes_play_and_evaluate(small_config, tmp_path):

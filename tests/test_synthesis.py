@@ -111,7 +111,7 @@ def test_distillation_is_a_relative_squared_error_with_autograds_gradient(monkey
         plain = (s - t).square().sum() / t.float().square().sum()
         error, gap = distillation(t, s)
         torch.testing.assert_close(error, plain)
-        torch.testing.assert_close(gap, discrepancy([t], [s]).mean().detach())
+        torch.testing.assert_close(gap, discrepancy([t], [s], len(t)).mean().detach())
         assert not gap.requires_grad
         for a, b in zip(torch.autograd.grad(3 * error, s), torch.autograd.grad(3 * plain, s)):
             torch.testing.assert_close(a, b)
@@ -142,7 +142,9 @@ def test_nan_objective_is_an_error_that_says_so():
 def test_discrepancy_is_relative_and_per_image():
     teacher = [torch.ones(2, 3, 4, 4), 10 * torch.ones(2, 5, 2, 2)]
     student = [teacher[0] * torch.tensor([1.0, 1.2]).view(2, 1, 1, 1), teacher[1]]
-    assert torch.allclose(discrepancy(teacher, student), torch.tensor([0.0, 0.1]), atol=1e-6)
+    assert torch.allclose(discrepancy(teacher, student, 2), torch.tensor([0.0, 0.1]), atol=1e-6)
+    layers = [torch.stack([t] * 3) for t in teacher], [torch.stack([s] * 3) for s in student]  # (layers, images, ...)
+    assert torch.allclose(discrepancy(*layers, 2), torch.tensor([0.05, 0.05]), atol=1e-6)
 
 
 class Tokens(torch.nn.Module):

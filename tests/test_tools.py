@@ -34,7 +34,8 @@ def test_what_is_written(quantized_run):
     content = torch.load(work_dir / 'quantized.pth', weights_only=True)
     meta = content['meta']
     assert meta['quantization']['weight']['bits'] == 8 and meta['quantization']['synthesis']['num_images'] == 6
-    assert set(meta['versions']) == {'psaq_mm', 'torch', 'mmengine', 'mmcv', 'mmdet', 'mmsegmentation', 'timm'}
+    assert set(meta['versions']) == {'psaq_mm', 'torch', 'mmengine', 'mmcv', 'mmdet', 'mmsegmentation', 'timm',
+                                     'kernels'}
     assert meta['dataset_meta']['classes'] == ('disk', 'square', 'triangle', 'star', 'ring', 'cross')
     assert meta['game']['best'] <= meta['game']['initial']
     for word in ('full precision', 'quantized W8A8 (backbone, neck)', 'box AP', 'mask AP', 'size, MB', 'minutes'):

@@ -77,4 +77,7 @@ def run(args, work):
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print('interrupted' + (', --resume goes on' if hasattr(args, 'resume') else ''), file=sys.stderr)
+        return 130
     return 0

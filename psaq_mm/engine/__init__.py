@@ -1,5 +1,5 @@
 """The data-free loop, its hooks and data set, and what turns a stanza into a runner. Knows mmengine."""
-from .checkpoint import CheckpointError, convert_file, read_checkpoint, save_quantized
+from .checkpoint import CheckpointError, convert_file, read_checkpoint, save_quantized, versions
 from .compare import compare
 from .config import data_free_config, evaluation_gap, float_config, test_config
 from .hooks import QuantizationHook, QuantizedCheckpointHook, SyntheticImageHook
@@ -13,5 +13,5 @@ __all__ = [
     'CheckpointError', 'DataFreeLoop', 'NoiseDataset', 'QuantizationHook', 'QuantizationRunner',
     'QuantizedCheckpointHook', 'SyntheticImageHook', 'compare', 'comparison_table', 'convert_file', 'data_free_config',
     'evaluate', 'evaluation_gap', 'float_config', 'markdown', 'quantize', 'read_checkpoint', 'result_table',
-    'save_quantized', 'test_config', 'with_stanza', 'write_comparison', 'write_json'
+    'save_quantized', 'test_config', 'versions', 'with_stanza', 'write_comparison', 'write_json'
 ]

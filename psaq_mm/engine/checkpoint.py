@@ -1,14 +1,18 @@
 """Reading full-precision checkpoints with all questions asked, writing quantized ones."""
 from __future__ import annotations
 
+import logging
 import os
 import re
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
 import torch
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.logging import print_log
 from torch import nn
 
 from ..errors import UserError
@@ -47,6 +51,71 @@ def local_path(source: str) -> Path:
     return path
 
 
+def check_archive(path: Path) -> None:
+    """Refuses a zip that would become larger than it is: torch stores tensors as they are, bombs are compressed.
+
+    Raises:
+        CheckpointError: Before anything is unpacked.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except Exception as error:  # a damaged archive is what torch.load complains of, too
+        raise CheckpointError(f'{path} is no readable checkpoint ({type(error).__name__}: {error}). It may be truncated'
+                              ) from None
+    if unpacked > path.stat().st_size:
+        raise CheckpointError(f'{path} has {path.stat().st_size / 1e6:.1f} MB and would unpack to {unpacked / 1e6:.1f} '
+                              'MB: torch.save compresses nothing, so this is no checkpoint of its making')
+
+
+def load_safely(path: Path, device: str = 'cpu'):
+    """``torch.load`` of what may come from anywhere: runs no code, unpacks no bomb.
+
+    Args:
+        path (Path): A file.
+        device (str): Defaults to 'cpu'.
+
+    Raises:
+        CheckpointError: If it is damaged or holds anything but data.
+    """
+    try:
+        check_archive(path)
+        return torch.load(path, map_location=device, weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or 'no reason given').splitlines()[0]
+        raise CheckpointError(f'{path} is no readable checkpoint ({type(error).__name__}: {reason}). It may be '
+                              'truncated, or hold objects other than weights, which psaq_mm does not load') from None
+
+
+def interrupted_run(work_dir: Path) -> str | None:
+    """The newest checkpoint from which the run in a work dir can go on; damaged ones are passed over.
+
+    Returns:
+        str: Its path, or None if the run has left none.
+
+    Raises:
+        CheckpointError: If it has left some, and none can be read.
+    """
+    found = sorted(Path(work_dir).glob('iter_*.pth'), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path in found:
+        try:
+            content = load_safely(path)
+            if isinstance(content, dict) and {'data_free', 'state_dict', 'meta'} <= content.keys():
+                return str(path)
+            reason = f'{path} is no checkpoint of a data-free run'
+        except CheckpointError as error:
+            reason = str(error)
+        print_log(f'{reason}. Looking for an earlier one', 'current', logging.WARNING)
+    if found:
+        raise CheckpointError(f'--resume: none of the {len(found)} checkpoints iter_*.pth in {work_dir} can be read: '
+                              'start afresh without --resume')
+    return None
+
+
 def read_checkpoint(source: str) -> dict:
     """Loads a checkpoint safely (``weights_only=True``) onto the CPU.
 
@@ -61,12 +130,7 @@ def read_checkpoint(source: str) -> dict:
         CheckpointError: If it is missing, damaged, holds code, or holds no weights.
     """
     path = local_path(source)
-    try:
-        content = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f'{path} is no readable checkpoint ({type(error).__name__}: {reason}). It may be '
-                              'truncated, or hold objects other than weights, which psaq_mm does not load') from None
+    content = load_safely(path)
     if not isinstance(content, dict):
         raise CheckpointError(f'{path} holds a {type(content).__name__}, not a dict of weights')
     state = content.get('state_dict', content.get('model', content))
@@ -75,6 +139,11 @@ def read_checkpoint(source: str) -> dict:
     state = {re.sub(r'^module\.', '', str(k)): v for k, v in state.items() if isinstance(v, torch.Tensor)}
     if not state:
         raise CheckpointError(f'{path} holds no weights')
+    odd = sorted(k for k, v in state.items()
+                 if v.layout != torch.strided or v.is_quantized or v.is_complex() or v.is_meta)
+    if odd:
+        raise CheckpointError(f'{path} holds sparse, quantized, complex or empty tensors in {_listing(odd)}: none that '
+                              'a full-precision model has')
     meta = content.get('meta')
     return dict(state_dict=state, meta=meta if isinstance(meta, dict) else {}, path=str(path), layout=None)
 
@@ -184,6 +253,10 @@ def load_float(model: nn.Module, checkpoint: dict, targets=('backbone', 'neck'))
         hint = ('The number of classes differs: set num_classes in the model config to the checkpoint\'s.'
                 if classes else 'The checkpoint belongs to another architecture.')
         raise CheckpointError(f'{path} does not fit the model: {_listing(shapes)}. {hint}')
+    kinds = [f'{k} is {state[k].dtype} in the checkpoint, {v.dtype} in the model' for k, v in own.items()
+             if k in state and v.is_floating_point() and not state[k].is_floating_point()]
+    if kinds:
+        raise CheckpointError(f'{path} does not fit the model: {_listing(kinds)}. It may be quantized already')
     missing = sorted(k for k in own if k not in state and not k.endswith(DERIVED))
     if missing:
         raise CheckpointError(f'{path} does not fit the model: it lacks {_listing(missing)} ({len(missing)} of '
@@ -225,10 +298,36 @@ def versions() -> dict[str, str]:
 
 
 def write_atomically(content, path: Path) -> None:
-    """``torch.save`` that leaves either the old file or the whole new one."""
-    temporary = path.with_suffix('.tmp')
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    """``torch.save`` that leaves either the old file or the whole new one, even if the machine stops.
+
+    Args:
+        content: What ``torch.save`` takes, or bytes.
+        path (Path): Where to.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f'{path.name}.tmp')
+    try:
+        with open(temporary, 'wb') as stream:
+            try:
+                stream.write(content) if isinstance(content, bytes) else torch.save(content, stream)
+            except RuntimeError as error:  # torch's own word for a failing stream
+                raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from error
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@register_backend('psaq_mm.atomic')
+class AtomicBackend(LocalBackend):
+    """mmengine's files on disk, each written whole or not at all."""
+
+    def put(self, obj, filepath):
+        write_atomically(obj, filepath)
 
 
 def save_quantized(model: nn.Module, path: Path, quantization, dataset_meta: dict, **meta) -> None:

@@ -20,13 +20,20 @@ TRAINING_KEYS = ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_schedu
 MODEL_WRAPPER = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
 
 
+def _names_a_file(init):
+    """Whether an ``init_cfg`` is one that loads weights."""
+    return isinstance(init, dict) and ('checkpoint' in init or init.get('type') == 'Pretrained')
+
+
 def without_pretrained(model):
-    """A model config that fetches nothing: no ``init_cfg`` of type Pretrained, no ``pretrained``."""
+    """A model config that fetches nothing: no ``init_cfg`` that names a checkpoint, no ``pretrained``."""
     if isinstance(model, dict):
         for key, value in model.items():
             if key == 'pretrained':
                 model[key] = False if isinstance(value, bool) else None
-            elif key == 'init_cfg' and isinstance(value, dict) and value.get('type') == 'Pretrained':
+            elif key == 'init_cfg' and isinstance(value, (list, tuple)):
+                model[key] = [init for init in value if not _names_a_file(init)]
+            elif key == 'init_cfg' and _names_a_file(value):
                 model[key] = None
             else:
                 without_pretrained(value)
@@ -154,14 +161,16 @@ def data_free_config(cfg: Config,
             batch_size=batch, num_workers=0, persistent_workers=False, drop_last=False,
             sampler=dict(type='DefaultSampler', shuffle=False), collate_fn=dict(type='default_collate'),
             dataset=dict(type='psaq_mm.NoiseDataset', num_images=shard * world, sizes=synthesis.size,
-                         group=batch * world, seed=seed, metainfo=meta))
+                         batch_size=batch, world_size=world, seed=seed, metainfo=meta))
     run.train_cfg = dict(type='psaq_mm.DataFreeLoop', quantization=stanza, checkpoint=checkpoint, amp=amp)
     run.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(
         type='Adam', lr=quantization.student_lr, fused=True))
     hooks = {k: v for k, v in (cfg.get('default_hooks') or {}).items() if k in KEPT_HOOKS}
     hooks.setdefault('logger', dict(type='LoggerHook', interval=50))
     hooks['logger'] = dict(hooks['logger'], interval=min(hooks['logger'].get('interval', 50), 50))
-    hooks['checkpoint'] = dict(type='CheckpointHook', by_epoch=False, interval=100, max_keep_ckpts=2, save_last=False)
+    saved = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    interval = saved.get('interval', 100) if saved.get('by_epoch') is False else 100  # an epoch means nothing here
+    hooks['checkpoint'] = dict(type='psaq_mm.ResumableCheckpointHook', interval=min(interval, 100))
     run.default_hooks = hooks
     run.custom_hooks = [
         dict(type='psaq_mm.QuantizationHook', quantization=stanza),

@@ -1,16 +1,18 @@
 """What happens around the loop: conversion, pictures, the quantized checkpoint."""
 from __future__ import annotations
 
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
 from mmengine import dist
 from mmengine.dist import master_only
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import is_model_wrapper
 from PIL import Image
 
+from ..errors import UserError
 from ..models import quantize_model
 from ..quantization import quantized_layers
 from ..registry import HOOKS
@@ -27,8 +29,6 @@ def bare(model):
 @HOOKS.register_module()
 class QuantizationHook(Hook):
     """Converts the runner's model before the run, so that checkpoints load into quantized layers.
-
-    Also carries the loop's state through checkpoints.
 
     Args:
         quantization (dict, optional): The stanza. Default: the one in the runner's config.
@@ -48,13 +48,51 @@ class QuantizationHook(Hook):
         runner.logger.info(f'{len(quantized_layers(model))} layers of {", ".join(config.targets)} are quantized: '
                            f"W{config.weight.bits}A{config.activation.bits}, placement '{config.placement}'")
 
+
+@HOOKS.register_module()
+class ResumableCheckpointHook(CheckpointHook):
+    """Writes everything that an interrupted run needs to go on, ``iter_N.pth``, the state of all processes in it.
+
+    A file is whole or not there. Where one cannot be written, as on a full disk, the run goes on and older ones stay.
+
+    Args:
+        interval (int): Iterations from one to the next. Defaults to 100.
+        max_keep_ckpts (int): The newest so many are kept. Defaults to 2.
+    """
+
+    def __init__(self, interval=100, max_keep_ckpts=2):
+        super().__init__(interval, by_epoch=False, save_last=False, backend_args=dict(backend='psaq_mm.atomic'))
+        self.kept = max_keep_ckpts
+        self.states = None
+
+    def _save_checkpoint(self, runner):
+        self.states = dist.all_gather_object(runner.train_loop.state_dict())
+        try:
+            super()._save_checkpoint(runner)
+        except OSError as error:
+            runner.logger.warning(f'iter_{runner.iter + 1}.pth cannot be written to {self.out_dir} ({error}). The run '
+                                  'goes on; interrupted, it would resume from the last one that was written')
+        else:
+            self.remove_old()
+
+    @master_only
+    def remove_old(self):
+        """Leaves the newest."""
+        files = sorted(Path(self.out_dir).glob('iter_*.pth'), key=lambda path: path.stat().st_mtime_ns)
+        for path in files[:-self.kept]:
+            path.unlink()
+
     def before_save_checkpoint(self, runner, checkpoint):
-        if hasattr(runner.train_loop, 'state_dict'):
-            checkpoint['data_free'] = runner.train_loop.state_dict()
+        checkpoint['data_free'] = self.states
 
     def after_load_checkpoint(self, runner, checkpoint):
-        if 'data_free' in checkpoint and hasattr(runner.train_loop, 'load_state_dict'):
-            runner.train_loop.load_state_dict(checkpoint['data_free'])
+        states = checkpoint.get('data_free')
+        if states is None:
+            return
+        if len(states) != dist.get_world_size():
+            raise UserError(f'--resume: the interrupted run had {len(states)} processes, this one has '
+                            f'{dist.get_world_size()}. Start as many, or afresh without --resume')
+        runner.train_loop.load_state_dict(states[dist.get_rank()])
 
 
 def to_pixels(images: torch.Tensor, low: torch.Tensor, high: torch.Tensor, bgr: bool) -> np.ndarray:
@@ -122,7 +160,9 @@ class SyntheticImageHook(Hook):
             return
         shards = dist.all_gather_object([[b.cpu() for b in batches]
                                          for batches in (self.current(loop), loop.noise, loop.images)])
-        self.write(runner, *([batch for shard in shards for batch in shard[kind]] for kind in range(3)))
+        # Processes took turns in taking batches: so that as many of them take them in the same order again.
+        self.write(runner, *([batch for turn in zip_longest(*(shard[kind] for shard in shards)) for batch in turn
+                              if batch is not None] for kind in range(3)))
 
     @master_only
     def write(self, runner, final, noise, before_game):

@@ -9,6 +9,7 @@ import math
 import random
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from mmengine import dist
@@ -17,12 +18,19 @@ from mmengine.runner import BaseLoop
 
 from ..compat import keep_freed_memory
 from ..errors import UserError
-from ..models import beyond_features, checkpoint_blocks, extract_features, extract_inner, similarity_taps
+from ..models import (
+    backbone_of,
+    beyond_features,
+    checkpoint_blocks,
+    extract_features,
+    extract_inner,
+    similarity_taps,
+)
 from ..quantization import Mode, calibrate, quantizers, search_weight_ranges, set_mode, unused_quantizers
 from ..registry import LOOPS
 from ..stanza import ROOT, QuantizationConfig, reads_pixels
 from ..synthesis import Game, ImageOptimizer, PatchSimilarityTap, augment, learning_rate, prior_loss, valid_range
-from .checkpoint import load_float, read_checkpoint
+from .checkpoint import load_float, load_safely, read_checkpoint
 
 OPERANDS = ('input_quantizer', 'a_quantizer', 'b_quantizer')  # whose ranges the game may learn
 PLATEAU = 0.01  # nats a block: a rise of the entropy that counts for synthesis.patience; our choice
@@ -54,7 +62,7 @@ def read_images(path: str) -> list[torch.Tensor]:
         UserError: If the file is not there or is none of ours.
     """
     try:
-        images = torch.load(path, map_location='cpu', weights_only=True)['images']
+        images = load_safely(Path(path))['images']
         if all(torch.is_tensor(b) and b.dim() == 4 and torch.isfinite(b).all() for b in images) and images:
             return images
     except Exception as error:
@@ -136,8 +144,13 @@ class DataFreeLoop(BaseLoop):
         self.runner.call_hook('before_train_iter', batch_idx=self._iter, data_batch=None)
         stage = 'synthesis' if self._iter < self.synthesis_iters else 'game'
         # counted within the stage: with images of an earlier run the game is the same
-        index = self._iter - (self.synthesis_iters if stage == 'game' else 0)
-        rng = random.Random(f'{self.runner.seed}-{dist.get_rank()}-{index}')
+        if stage == 'game':
+            rank, index = dist.get_rank(), self._iter - self.synthesis_iters
+        else:  # by the batch: however many processes share the batches, each becomes what it would
+            batch, update = divmod(self._iter, self.quantization.synthesis.steps)
+            batch = batch * dist.get_world_size() + dist.get_rank()
+            rank, index = 0, batch * self.quantization.synthesis.steps + update
+        rng = random.Random(f'{self.runner.seed}-{rank}-{index}')
         started = time.perf_counter()
         outputs = step(rng)
         self.minutes[stage] += (time.perf_counter() - started) / 60
@@ -163,7 +176,7 @@ class DataFreeLoop(BaseLoop):
             keep_freed_memory()
         if self.quantization.synthesis.checkpointing:
             for player in (self.teacher, self.student):
-                checkpoint_blocks(player.backbone)
+                checkpoint_blocks(backbone_of(player))
         preprocessor = self.student.data_preprocessor
         channels = next(p for p in self.student.parameters() if p.dim() == 4).shape[1]
         self.low, self.high = (v.to(self.device) for v in valid_range(
@@ -171,19 +184,36 @@ class DataFreeLoop(BaseLoop):
             getattr(preprocessor, 'std', torch.ones(channels)).flatten().cpu()))
         self.tap = None
         if self.synthesized:
-            self.tap = PatchSimilarityTap(*similarity_taps(self.teacher.backbone))
+            self.tap = PatchSimilarityTap(*similarity_taps(backbone_of(self.teacher)))
         self.load_images()
         if self.game_iters and sum(map(len, self.images)) < 2:
             raise UserError(f'{ROOT}.synthesis: each process needs at least 2 images for the game, one evolves and one '
                             'is held back: raise num_images or start fewer processes')
         self.heads = beyond_features(self.quantization.targets)
-        unused = unused_quantizers(self.student, lambda: extract_features(self.student, self.images[0][:1], self.heads))
+        unused = unused_quantizers(self.student, self.first_features)
         if unused:
             raise UserError(f"'{unused[0]}' (and {len(unused) - 1} more) never runs in a prediction, so it cannot be "
                             f'calibrated: keep it in float ({ROOT}.keep_float) or take it out of the targets')
         if self.restored is not None:
             for image, saved in zip(self.images, self.restored['images']):
                 image.copy_(saved)
+
+    def first_features(self):
+        """Features of one image: whatever a model cannot do with images of this size shows here.
+
+        Raises:
+            UserError: Instead of what the model raises.
+        """
+        image = self.images[0][:1]
+        try:
+            return extract_features(self.student, image, self.heads)
+        except UserError:
+            raise
+        except Exception as error:
+            size = ' x '.join(map(str, image.shape[-2:]))
+            raise UserError(f'{type(self.student).__name__} cannot compute features of an image of {size} '
+                            f'({type(error).__name__}: {error}). Where the size is wrong, set {ROOT}.synthesis.size') \
+                from error
 
     def load_images(self):
         """Noise from the data set, or with method 'real' the images of the calibration data loader."""
@@ -193,6 +223,9 @@ class DataFreeLoop(BaseLoop):
                 if left <= 0:
                     break
                 self.images.append(self.student.data_preprocessor(data, False)['inputs'][:left])
+                if not torch.isfinite(self.images[-1]).all():
+                    raise UserError(f'batch {len(self.images)} of calib_dataloader holds pixels that are no finite '
+                                    'numbers: check its images and pipeline')
             return
         for data in self.dataloader:
             batch = data['inputs'].to(self.device)
@@ -222,40 +255,50 @@ class DataFreeLoop(BaseLoop):
         """One update of one batch of images towards higher patch-similarity entropy."""
         config = self.quantization.synthesis
         index, step = divmod(self._iter, config.steps)
+        if step == 0:
+            self.plateau = dict(entropy=-math.inf, since=0)
+        if self.has_plateaued():
+            return {}  # other processes still work on theirs
         if self.optimizer is None:
             start = self.images[index]
             if index and config.warm_start and self.images[index - 1].shape == start.shape:
                 start = start.lerp(self.images[index - 1], config.warm_start)
             self.optimizer = ImageOptimizer(start, self.low, self.high, config.lr)
-            self.plateau = dict(entropy=-math.inf, since=0)
             if self.restored is not None and self.restored['optimizer'] is not None:
                 self.optimizer.load_state_dict(self.restored['optimizer'])
                 self.restored['optimizer'] = None
-                self.plateau = self.restored['plateau']
         log = {}
 
         def objective(images):
             view = augment(images, config, rng)
             with self.precision():
-                self.tap.run(self.teacher.backbone, view)
+                self.tap.run(backbone_of(self.teacher), view)
             entropy, prior = self.tap.entropy(len(view), config.bandwidth, config.density), prior_loss(view, config)
             log.update(entropy=entropy.mean().item() / self.tap.count, prior=prior.mean().item())
             return (prior - entropy).mean()
 
         self.optimizer.step(objective, learning_rate(step, config))
-        if self.has_plateaued(log['entropy']):
+        if not math.isfinite(log['entropy'] + log['prior']):
+            raise UserError(f'synthesis: batch {index + 1}, step {step + 1}: the entropy of patch similarities is no '
+                            f"finite number ({log['entropy']}): the teacher's attention overflows on these images. "
+                            f'Try without --amp, or a smaller {ROOT}.synthesis.lr')
+        self.follow(log['entropy'])
+        if self.has_plateaued() and dist.get_world_size() == 1:
             self._iter += config.steps - 1 - step  # the steps that are left do not take place
-        if self._iter % config.steps == config.steps - 1:
+        if self.has_plateaued() or step == config.steps - 1:
             self.images[index] = self.optimizer.images.detach()
             self.optimizer = None
         return log
 
-    def has_plateaued(self, entropy):
-        """Whether the entropy of the batch, in nats a block, has ceased to rise."""
+    def follow(self, entropy):
+        """Takes note of the entropy of the batch, in nats a block."""
         if entropy > self.plateau['entropy'] + PLATEAU:
             self.plateau = dict(entropy=entropy, since=0)
         else:
             self.plateau['since'] += 1
+
+    def has_plateaued(self):
+        """Whether the entropy of the batch has ceased to rise."""
         patience = self.quantization.synthesis.patience
         return patience is not None and self.plateau['since'] >= patience
 
@@ -300,6 +343,9 @@ class DataFreeLoop(BaseLoop):
             self.game.load_state_dict(self.restored['game'])
         else:
             self.game.start()
+            if not math.isfinite(self.game.initial):
+                raise UserError('the teacher or the calibrated student gives features that are no finite numbers on '
+                                'the synthetic images. Try without --amp; check the checkpoint')
             if config.weight_ranges == 'mse':
                 restore = search_weight_ranges(self.student, compared)
                 found = self.game.consider()
@@ -373,10 +419,7 @@ class DataFreeLoop(BaseLoop):
         """One optimiser step on the student, gradients averaged over processes."""
         wrapper = self.runner.optim_wrapper
         wrapper.backward(loss)
-        if dist.get_world_size() > 1:
-            for parameter in self.game.parameters.values():
-                if parameter.grad is not None:
-                    dist.all_reduce(parameter.grad, 'mean')
+        dist.all_reduce_params([p.grad for p in self.game.parameters.values() if p.grad is not None], op='mean')
         wrapper.step()
         wrapper.zero_grad()
         if self.ranges:
@@ -392,6 +435,12 @@ class DataFreeLoop(BaseLoop):
         if self.ranges:
             self.range_adam.param_groups[0]['lr'] = self.quantization.game.range_lr * share
         log = self.game.step(rng)
+        if not math.isfinite(log['ratio']):
+            self.runner.logger.warning(
+                f'The game ends early, at update {self._iter - self.synthesis_iters + 1}: the discrepancy became '
+                f"{log['ratio']}. The best student until then is kept. If it is not good enough, try without --amp, or "
+                f'a smaller {ROOT}.game.student_lr or {ROOT}.game.range_lr')
+            self._iter = self.max_iters - 1
         if 'entropy' in log:
             log['entropy'] /= self.tap.count
         return log
@@ -421,9 +470,10 @@ class DataFreeLoop(BaseLoop):
             settings=self.settings())
 
     def settings(self):
-        """What an interrupted run and the one that goes on from it must share."""
-        return dict(self.quantization.to_dict(), checkpoint=self.checkpoint, seed=self.runner.seed,
-                    amp=self.amp)
+        """What an interrupted run and the one that goes on from it must share: all but how much memory it takes."""
+        stanza = self.quantization.to_dict()
+        stanza['synthesis'].pop('checkpointing')
+        return dict(stanza, checkpoint=self.checkpoint, seed=self.runner.seed, amp=self.amp)
 
     def load_state_dict(self, state):
         """Takes the state in; :meth:`prepare` and the stages put it in place.
@@ -438,4 +488,5 @@ class DataFreeLoop(BaseLoop):
                             + '; '.join(f'{key} was {theirs.get(key)!r}, is {ours[key]!r}' for key in changed)
                             + '). Restore them, or start afresh without --resume or with another --work-dir')
         self.restored = state
+        self.plateau = dict(state['plateau'])
         self.minutes = dict(state['minutes'])

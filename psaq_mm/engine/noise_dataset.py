@@ -11,18 +11,23 @@ from ..registry import DATASETS
 class NoiseDataset(Dataset):
     """Standard normal noise in the model's input space, the same for a seed however it is sharded.
 
+    mmengine's sampler deals images to the processes one by one; here they are numbered so that each process gets whole
+    batches of those that a single one would make, in turn (where their number can be divided so).
+
     Args:
         num_images (int): Length.
-        sizes (list[tuple[int, int]]): (height, width) in pixels; groups of images take turns.
-        group (int): Images in a row that share a size: the batch size times the number of processes.
+        sizes (list[tuple[int, int]]): (height, width) in pixels; batches take turns.
+        batch_size (int): Images in a row that share a size.
+        world_size (int): Number of processes. Defaults to 1.
         seed (int): Defaults to 0.
         metainfo (dict, optional): Of the data set the model was trained on (classes, palette).
 
     Each item is ``dict(inputs=Tensor (3, height, width))``.
     """
 
-    def __init__(self, num_images, sizes, group, seed=0, metainfo=None):
-        self.num_images, self.sizes, self.group, self.seed = num_images, sizes, group, seed
+    def __init__(self, num_images, sizes, batch_size, world_size=1, seed=0, metainfo=None):
+        self.num_images, self.sizes, self.seed = num_images, sizes, seed
+        self.batch_size, self.world_size = batch_size, world_size
         self.metainfo = dict(metainfo or {})
 
     def __len__(self):
@@ -31,6 +36,15 @@ class NoiseDataset(Dataset):
     def __getitem__(self, index):
         if not 0 <= index < self.num_images:
             raise IndexError(index)
-        height, width = self.sizes[index // self.group % len(self.sizes)]
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        image, batch = self.place(index)
+        height, width = self.sizes[batch % len(self.sizes)]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + image)
         return dict(inputs=torch.randn(3, height, width, generator=generator))
+
+    def place(self, index: int) -> tuple[int, int]:
+        """The image that the sampler's index stands for, and the batch that it is in."""
+        group = self.batch_size * self.world_size  # what the processes hold at a time; the last time maybe fewer each
+        turn, place = divmod(index, group)
+        position, rank = divmod(place, self.world_size)
+        each = min(group, self.num_images - turn * group) // self.world_size
+        return turn * group + rank * each + position, turn * self.world_size + rank

@@ -3,20 +3,23 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.dist import get_world_size, init_dist, is_distributed, is_main_process
+from mmengine.dist import init_dist, is_distributed, is_main_process
 from mmengine.registry import DATASETS, MODELS
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 
 from ..errors import UserError
 from ..models import quantize_model, scope
 from ..quantization import model_bits, quantizers
-from ..stanza import QuantizationConfig
-from .checkpoint import CheckpointError, float_checkpoint, in_own_layout, load_float, versions
+from ..stanza import ROOT, QuantizationConfig
+from .checkpoint import CheckpointError, float_checkpoint, in_own_layout, interrupted_run, load_float, versions
 from .config import (
     data_free_config,
     dataset_meta,
@@ -83,6 +86,26 @@ def check_labels(cfg: Config, model) -> None:
         DATASETS.build(dataset).check(classes)
 
 
+def build_float(cfg: Config, fetched: bool = False):
+    """The config's model in float.
+
+    Args:
+        cfg (Config): Its scope is the current one.
+        fetched (bool): Let it fetch the weights that it names. Defaults to False.
+
+    Raises:
+        UserError: Instead of whatever the library raises.
+    """
+    model = copy.deepcopy(cfg.model)
+    try:
+        return MODELS.build(model if fetched else without_pretrained(model))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"the model of {cfg.filename or 'the config'} cannot be built ({type(error).__name__}: {error})"
+                        ) from error
+
+
 def check(cfg: Config, checkpoint: str | None = None, evaluated: bool = True):
     """Everything that can be wrong with a config and its checkpoint, found before any work.
 
@@ -106,7 +129,7 @@ def check(cfg: Config, checkpoint: str | None = None, evaluated: bool = True):
     if not source and not fetched:
         raise CheckpointError('no full-precision checkpoint: set load_from in the config, or pass --checkpoint FILE')
     default_scope(cfg)
-    model = MODELS.build(copy.deepcopy(cfg.model) if fetched else without_pretrained(copy.deepcopy(cfg.model)))
+    model = build_float(cfg, fetched)
     if evaluated and not evaluation_gap(cfg):
         check_labels(cfg, model)
     float_size = model_bits(model) / MEGABYTE
@@ -121,6 +144,57 @@ def check(cfg: Config, checkpoint: str | None = None, evaluated: bool = True):
                         'convolution or attention, less what keep_float names')
     load_float(model, content, quantization.targets)
     return quantization, content, float_size, model_bits(model) / MEGABYTE
+
+
+def check_folder(folder: Path, megabytes: float = 0) -> None:
+    """Makes a folder for results and finds out whether they can be written there.
+
+    Args:
+        folder (Path): Where to.
+        megabytes (float): What will be written at least. Defaults to 0.
+
+    Raises:
+        UserError: If not.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f'.probe.{os.getpid()}'
+        probe.write_bytes(b'.')
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f'cannot write to the work dir {folder} ({error}): choose another with --work-dir') from None
+    free = shutil.disk_usage(folder).free / 1e6
+    if free < megabytes:
+        raise UserError(f'the work dir {folder} has {free:.0f} MB left, {megabytes:.0f} MB are needed: make room, or '
+                        'choose another with --work-dir')
+
+
+OUT_OF_MEMORY = ('out of memory', "can't allocate memory", 'not enough memory', 'failed to allocate')
+
+
+@contextmanager
+def explained_failures(cfg: Config, quantization: QuantizationConfig) -> Iterator[None]:
+    """Says what to do where memory or disk end; everything finished is in the work dir by then.
+
+    Raises:
+        UserError: Instead of what torch or the system raise.
+    """
+    resume = f'What is finished is in {cfg.work_dir}: --resume goes on from the last checkpoint there'
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f'a file cannot be read or written ({error}). {resume}, if there is one') from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in OUT_OF_MEMORY):
+            raise
+        synthesis = quantization.synthesis
+        sizes = ', '.join(f'{height} x {width}' for height, width in synthesis.size)
+        raise UserError(
+            f'out of memory with {synthesis.batch_size} images of {sizes} at a time '
+            f'({type(error).__name__}: {(str(error) or "no more is known").splitlines()[0]}). '
+            + ('' if synthesis.checkpointing else f'{resume}, with less memory if {ROOT}.synthesis.checkpointing=True '
+               'is set. Or ') + f'set a smaller {ROOT}.synthesis.batch_size or {ROOT}.synthesis.size and start afresh'
+        ) from error
 
 
 def quantize(cfg: Config,
@@ -147,28 +221,27 @@ def quantize(cfg: Config,
 
     Raises:
         StanzaError, PatternError, CheckpointError: Before any work.
+        UserError: Where something fails on the way, saying what is finished and how to go on.
     """
     work_dir = Path(cfg.work_dir)
     init_distributed(cfg)
     quantization, content, float_size, quantized_size = check(cfg, checkpoint, eval_float or eval_quantized)
     meta = dataset_meta(cfg, content['meta'])
-    resume_from = find_latest_checkpoint(str(work_dir)) if resume else None
-    if resume_from and get_world_size() > 1:
-        raise UserError('--resume works with a single process only: images of the other processes are not stored. '
-                        'Start afresh without --resume')
-    work_dir.mkdir(parents=True, exist_ok=True)
+    check_folder(work_dir, 1.1 * float_size)  # quantized.pth simulates integers in float
+    resume_from = interrupted_run(work_dir) if resume else None
     weights = in_own_layout(content, work_dir)
     run = data_free_config(cfg, quantization, weights, meta, amp, resume_from)
     test_path = work_dir / 'test_config.py'
     tested = test_config(cfg, quantization)
 
     name_visualizer(run, f'data_free_{time.time_ns()}')
-    runner = Runner.from_cfg(run)
-    if content['layout']:
-        runner.logger.info(f"{content['path']} has the layout of {content['layout']}: converted to {weights}")
-    if is_main_process():
-        tested.dump(test_path)
-    runner.train()
+    with explained_failures(cfg, quantization):
+        runner = Runner.from_cfg(run)
+        if content['layout']:
+            runner.logger.info(f"{content['path']} has the layout of {content['layout']}: converted to {weights}")
+        if is_main_process():
+            tested.dump(test_path)
+        runner.train()
     minutes = runner.train_loop.minutes  # over all sessions of a run that was interrupted
     logger = runner.logger
 
@@ -181,16 +254,26 @@ def quantize(cfg: Config,
         method=quantization.synthesis.method, seed=runner.seed, checkpoint=str(work_dir / 'quantized.pth'),
         test_config=str(test_path), versions=versions())
     gap = evaluation_gap(cfg)
+    failure = None
     if gap and (eval_float or eval_quantized):
         result['not_evaluated'] = gap
         logger.warning(f'Not evaluated: {gap}. The quantized checkpoint is written all the same.')
     else:
-        if eval_float:
-            result['full_precision'] = evaluate(float_config(cfg), weights, str(work_dir), 'full_precision')
-        if eval_quantized:
-            result['quantized'] = evaluate(Config.fromfile(test_path), result['checkpoint'], str(work_dir), 'quantized')
+        try:
+            if eval_float:
+                result['full_precision'] = evaluate(float_config(cfg), weights, str(work_dir), 'full_precision')
+            if eval_quantized:
+                result['quantized'] = evaluate(Config.fromfile(test_path), result['checkpoint'], str(work_dir),
+                                               'quantized')
+        except Exception as error:  # of data sets and metrics, which may be the user's own
+            failure = error
+            result['not_evaluated'] = f'the evaluation failed ({type(error).__name__}: {error})'
+            logger.warning('The evaluation failed:', exc_info=True)
     if is_main_process():
         write_json(result, work_dir / 'metrics.json')
+    if failure:
+        raise UserError(f"{result['checkpoint']} is written, but {result['not_evaluated']}. Mend the config's test "
+                        "data and evaluate with the library's tools/test.py") from failure
     return result
 
 

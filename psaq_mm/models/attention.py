@@ -6,8 +6,24 @@ import functools
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..errors import UserError
 from ..quantization import CONTEXT, LAYERS, attention_parts
 from ..synthesis import attention_tokens, map_tokens
+
+BACKBONES = ('backbone', 'image_encoder')  # what the libraries call it; the latter beside a text encoder
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """The submodule that turns images into features.
+
+    Raises:
+        UserError: If there is none.
+    """
+    for name in BACKBONES:
+        if isinstance(getattr(model, name, None), nn.Module):
+            return getattr(model, name)
+    raise UserError(f"{type(model).__name__} has no {' or '.join(BACKBONES)}: psaq_mm does not know what in it sees "
+                    f"images (top level: {', '.join(name for name, _ in model.named_children())})")
 
 
 def layer_types() -> dict:

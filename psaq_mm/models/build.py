@@ -29,7 +29,7 @@ from ..quantization import (
 from ..registry import MODELS
 from ..stanza import ROOT, QuantizationConfig
 from .adapters import adapt
-from .attention import attention_blocks, layer_types
+from .attention import attention_blocks, backbone_of, layer_types
 
 
 def quantize_model(model: nn.Module, quantization) -> nn.Module:
@@ -53,7 +53,7 @@ def quantize_model(model: nn.Module, quantization) -> nn.Module:
     outputs = between_layers(model, targets, kinds) if quantization.placement == 'all' else {}
     configs = quantization.layer_configs({**layers, **outputs})
     convert(model, layers, configs, kinds)
-    for module in list(model.backbone.modules()):  # attention left in float still shows its products to synthesis
+    for module in list(backbone_of(model).modules()):  # attention left in float still shows its products to synthesis
         if attention_parts(module) and not hasattr(module, CONTEXT):
             convert_attention(module, {})
     quantize_outputs(model, [name for name in outputs if name in configs], configs)
@@ -79,7 +79,7 @@ def between_layers(model: nn.Module, targets: list[str], layers: dict) -> dict[s
         UserError: If there is nothing.
     """
     names = {module: name for name, module in model.named_modules()}
-    found = {f'{names[block]}.{part}': block for block in attention_blocks(model.backbone) for part in SUMS
+    found = {f'{names[block]}.{part}': block for block in attention_blocks(backbone_of(model)) for part in SUMS
              if f'{names[block]}.'.startswith(tuple(f'{target}.' for target in targets))}
     for target in targets:
         if type(model.get_submodule(target)).forward in layers:

@@ -87,7 +87,7 @@ def convert_state(state: State, model: nn.Module) -> tuple[State, str | None]:
     own = model.state_dict()
     if is_original_swin(state) and any(key.startswith('backbone.stages.') for key in own):
         return convert_swin(state), 'Swin-Transformer-Object-Detection'
-    if hasattr(model.backbone, 'get_classifier') and is_timm(state):
+    if hasattr(getattr(model, 'backbone', None), 'get_classifier') and is_timm(state):
         return convert_timm(state, model), 'timm'
     if PATCH_BIAS in own and PATCH_BIAS not in state and f'{PATCH_BIAS[:-4]}weight' in state:
         return {**state, PATCH_BIAS: torch.zeros_like(own[PATCH_BIAS])}, 'mmseg 1 without a bias of the patch embedding'

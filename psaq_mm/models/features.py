@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
-from .attention import attention_blocks
+from .attention import attention_blocks, backbone_of
 
 FEATURE_PARTS = ('backbone', 'neck')
 EVERY = 2  # attention blocks from one whose output the student learns to the next; our choice
@@ -63,7 +63,7 @@ def extract_inner(model: nn.Module, images: Tensor, heads: bool = False,
         for value in tensors(output):
             visit(value)
 
-    handles = [block.register_forward_hook(show) for block in attention_blocks(model.backbone)[::-EVERY]]
+    handles = [block.register_forward_hook(show) for block in attention_blocks(backbone_of(model))[::-EVERY]]
     try:
         return extract_features(model, images, heads)
     finally:

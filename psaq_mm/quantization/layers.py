@@ -78,6 +78,11 @@ def _with(function, inputs, *operands):
     return function.apply(*inputs, roundings, *(rounding.stretch for rounding in roundings))
 
 
+def _no_view(output: Tensor) -> Tensor:
+    """A function's output as no view of what it forgets: autograd would forbid to change it in place, as ReLUs do."""
+    return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
+
+
 class _LinearFunction(torch.autograd.Function):
     """``F.linear(q(x), q(weight), bias)`` with straight-through gradients."""
 
@@ -87,7 +92,7 @@ class _LinearFunction(torch.autograd.Function):
         x, kept_x = roundings[0].forward(x)
         weight, kept_weight = roundings[1].forward(weight)
         ctx.save_for_backward(kept_x, kept_weight)
-        return F.linear(x, weight, bias)
+        return _no_view(F.linear(x, weight, bias))
 
     @staticmethod
     def backward(ctx, grad):
@@ -140,7 +145,7 @@ class _MatMulFunction(torch.autograd.Function):
         a, kept_a = roundings[0].forward(a)
         b, kept_b = roundings[1].forward(b.mT if ctx.transposed else b)
         ctx.save_for_backward(kept_a, kept_b)
-        return a @ (b.mT if ctx.transposed else b)
+        return _no_view(a @ (b.mT if ctx.transposed else b))
 
     @staticmethod
     def backward(ctx, grad):
@@ -277,7 +282,7 @@ class _AttentionFunction(torch.autograd.Function):
         key, kept_key = of_key.forward(key)
         value, kept_value = of_value.forward(value)
         ctx.save_for_backward(kept_query, kept_key, kept_value, mask)
-        return of_weights.forward(_AttentionFunction.weights(query, key, mask))[0] @ value
+        return _no_view(of_weights.forward(_AttentionFunction.weights(query, key, mask))[0] @ value)
 
     @staticmethod
     def weights(query, key, mask):

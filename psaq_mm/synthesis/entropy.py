@@ -228,7 +228,7 @@ def patch_similarity_entropy(tokens: Tensor, images: int, bandwidth: float = BAN
         Tensor: (images,), in nats. At most log(2), the entropy of the uniform density on [-1, 1], up to the kernel's
         width; about log(bandwidth) + 1.42 when all similarities are equal.
     """
-    return ESTIMATORS[density].apply(F.normalize(tokens.float(), dim=-1), images, bandwidth)
+    return ESTIMATORS[density].apply(F.normalize(tokens.float(), dim=-1).contiguous(), images, bandwidth)
 
 
 class Enough(Exception):

@@ -26,11 +26,13 @@ IMAGES, STUDENT = 'images', 'student'
 SMOOTHING = 0.3  # weight of the newest discrepancy in the average that turns are decided on
 
 
-def discrepancy(teacher: Features, student: Features) -> Tensor:
+def discrepancy(teacher: Features, student: Features, images: int) -> Tensor:
     """Mean absolute error between two lists of feature maps, relative to the teacher's mean magnitude.
 
     Args:
-        teacher, student (Sequence[Tensor]): Maps (B, C, H_i, W_i), the same shapes pairwise.
+        teacher, student (Sequence[Tensor]): Maps (B, ...), the same shapes pairwise. One that begins otherwise, such as
+            the outputs of all decoder layers of a DETR, (layers, B, queries, C), counts for all images alike.
+        images (int): B.
 
     Returns:
         Tensor: (B,), mean over the maps.
@@ -38,7 +40,8 @@ def discrepancy(teacher: Features, student: Features) -> Tensor:
     terms = []
     for p, q in zip(teacher, student):
         p, q = p.float(), q.float()
-        terms.append((p - q).abs().flatten(1).mean(1) / p.abs().mean().clamp(min=1e-12))
+        error = (p - q).abs() / p.abs().mean().clamp(min=1e-12)
+        terms.append(error.flatten(1).mean(1) if len(p) == images else error.mean().expand(images))
     return torch.stack(terms).mean(0)
 
 
@@ -137,7 +140,7 @@ class Game:
     @torch.no_grad()
     def measure(self, images: Tensor) -> float:
         """Mean discrepancy on a batch."""
-        return discrepancy(self.teacher(images), self.student(images)).mean().item()
+        return discrepancy(self.teacher(images), self.student(images), len(images)).mean().item()
 
     def evaluate(self) -> float:
         """Mean discrepancy on the held-back images."""
@@ -190,7 +193,7 @@ class Game:
             with self.tap:
                 teacher = self.teacher(view)
             entropy = self.tap.entropy(len(view), self.synthesis.bandwidth, self.synthesis.density)
-            gap = discrepancy(teacher, self.student(view))
+            gap = discrepancy(teacher, self.student(view), len(view))
             log.update(discrepancy=gap.mean().item(), entropy=entropy.mean().item())
             gain = (gap / self.reference).clamp(max=self.config.bound)
             return (prior_loss(view, self.synthesis) - entropy - self.config.weight * gain).mean()

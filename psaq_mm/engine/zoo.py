@@ -1,0 +1,230 @@
+"""Which configs of the installed zoos can be quantized: each is made small and taken through the whole job."""
+from __future__ import annotations
+
+import copy
+import importlib.util
+import multiprocessing
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from mmengine.runner import Runner
+from torch import Tensor
+
+from ..errors import UserError
+from ..models import scope
+from ..quantization import SCORES, QuantizedMatMul, quantized_layers
+from .checkpoint import in_own_layout
+from .config import data_free_config, dataset_meta, default_scope, test_config
+from .pipeline import build_float, check
+
+ZOOS = ('mmdet', 'mmseg')
+SIZE = 64  # pixels of a side: enough for every stage of every backbone
+# Types of which a config has one if its backbone, neck or encoder is a transformer.
+TRANSFORMER = re.compile(r'Swin|Vision?Transformer|Former|ViT|BEiT|MAE|PCPVT|SVT|DETR|DINO|MSDeform|CLIP|GLIP|VPD')
+# What is quantized of a config: those of these that its model has.
+TARGETS = ('backbone', 'image_encoder', 'neck', 'encoder', 'decode_head.pixel_decoder', 'panoptic_head.pixel_decoder')
+
+
+def zoo_configs(zoos=ZOOS) -> Iterator[tuple[str, Path]]:
+    """All configs that the installed zoos' model index names, ``('mmdet::swin/...', path)``, once each."""
+    import yaml
+    for zoo in zoos:
+        root = Path(importlib.util.find_spec(zoo).origin).parent / '.mim'
+        found = {}
+        for metafile in yaml.safe_load((root / 'model-index.yml').read_text(encoding='utf-8'))['Import']:
+            if (root / metafile).is_file():
+                meta = yaml.safe_load((root / metafile).read_text(encoding='utf-8')) or {}
+                found.update((m['Config'], root / m['Config']) for m in meta.get('Models') or []
+                             if (root / m['Config']).is_file())
+        for config, path in sorted(found.items()):
+            yield f'{zoo}::{config.removeprefix("configs/")}', path
+
+
+def types(config) -> Iterator[str]:
+    """Names of all types in a nested config."""
+    if isinstance(config, dict):
+        if 'type' in config:
+            yield getattr(config['type'], '__name__', str(config['type']))
+        for value in config.values():
+            yield from types(value)
+    elif isinstance(config, (list, tuple)):
+        for item in config:
+            yield from types(item)
+
+
+def is_transformer(model: dict) -> bool:
+    """Whether a model config has a transformer for backbone, neck or encoder."""
+    return any(TRANSFORMER.search(kind) for kind in types(model))
+
+
+def shrink(model: dict, size: int = SIZE) -> dict:
+    """Makes a model config shallow, in place, and fit for small images; widths stay, as parts rely on each other's.
+
+    Args:
+        model (dict): Of a detector or segmentor.
+        size (int): Pixels of a side. Defaults to 64.
+    """
+    for part in _dicts(model):
+        depths, layers, indices = part.get('depths'), part.get('num_layers'), part.get('out_indices')
+        if isinstance(depths, (list, tuple)):
+            part['depths'] = [2] + [1] * (len(depths) - 1)  # one stage with shifted windows
+        if isinstance(layers, (list, tuple)):
+            part['num_layers'] = [1] * len(layers)
+        if 'img_size' in part:
+            part['img_size'] = (size, size)
+            if isinstance(layers, int):
+                count = len(indices) if isinstance(indices, (list, tuple)) else 2
+                part['num_layers'] = max(count, 2)
+                if indices is not None:
+                    part['out_indices'] = tuple(range(count)) if isinstance(indices, (list, tuple)) else count - 1
+    for name in ('encoder', 'decoder'):
+        if isinstance(model.get(name), dict) and 'num_layers' in model[name]:
+            model[name]['num_layers'] = 2
+    preprocessor = model.get('data_preprocessor') or {}
+    preprocessor.pop('batch_augments', None)
+    if preprocessor.get('size'):
+        preprocessor['size'] = (size, size)
+    if (model.get('test_cfg') or {}).get('mode') == 'slide':
+        model['test_cfg'] = dict(mode='whole')
+    return model
+
+
+def _dicts(config):
+    if isinstance(config, dict):
+        yield config
+        for value in config.values():
+            yield from _dicts(value)
+    elif isinstance(config, (list, tuple)):
+        for item in config:
+            yield from _dicts(item)
+
+
+def sample_of(cfg: Config, image: Tensor) -> dict:
+    """One image as the config's data pipeline would hand it to ``model.test_step``.
+
+    Args:
+        cfg (Config): For its scope.
+        image (Tensor): (3, H, W), uint8.
+    """
+    size = tuple(image.shape[1:])
+    meta = dict(img_shape=size, ori_shape=size, pad_shape=size, scale_factor=(1.0, 1.0), flip=False,
+                flip_direction=None, img_path='', img_id=0, text='a . b', custom_entities=True, tokens_positive=None)
+    if cfg.get('default_scope', 'mmdet') == 'mmseg':
+        from mmseg.structures import SegDataSample as Sample
+    else:
+        from mmdet.structures import DetDataSample as Sample
+    return dict(inputs=[image], data_samples=[Sample(metainfo=meta)])
+
+
+def tensors_of(predictions) -> list[Tensor]:
+    """All tensors in predictions, in order of their names."""
+    if isinstance(predictions, Tensor):
+        return [predictions]
+    if isinstance(predictions, (list, tuple)):
+        return [tensor for item in predictions for tensor in tensors_of(item)]
+    if hasattr(predictions, 'to_dict'):
+        predictions = predictions.to_dict()
+    if isinstance(predictions, dict):
+        return [tensor for key in sorted(predictions) for tensor in tensors_of(predictions[key])]
+    return []
+
+
+def check_config(path, work_dir, size: int = SIZE, stanza: dict | None = None) -> dict:
+    """Takes a config through the whole job: stanza, conversion, synthesis, calibration, two updates of the game,
+    prediction, saving, reloading, and the same prediction again.
+
+    Args:
+        path (str | Path): The config.
+        work_dir (str | Path): For what is written.
+        size (int): Pixels of a side. Defaults to 64.
+        stanza (dict, optional): Settings besides the sizes and numbers of steps.
+
+    Returns:
+        dict: ``scope``; ``layers``, how many are quantized; ``attentions``, of how many the products are.
+
+    Raises:
+        UserError: Where psaq_mm or the library says no.
+        AssertionError: If the reloaded model predicts anything else.
+    """
+    cfg = Config.fromfile(path)
+    cfg.model = shrink(copy.deepcopy(cfg.model), size)
+    cfg.work_dir, cfg.log_level = str(work_dir), 'ERROR'
+    default_scope(cfg)
+    torch.manual_seed(0)
+    model = build_float(cfg)
+    if hasattr(model, 'init_weights'):
+        model.init_weights()
+    weights = Path(work_dir) / 'float.pth'
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(dict(state_dict=model.state_dict()), weights)
+    names = dict(model.named_modules())
+    cfg.quantization = dict(stanza or {}, targets=[target for target in TARGETS if names.get(target) is not None],
+                            synthesis=dict(num_images=2, batch_size=1, size=(size, size), steps=2), game=dict(steps=2))
+    quantization, content, *_ = check(cfg, str(weights), False)
+    run = data_free_config(cfg, quantization, in_own_layout(content, Path(work_dir)), dataset_meta(cfg, {}))
+    run.experiment_name = f'zoo_{time.time_ns()}'
+    run.log_level = 'ERROR'
+    runner = Runner.from_cfg(run)
+    runner.train()
+    student = runner.train_loop.student
+    image = torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = tensors_of(student.test_step(sample_of(cfg, image)))
+        reloaded = MODELS.build(test_config(cfg, quantization).model).eval()
+        saved = torch.load(Path(work_dir) / 'quantized.pth', map_location='cpu', weights_only=True)
+        reloaded.load_state_dict(saved['state_dict'])
+        found = tensors_of(reloaded.test_step(sample_of(cfg, image)))
+    assert expected and len(expected) == len(found), 'no predictions'
+    assert all(torch.equal(a, b) for a, b in zip(expected, found)), 'the reloaded model predicts something else'
+    layers = quantized_layers(student)
+    return dict(scope=scope(student, quantization), layers=len(layers), attentions=sum(
+        isinstance(layer, QuantizedMatMul) and name.endswith(SCORES) for name, layer in layers.items()))
+
+
+def _work(connection, path, work_dir, log):
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    try:
+        connection.send(dict(result='pass', **check_config(path, work_dir)))
+    except UserError as error:
+        connection.send(dict(result='refused', reason=str(error)))
+    except BaseException as error:  # what nobody foresaw is what this is to find
+        import traceback
+        traceback.print_exc()
+        connection.send(dict(result='failed', reason=f'{type(error).__name__}: {error}'))
+
+
+def check_apart(path, work_dir, log, timeout: float) -> dict:
+    """:func:`check_config` in a process of its own, which may crash or hang.
+
+    Args:
+        path (str | Path): The config.
+        work_dir (str | Path): For what is written.
+        log (str | Path): For what is printed.
+        timeout (float): Seconds.
+
+    Returns:
+        dict: ``result``: 'pass', 'refused' (a clear error) or 'failed'; ``reason``; and what a pass gives.
+    """
+    context = multiprocessing.get_context('fork')
+    ours, theirs = context.Pipe(False)
+    process = context.Process(target=_work, args=(theirs, path, work_dir, log))
+    process.start()
+    theirs.close()
+    try:
+        if ours.poll(timeout):
+            return ours.recv()
+        return dict(result='failed', reason=f'not done after {timeout:.0f} s')
+    except EOFError:
+        process.join()
+        return dict(result='failed', reason=f'the process ended with {process.exitcode}')
+    finally:
+        process.kill()
+        process.join()

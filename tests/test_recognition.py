@@ -1,0 +1,233 @@
+"""Attention is recognised by what a forward computes; what the documentation says of one's own backbone is run."""
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from torch import nn
+
+from psaq_mm.engine.zoo import check_config, is_transformer, shrink, zoo_configs
+from psaq_mm.models import adapt, quantize_model
+from psaq_mm.quantization import attention_parts, quantized_layers
+from psaq_mm.quantization.recognition import is_attention
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Operators(nn.Module):
+
+    def forward(self, q, k, v):
+        return (q @ k.mT).softmax(-1) @ v
+
+
+class Module(nn.Module):
+
+    def __init__(self):
+        super().__init__()
+        self.normalise = nn.Softmax(-1)
+
+    def forward(self, q, k, v):
+        return torch.bmm(self.normalise(torch.bmm(q, k.mT)), v)
+
+
+def weights_of(q, k):
+    return F.softmax(torch.matmul(q, k.mT), -1)
+
+
+class Helpers(nn.Module):
+
+    def context(self, weights, v):
+        return weights.matmul(v)
+
+    def forward(self, q, k, v):
+        return self.context(weights_of(q, k), v)
+
+
+class Fused(nn.Module):
+
+    def forward(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class Either(nn.Module):
+    fused = False
+
+    def forward(self, q, k, v, mask=None):
+        if self.fused:
+            return F.scaled_dot_product_attention(q, k, v, mask)
+        if mask is None:
+            scores = q @ k.mT
+        else:
+            scores = q @ k.mT + mask
+        return scores.softmax(-1) @ v
+
+
+class Inherits(Operators):
+
+    def forward(self, *args):
+        return super().forward(*args) + 1
+
+
+class Linear(nn.Module):
+
+    def forward(self, q, k, v):
+        return q @ (k.mT @ v)
+
+
+class Three(nn.Module):
+
+    def forward(self, q, k, v):
+        weights = (q @ k.mT).softmax(-1)
+        return weights @ v, weights.mT @ q
+
+
+class Einsum(nn.Module):
+
+    def forward(self, q, k, v):
+        return torch.einsum('bij,bjd->bid', torch.einsum('bid,bjd->bij', q, k).softmax(-1), v)
+
+
+class Loop(nn.Module):
+
+    def forward(self, q, k, v):
+        for _ in range(2):
+            v = (q @ k.mT).softmax(-1) @ v
+        return v
+
+
+class Container(nn.Module):
+
+    def __init__(self):
+        super().__init__()
+        self.attention = Operators()
+
+    def forward(self, q, k, v):
+        return self.attention(q, k, v)
+
+
+@pytest.mark.parametrize('kind, expected', [
+    (Operators, True), (Module, True), (Helpers, True), (Fused, True), (Either, True), (Inherits, True),
+    (Linear, False), (Three, False), (Einsum, False), (Loop, False), (Container, False)], ids=lambda x: str(x))
+def test_attention_is_two_products_around_a_softmax(kind, expected):
+    module = kind()
+    assert is_attention(module) is expected
+    assert bool(attention_parts(module)) is expected
+
+
+def test_layers_and_multihead_attention_are_no_such_modules():
+    for module in (nn.Linear(2, 2), nn.Conv2d(2, 2, 1), nn.MultiheadAttention(4, 2), nn.TransformerEncoderLayer(4, 2)):
+        assert not is_attention(module)
+
+
+def test_every_attention_of_the_libraries_is_recognised():
+    """Those that were once listed by name, and others; not the containers and heads beside them."""
+    from mmseg.models.backbones import beit, swin, twins
+    from mmseg.models.utils import SelfAttentionBlock
+    from timm.layers.attention import Attention
+    from timm.models import swin_transformer
+
+    kinds = [swin.WindowMSA(8, 2, (2, 2)), beit.BEiTAttention(8, 2, (2, 2)), twins.LocallyGroupedSelfAttention(8, 2),
+             SelfAttentionBlock(8, 8, 8, 8, False, None, None, 1, 1, False, False, True, True, None, None, None),
+             Attention(8, 2), swin_transformer.WindowAttention(8, 2, 2)]
+    for module in kinds:
+        assert is_attention(module), type(module)
+    for module in (swin.ShiftWindowMSA(8, 2, 2), swin.SwinBlock(8, 2, 16, 2), twins.LSAEncoderLayer(8, 2, 16)):
+        assert not is_attention(module), type(module)
+
+
+def test_beits_own_projection_is_shown():
+    from mmseg.models.backbones.beit import BEiTAttention
+    torch.manual_seed(0)
+    attention = BEiTAttention(8, 2, (2, 2))
+    for parameter in attention.parameters():
+        nn.init.normal_(parameter)
+    x, called = torch.randn(3, 5, 8), []
+    expected = attention(x)
+    adapt(attention)
+    attention.qkv.register_forward_hook(lambda *_: called.append(True))
+    torch.testing.assert_close(attention(x), expected)
+    assert called and is_attention(attention)
+
+
+SHRUNK = ['mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py', 'mmdet::pvt/retinanet_pvt-t_fpn_1x_coco.py',
+          'mmseg::twins/twins_svt-s_fpn_fpnhead_8xb4-80k_ade20k-512x512.py', 'mmdet::detr/detr_r50_8xb2-150e_coco.py',
+          'mmseg::beit/beit-base_upernet_8xb2-160k_ade20k-640x640.py']
+
+
+@pytest.mark.parametrize('name, attentions', zip(SHRUNK, (4, 4, 5, 2, 4)), ids=lambda x: str(x).partition('/')[0])
+def test_configs_of_the_zoos_go_through_the_whole_job(name, attentions, tmp_path):
+    found = check_config(dict(zoo_configs())[name], tmp_path)
+    assert found['attentions'] == attentions and found['layers'] > 4 * attentions
+    assert found['scope'][0] == 'backbone'
+
+
+def test_a_convolutional_model_gets_its_images_from_feature_maps(tmp_path):
+    name = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
+    path = dict(zoo_configs())[name]
+    assert not is_transformer(Config.fromfile(path).model)
+    found = check_config(path, tmp_path)
+    assert found['attentions'] == 0 and found['layers'] == 20 + 8
+    assert torch.load(tmp_path / 'synthetic.pt', weights_only=True)
+
+
+def test_shrinking_keeps_widths():
+    model = dict(backbone=dict(type='VisionTransformer', img_size=(512, 512), num_layers=12, out_indices=(2, 5, 8, 11),
+                               embed_dims=768), encoder=dict(num_layers=6), test_cfg=dict(mode='slide', stride=3))
+    assert shrink(model) == dict(
+        backbone=dict(type='VisionTransformer', img_size=(64, 64), num_layers=4, out_indices=(0, 1, 2, 3),
+                      embed_dims=768), encoder=dict(num_layers=2), test_cfg=dict(mode='whole'))
+
+
+@pytest.fixture
+def my_package(tmp_path, monkeypatch):
+    """The files that docs/extend.md shows, and an attention whose products einsum hides."""
+    for name, code in re.findall(r'```python\n# (\S+)\n(.*?)```', (ROOT / 'docs/extend.md').read_text(), re.S):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(code)
+    (tmp_path / 'my_package/attention.py').write_text(
+        'import torch\nfrom torch import nn\n\n\nclass EinsumAttention(nn.Module):\n\n'
+        '    def __init__(self):\n        super().__init__()\n        self.qkv = nn.Linear(8, 24)\n\n'
+        '    def attend(self, q, k, v):\n        weights = torch.einsum("bid,bjd->bij", q, k).softmax(-1)\n'
+        '        return torch.einsum("bij,bjd->bid", weights, v)\n\n'
+        '    def forward(self, x):\n        return self.attend(*self.qkv(x).chunk(3, -1))\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for name in [name for name in sys.modules if name.partition('.')[0] == 'my_package']:
+        del sys.modules[name]
+
+
+def test_a_backbone_of_ones_own_package(my_package):
+    """In a process of its own, as a user would: tools/dfq.py on the documentation's config."""
+    code = ('import psaq_mm; import torch; from mmengine.config import Config; '
+            'from mmengine.registry import MODELS, init_default_scope; '
+            'init_default_scope("mmseg"); model = MODELS.build(Config.fromfile("my_config.py").model);'
+            'torch.save(dict(state_dict=model.state_dict()), "my_checkpoint.pth")')
+    environment = dict(PYTHONPATH=f'{my_package}:{ROOT}', PATH='', OMP_NUM_THREADS='1')
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=my_package, env=environment, check=True,
+                   capture_output=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / 'tools/dfq.py', 'my_config.py', '--work-dir', 'out', '--cfg-options',
+         'quantization.synthesis.steps=2', 'quantization.synthesis.num_images=2', 'quantization.game.steps=2'],
+        cwd=my_package, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    state = torch.load(my_package / 'out/quantized.pth', weights_only=True)['state_dict']
+    products = [key for key in state if key.endswith('a_quantizer.scale')]
+    assert len(products) == 8 and all('.attention.matmul_' in key for key in products)
+
+
+def test_an_adapter_of_ones_own_package(my_package):
+    attention = importlib.import_module('my_package.attention').EinsumAttention()
+    model = nn.ModuleDict(dict(backbone=attention))
+    model.backbone = attention
+    x = torch.randn(2, 5, 8)
+    expected = attention(x)
+    assert not attention_parts(attention)
+    importlib.import_module('my_package.adapters')
+    quantize_model(model, dict(targets=['backbone'], keep_float=['backbone.*']))
+    torch.testing.assert_close(attention(x), expected)
+    assert attention.matmul_context is not None and not quantized_layers(model)

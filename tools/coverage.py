@@ -1,0 +1,98 @@
+"""Takes every transformer config of the installed mmdet and mmseg zoos, made small, through the whole job.
+
+    python tools/coverage.py --markdown docs/coverage.md
+    python tools/coverage.py --match segformer swin
+    python tools/coverage.py my_configs/my_model.py
+"""
+import argparse
+import sys
+import tempfile
+from fnmatch import fnmatch
+from pathlib import Path
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('configs', nargs='*', type=Path, help='config files (default: those of the zoos)')
+    parser.add_argument('--match', nargs='+', default=[], metavar='TEXT', help='only configs with one of these in the '
+                        'name; * stands for anything')
+    parser.add_argument('--all', action='store_true', help='convolutional configs, too')
+    parser.add_argument('--timeout', type=float, default=300, help='seconds for one config (default: 300)')
+    parser.add_argument('--logs', type=Path, help='folder for what each config prints (default: a temporary one)')
+    parser.add_argument('--markdown', type=Path, metavar='FILE', help='write the table here')
+    parser.add_argument('--json', type=Path, metavar='FILE')
+    return parser.parse_args()
+
+
+def wanted(args):
+    """Names and files of the configs to check, and of those that cannot be read, with the reason."""
+    from mmengine.config import Config
+
+    from psaq_mm.engine.zoo import is_transformer, zoo_configs
+    for name, path in [(str(path), path) for path in args.configs] or zoo_configs():
+        if args.match and not any(fnmatch(name, f'*{text}*') for text in args.match):
+            continue
+        try:
+            model = Config.fromfile(path).get('model') or {}
+        except Exception as error:  # whatever a config file may raise
+            yield name, path, f'the config cannot be read here ({type(error).__name__}: {error})'
+            continue
+        if args.configs or args.all or is_transformer(model):
+            yield name, path, None
+
+
+def write_markdown(results, path):
+    """The table, families together."""
+    from psaq_mm.engine import versions
+    passed = sum(r['result'] == 'pass' for r in results.values())
+    lines = ['# Coverage', '',
+             'Written by `python tools/coverage.py --markdown docs/coverage.md`. Every config of the installed zoos '
+             'with a transformer for backbone, neck or encoder, made shallow and given images of 64 x 64 pixels: '
+             'stanza, conversion, synthesis, calibration, two updates of the game, prediction, saving, reloading, and '
+             'the same prediction again, bit for bit. Weights are random: this says that the job runs, not how '
+             'accurate its result is.', '',
+             f'{passed} of {len(results)} pass ('
+             + ', '.join(f'{name} {version}' for name, version in versions().items()
+                         if name in ('torch', 'mmcv', 'mmdet', 'mmsegmentation')) + ').', '',
+             '| config | result | quantized | layers and products | attentions |', '| --- | --- | --- | ---: | ---: |']
+    for name, result in results.items():
+        reason = f": {result['reason']}".replace('|', '\\|').replace('\n', ' ')[:300] if result.get('reason') else ''
+        lines.append(f"| {name} | {result['result']}{reason} | {', '.join(result.get('scope', []))} | "
+                     f"{result.get('layers', '')} | {result.get('attentions', '')} |")
+    path.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+
+
+def main():
+    args = parse_args()
+    import warnings
+    warnings.simplefilter('ignore')
+    import logging
+
+    from rich.progress import track
+
+    from psaq_mm.engine import write_json
+    from psaq_mm.engine.zoo import check_apart
+    logging.disable(logging.WARNING)
+    logs = args.logs or Path(tempfile.mkdtemp(prefix='coverage_'))
+    logs.mkdir(parents=True, exist_ok=True)
+    print(f'logs: {logs}', flush=True)
+    results = {}
+    for name, path, reason in track(list(wanted(args)), 'checking'):
+        log = logs / f"{name.replace('::', '_').replace('/', '_')}.log"
+        if reason:
+            results[name] = dict(result='refused', reason=reason)
+        else:
+            with tempfile.TemporaryDirectory() as work_dir:
+                results[name] = check_apart(path, work_dir, log, args.timeout)
+        print(name, results[name]['result'], results[name].get('reason', ''), flush=True)
+        if args.json:
+            write_json(results, args.json)
+        if args.markdown:
+            write_markdown(results, args.markdown)
+    passed = sum(r['result'] == 'pass' for r in results.values())
+    print(f'{passed} of {len(results)} pass')
+    return int(passed < len(results))
+
+
+if __name__ == '__main__':
+    sys.exit(main())
