@@ -571,13 +571,13 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 '''
 
 
-def torchrun(config_file, work_dir, *options, script=('tools/dfq.py', )):
+def torchrun(config_file, work_dir, *options, script=('tools/dfq.py', ), check=True):
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
     return run_tool('-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_addr=127.0.0.1',
                     f'--master_port={port}', *script, config_file, '--work-dir', work_dir,
-                    '--launcher', 'pytorch', '--device', 'cpu', *options)
+                    '--launcher', 'pytorch', '--device', 'cpu', *options, check=check)
 
 
 def test_two_processes_see_what_one_sees(small_config, tmp_path):

@@ -170,6 +170,7 @@ def check_folder(folder: Path, megabytes: float = 0) -> None:
 
 
 OUT_OF_MEMORY = ('out of memory', "can't allocate memory", 'not enough memory', 'failed to allocate')
+PROCESS_LOST = ('closed by peer', 'reset by peer', 'broken pipe', 'remote process exited')
 
 
 @contextmanager
@@ -185,6 +186,8 @@ def explained_failures(cfg: Config, quantization: QuantizationConfig) -> Iterato
     except OSError as error:
         raise UserError(f'a file cannot be read or written ({error}). {resume}, if there is one') from error
     except (MemoryError, RuntimeError) as error:
+        if is_distributed() and any(words in str(error).lower() for words in PROCESS_LOST):
+            raise UserError(f'another process of the job has ended, look for its error ({error}). {resume}') from error
         if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in OUT_OF_MEMORY):
             raise
         synthesis = quantization.synthesis
