@@ -24,7 +24,7 @@ train-demo: $(READY)
 
 env: $(READY)
 
-$(READY): requirements/build.txt requirements/lock.txt setup.py psaq_mm/csrc/fake_quantize.cpp
+$(READY): requirements/build.txt requirements/lock.txt setup.py pyproject.toml psaq_mm/csrc/fake_quantize.cpp
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or make PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements/build.txt

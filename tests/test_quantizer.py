@@ -1,5 +1,6 @@
 """Fake-quantization against integer arithmetic written out, observers against their definitions."""
 import copy
+import shutil
 
 import numpy as np
 import pytest
@@ -204,6 +205,7 @@ def rounding(request):
     if request.param == 'in passes':
         return kernels.round_in_passes, kernels.backward_in_passes
     if not kernels.IS_COMPILED:
+        assert shutil.which('c++') is None, 'a compiler is here, but psaq_mm was installed without its kernels'
         pytest.skip('the kernels are not compiled: torch or a C++ compiler were absent when psaq_mm was installed')
     return kernels.fake_quantize, kernels.fake_quantize_backward
 
