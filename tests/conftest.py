@@ -61,9 +61,9 @@ test_evaluator = dict(ann_file='{scenes}/val.json')
     return path
 
 
-def run_tool(*command, check=True, cwd=ROOT, timeout=900):
+def run_tool(*command, check=True, cwd=ROOT, timeout=900, threads=1):
     """Runs a Python script as a user would, one thread, output captured."""
-    env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
+    env = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONWARNINGS='ignore')
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=cwd, env=env,
                           timeout=timeout)
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -181,6 +181,28 @@ def test_seed_decides(small_config, tmp_path, uninterrupted):
     assert not same(weights(tmp_path / 'other'), uninterrupted)
 
 
+def test_another_number_of_threads_changes_next_to_nothing(small_config, tmp_path, quantized_run):
+    """Bit-equal it is with the same number; torch's sums have another order with another."""
+    run_tool('tools/dfq.py', small_config, '--work-dir', tmp_path, '--no-eval', threads=2)
+    two, one = weights(tmp_path), weights(quantized_run[0])
+    assert two.keys() == one.keys()
+    for key in one:
+        if key.endswith('_quantizer.scale'):
+            assert (two[key] / one[key]).log().abs().max() < 0.05, key
+        elif one[key].is_floating_point():
+            assert (two[key] - one[key]).abs().max() < 1e-4, key
+
+
+def test_versions_that_do_not_fit_are_named():
+    from psaq_mm.compat import check_versions
+    check_versions()
+    check_versions({'a-package-that-nobody-has': '>=1'})
+    with pytest.raises(ImportError) as caught:
+        check_versions({'torch': '<1', 'mmcv': '>=1', 'mmdet': '>=99,<100'})
+    assert str(caught.value).startswith(f'torch {torch.__version__} is installed, psaq_mm works with torch<1; mmdet ')
+    assert str(caught.value).endswith("pip install 'torch<1' 'mmdet>=99,<100'")
+
+
 def test_resume_without_anything_to_resume_starts_afresh(small_config, tmp_path, uninterrupted):
     run(config(small_config, tmp_path), resume=True)
     assert same(weights(tmp_path), uninterrupted)

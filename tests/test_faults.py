@@ -11,11 +11,14 @@ import time
 
 import pytest
 import torch
+from mmengine.config import Config
 
 from psaq_mm.engine import CheckpointError
 from psaq_mm.engine import checkpoint as checkpoint_module
 from psaq_mm.engine.checkpoint import interrupted_run, write_atomically
+from psaq_mm.engine.pipeline import explained_failures
 from psaq_mm.errors import UserError
+from psaq_mm.stanza import QuantizationConfig
 
 from .conftest import DEMO_CHECKPOINT, ROOT, run_tool
 from .test_engine import config, killed_at, run, same, torchrun, uninterrupted, weights  # noqa: F401, fixtures
@@ -34,7 +37,7 @@ def saved(work_dir):
 @pytest.mark.parametrize('seed', [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_again_and_again_the_run_ends_in_the_same_checkpoint(small_config, quantized_run, tmp_path, seed):
     """SIGKILL at random times, a checkpoint being written after every update."""
-    rng, kills, killed = random.Random(seed), 4 + 4 * (seed > 0), 0
+    rng, kills, killed = random.Random(seed), 3 + 5 * (seed > 0), 0
     command = [sys.executable, ROOT / 'tools/dfq.py', small_config, '--work-dir', tmp_path, '--no-eval', '--resume',
                '--cfg-options', *EVERY]
     environment = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
@@ -60,7 +63,8 @@ DAMAGES = dict(half=lambda content: content[:len(content) // 2], empty=lambda co
                overwritten=lambda content: content[:1000] + b'#' * (len(content) - 1000))
 
 
-@pytest.mark.parametrize('damage', DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize('damage', [pytest.param(damage, id=name, marks=[pytest.mark.slow] * (name != 'half'))
+                                    for name, damage in DAMAGES.items()])
 def test_a_damaged_checkpoint_is_passed_over(small_config, tmp_path, killed_at, uninterrupted, damage, capfd):  # noqa: F811
     killed_at(5)
     with pytest.raises(KeyboardInterrupt):
@@ -219,26 +223,20 @@ def test_real_images_that_are_none(small_config, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('error', [torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'), MemoryError(),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=lambda e: str(e))
-def test_too_little_memory_says_what_to_do(small_config, tmp_path, monkeypatch, error):
-    from psaq_mm.engine import DataFreeLoop
-
-    def fails(self, rng):
-        raise error
-
-    monkeypatch.setattr(DataFreeLoop, 'game_step', fails)
+def test_too_little_memory_says_what_to_do(small_config, error):
     with pytest.raises(UserError, match='out of memory with 3 images of 64 x 96.*checkpointing=True.*batch_size'):
-        run(config(small_config, tmp_path))
+        with explained_failures(config(small_config, 'out'), stanza_of(small_config)):
+            raise error
 
 
-def test_other_errors_are_not_taken_for_it(small_config, tmp_path, monkeypatch):
-    from psaq_mm.engine import DataFreeLoop
-
-    def fails(self, rng):
-        raise RuntimeError('a mistake of ours')
-
-    monkeypatch.setattr(DataFreeLoop, 'game_step', fails)
+def test_other_errors_are_not_taken_for_it(small_config):
     with pytest.raises(RuntimeError, match='a mistake of ours'):
-        run(config(small_config, tmp_path))
+        with explained_failures(config(small_config, 'out'), stanza_of(small_config)):
+            raise RuntimeError('a mistake of ours')
+
+
+def stanza_of(path):
+    return QuantizationConfig.parse(Config.fromfile(path).quantization)
 
 
 def test_a_real_limit_on_memory_is_one_clear_error(small_config, tmp_path):
@@ -266,7 +264,9 @@ def test_an_evaluation_that_fails_loses_nothing(small_config, tmp_path, scenes):
 DYING = """
 import os, runpy, sys
 from psaq_mm.engine import DataFreeLoop
+from psaq_mm.engine.pipeline import explained_failures
 from psaq_mm.errors import UserError
+from psaq_mm.stanza import QuantizationConfig
 original = DataFreeLoop.{step}
 
 def dies(self, rng):
@@ -293,6 +293,7 @@ def test_a_process_that_dies_ends_the_job_with_its_error(small_config, tmp_path,
     assert time.monotonic() - started < 300  # nobody waits for the dead
 
 
+@pytest.mark.slow
 def test_two_processes_resume(small_config, tmp_path):
     """As with one: the same checkpoint in the end. With another number of them it is refused."""
     options = ['--no-eval', '--cfg-options', *EVERY[:1], 'default_hooks.checkpoint.interval=3']
