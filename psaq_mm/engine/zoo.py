@@ -129,8 +129,10 @@ def shrink(model: dict, size: int = SIZE) -> dict:
             part['depths'] = [2] + [1] * (len(depths) - 1)  # one stage with shifted windows
         if isinstance(layers, (list, tuple)):
             part['num_layers'] = [1] * len(layers)
-        if isinstance(part.get('num_queries'), int):  # two-stage DETRs choose so many of the few positions there are
-            part['num_queries'] = min(part['num_queries'], QUERIES)
+        for key in ('num_queries', 'max_per_img'):  # two-stage DETRs choose so many of the few positions there are
+            if isinstance(part.get(key), int):
+                part[key] = min(part[key], QUERIES)
+        part.pop('num_cp', None)  # layers that compute their activations again: needs fairscale, and there is no need
         if 'img_size' in part:
             part['img_size'] = (size, size)
             if isinstance(layers, int):
