@@ -656,7 +656,7 @@ DEPTH = dict(swin_t=12, swin_s=24, deit_t=12, deit_s=12, deit_b=12)
 BESIDE = dict(mask=1 + 3 + 8, cascade=1 + 3 + 8, upernet_swin=1 + 3, upernet_deit=1 + 8, swin=1 + 3 + 1, deit=1 + 1)
 MISSING = dict(mask='annotations/instances_val2017.json', cascade='annotations/instances_val2017.json',
                upernet='images/validation', swin='data/imagenet/val', deit='data/imagenet/val')
-SLOW = ('w4a8', 'deit_b')  # the same code as their siblings
+SLOW = ('w4a8', 'deit_b', 'swin_s')  # the same code as their siblings
 
 
 def starting_with(table, stem):
