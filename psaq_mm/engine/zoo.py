@@ -132,6 +132,8 @@ def shrink(model: dict, size: int = SIZE) -> dict:
         for key in ('num_queries', 'max_per_img'):  # two-stage DETRs choose so many of the few positions there are
             if isinstance(part.get(key), int):
                 part[key] = min(part[key], QUERIES)
+        if 'panoptic_on' in part and importlib.util.find_spec('panopticapi') is None:  # their masks need it
+            part['panoptic_on'], part['instance_on'] = False, True
         part.pop('num_cp', None)  # layers that compute their activations again: needs fairscale, and there is no need
         if 'img_size' in part:
             part['img_size'] = (size, size)
