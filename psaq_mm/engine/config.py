@@ -79,6 +79,8 @@ def dataset_meta(cfg: Config, checkpoint_meta: dict) -> dict:
         if cfg.get(key):
             dataset = copy.deepcopy(cfg[key]['dataset'])
             dataset['lazy_init'] = True
+            if 'pipeline' in dataset:  # of no use here, and it may need what is not installed
+                dataset['pipeline'] = []
             return dict(DATASETS.build(dataset).metainfo)
     return dict(cfg.get('metainfo') or {})
 

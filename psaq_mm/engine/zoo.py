@@ -129,9 +129,8 @@ def shrink(model: dict, size: int = SIZE) -> dict:
             part['depths'] = [2] + [1] * (len(depths) - 1)  # one stage with shifted windows
         if isinstance(layers, (list, tuple)):
             part['num_layers'] = [1] * len(layers)
-        for key in ('num_queries', 'max_per_img'):  # two-stage DETRs choose so many of the few positions there are
-            if isinstance(part.get(key), int):
-                part[key] = min(part[key], QUERIES)
+        if isinstance(part.get('max_per_img'), int):
+            part['max_per_img'] = min(part['max_per_img'], QUERIES)
         if 'panoptic_on' in part and importlib.util.find_spec('panopticapi') is None:  # their masks need it
             part['panoptic_on'], part['instance_on'] = False, True
         part.pop('num_cp', None)  # layers that compute their activations again: needs fairscale, and there is no need
@@ -142,6 +141,8 @@ def shrink(model: dict, size: int = SIZE) -> dict:
                 part['num_layers'] = max(count, 2)
                 if indices is not None:
                     part['out_indices'] = tuple(range(count)) if isinstance(indices, (list, tuple)) else count - 1
+    if isinstance(model.get('num_queries'), int):  # two-stage DETRs choose so many of the few positions there are
+        model['num_queries'] = min(model['num_queries'], QUERIES)
     language = model.get('language_model') or {}
     if language.get('type') == 'BertModel' and model['type'] == 'GroundingDINO':  # GLIP's layers need transformers, too
         language['type'] = 'psaq_mm.TinyLanguageModel'

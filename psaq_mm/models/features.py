@@ -1,6 +1,8 @@
 """What teacher and student are compared by, and what has to run so that every quantized layer sees data."""
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 
 from mmengine.structures import BaseDataElement
@@ -38,11 +40,19 @@ def extract_features(model: nn.Module, images: Tensor, heads: bool = False) -> l
         features.append(type(model).extract_feat(model, *args, **kwargs))
         return features[-1]
 
-    model.extract_feat = extract_feat  # shadows the method
+    samples = data_samples(images)
+    shadows = [(model, 'extract_feat', extract_feat)]  # of methods
+    head = getattr(model, 'decode_head', None)
+    if isinstance(head, nn.Module) and 'batch_data_samples' in inspect.signature(head.forward).parameters:
+        # Mask2Former's; mmseg's tensor mode has none for it
+        shadows.append((head, 'forward', functools.partial(head.forward, batch_data_samples=samples)))
+    for owner, name, shadow in shadows:
+        setattr(owner, name, shadow)
     try:
-        outputs = model(images, data_samples(images), mode='tensor')
+        outputs = model(images, samples, mode='tensor')
     finally:
-        del model.extract_feat
+        for owner, name, _ in shadows:
+            delattr(owner, name)
     dense = [] if hasattr(model, 'roi_head') else tensors(outputs)
     return [*tensors(features), *dense]
 
