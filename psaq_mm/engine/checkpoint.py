@@ -70,25 +70,29 @@ def check_archive(path: Path) -> None:
                               'MB: torch.save compresses nothing, so this is no checkpoint of its making')
 
 
-def load_safely(path: Path, device: str = 'cpu'):
-    """``torch.load`` of what may come from anywhere: runs no code, unpacks no bomb.
+def load_safely(path: Path):
+    """``torch.load``, onto the CPU, of what may come from anywhere: runs no code, unpacks no bomb.
 
     Args:
         path (Path): A file.
-        device (str): Defaults to 'cpu'.
 
     Raises:
         CheckpointError: If it is damaged or holds anything but data.
     """
     try:
         check_archive(path)
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location='cpu', weights_only=True)
     except CheckpointError:
         raise
     except Exception as error:
         reason = (str(error).strip() or 'no reason given').splitlines()[0]
         raise CheckpointError(f'{path} is no readable checkpoint ({type(error).__name__}: {reason}). It may be '
                               'truncated, or hold objects other than weights, which psaq_mm does not load') from None
+
+
+def resumable_checkpoints(work_dir: Path) -> list[Path]:
+    """All ``iter_*.pth`` in a folder, the newest first."""
+    return sorted(Path(work_dir).glob('iter_*.pth'), key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
 def interrupted_run(work_dir: Path) -> str | None:
@@ -100,7 +104,7 @@ def interrupted_run(work_dir: Path) -> str | None:
     Raises:
         CheckpointError: If it has left some, and none can be read.
     """
-    found = sorted(Path(work_dir).glob('iter_*.pth'), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    found = resumable_checkpoints(work_dir)
     for path in found:
         try:
             content = load_safely(path)

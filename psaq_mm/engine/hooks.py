@@ -17,7 +17,7 @@ from ..models import quantize_model
 from ..quantization import quantized_layers
 from ..registry import HOOKS
 from ..stanza import QuantizationConfig
-from .checkpoint import save_quantized, write_atomically
+from .checkpoint import resumable_checkpoints, save_quantized, write_atomically
 from .report import write_json
 
 
@@ -78,8 +78,7 @@ class ResumableCheckpointHook(CheckpointHook):
     @master_only
     def remove_old(self):
         """Leaves the newest."""
-        files = sorted(Path(self.out_dir).glob('iter_*.pth'), key=lambda path: path.stat().st_mtime_ns)
-        for path in files[:-self.kept]:
+        for path in resumable_checkpoints(self.out_dir)[self.kept:]:
             path.unlink()
 
     def before_save_checkpoint(self, runner, checkpoint):

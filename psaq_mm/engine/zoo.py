@@ -51,14 +51,9 @@ def zoo_configs(zoos=ZOOS) -> Iterator[tuple[str, Path]]:
 
 def types(config) -> Iterator[str]:
     """Names of all types in a nested config."""
-    if isinstance(config, dict):
-        if 'type' in config:
-            yield getattr(config['type'], '__name__', str(config['type']))
-        for value in config.values():
-            yield from types(value)
-    elif isinstance(config, (list, tuple)):
-        for item in config:
-            yield from types(item)
+    for part in _dicts(config):
+        if 'type' in part:
+            yield getattr(part['type'], '__name__', str(part['type']))
 
 
 def is_transformer(model: dict) -> bool:
