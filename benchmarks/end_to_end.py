@@ -49,7 +49,7 @@ def main():
     from rich.table import Table
 
     from psaq_mm.engine import write_json
-    from psaq_mm.engine.report import metric_names, percent, title_of
+    from psaq_mm.report.tables import metric_names, percent, title_of
     table = Table('config', 'checkout', 'options', 'minutes', 'peak, GB', 'full precision', 'quantized')
     results = {}
     out = Path(tempfile.mkdtemp(prefix='end_to_end_'))  # stays, with the logs

@@ -32,7 +32,7 @@ def main():
 
     from psaq_mm.deploy import export
     from psaq_mm.engine import evaluate, markdown, write_json
-    from psaq_mm.engine.report import metric_names, percent, shown, title_of
+    from psaq_mm.report.tables import metric_names, percent, shown, title_of
     rows, results = [], {}
     for index, run in enumerate(args.runs):
         label = '/'.join(run.parts[-2:])

@@ -66,7 +66,7 @@ def plot(results, of, path):
     """Accuracy and what guides it against the steps, a panel for each task."""
     from matplotlib.figure import Figure
 
-    from psaq_mm.engine.report import title_of
+    from psaq_mm.report.tables import title_of
     guide = GUIDES[of]
     figure = Figure(figsize=(4 * len(results), 3.6), layout='constrained')
     for axes, (task, found) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items()):
@@ -99,7 +99,7 @@ def main():
     if 'deit_tiny' in args.tasks and not args.bench:
         parser.error('--tasks deit_tiny needs --bench')
     from psaq_mm.engine import compare, markdown, with_stanza, write_json
-    from psaq_mm.engine.report import metric_names, percent, title_of
+    from psaq_mm.report.tables import metric_names, percent, title_of
     rows, results, guide = [], {}, GUIDES[args.of]
     for task, cfg in configs(args.tasks, args.bench, args.out):
         cfg.merge_from_dict(parse_options(args.cfg_options))

@@ -26,6 +26,14 @@ class LayerOverride(FrozenConfig):
     activation: dict | None = Field(None, description='keys of quantization.activation to change')
 
 
+class ReportConfig(FrozenConfig):
+    """What ``report.html`` measures without data."""
+    images: int = Field(
+        16, ge=0, description='images synthesised after everything else, to compare the quantized model with full '
+        'precision on: neither has seen them; 0: no such comparison')
+    reuse: str | None = Field(None, description="'fresh.pt' of an earlier run on the same model: take its images instead")
+
+
 class QuantizationConfig(FrozenConfig):
     """The whole stanza. ``quantization = dict()`` is W8A8, PSAQ-ViT V2, backbone and neck."""
     weight: WeightConfig = WeightConfig()
@@ -42,6 +50,7 @@ class QuantizationConfig(FrozenConfig):
     overrides: tuple[LayerOverride, ...] = Field((), strict=False, description='later ones win')
     synthesis: SynthesisConfig = SynthesisConfig()
     game: GameConfig = GameConfig()
+    report: ReportConfig = ReportConfig()
 
     @model_validator(mode='after')
     def _check_overrides(self):

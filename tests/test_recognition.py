@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from mmengine.config import Config
 from torch import nn
 
-from psaq_mm.engine.zoo import check_config, is_transformer, shrink, zoo_configs
 from psaq_mm.models import adapt, quantize_model
 from psaq_mm.quantization import attention_parts, quantized_layers
 from psaq_mm.quantization.recognition import is_attention
+from psaq_mm.zoo import check_config, is_transformer, shrink, zoo_configs
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -10,8 +10,8 @@ from mmengine.config import Config
 from PIL import Image
 
 from psaq_mm.engine import quantize
-from psaq_mm.engine.report import plot_comparison
 from psaq_mm.errors import UserError
+from psaq_mm.report.tables import plot_comparison
 
 from .conftest import ROOT, run_tool
 

@@ -5,6 +5,7 @@
     python tools/coverage.py my_configs/my_model.py
 """
 import argparse
+import importlib.util
 import json
 import re
 import sys
@@ -34,7 +35,7 @@ def wanted(args):
     """Names and files of the configs to check, and of those that cannot be read, with the reason."""
     from mmengine.config import Config
 
-    from psaq_mm.engine.zoo import is_transformer, zoo_configs
+    from psaq_mm.zoo import is_transformer, zoo_configs
     for name, path in [(str(path), path) for path in args.configs] or zoo_configs():
         if args.match and not any(fnmatch(name, f'*{text}*') for text in args.match):
             continue
@@ -58,7 +59,8 @@ def write_markdown(results, path):
              'with a transformer for backbone, neck or encoder, made shallow and given images of 64 x 64 pixels: '
              'stanza, conversion, synthesis, calibration, two updates of the game, prediction, saving, reloading, and '
              'the same prediction again. Weights are random: this says that the job runs, not how '
-             'accurate its result is.', '',
+             'accurate its result is. The language models of GLIP and GroundingDINO, which are not quantized, are '
+             'replaced by small ones (`psaq_mm/zoo/standins.py`).', '',
              f'{passed} of {len(results)} pass ('
              + ', '.join(f'{name} {version}' for name, version in versions().items()
                          if name in ('torch', 'mmcv', 'mmdet', 'mmsegmentation')) + ').', '',
@@ -70,6 +72,13 @@ def write_markdown(results, path):
     path.write_text('\n'.join(lines) + '\n', encoding='utf-8')
 
 
+def without_folders(reason):
+    """A reason without where on this machine the zoos are installed."""
+    for zoo in ('mmdet', 'mmseg'):
+        reason = reason.replace(f'{Path(importlib.util.find_spec(zoo).origin).parents[1]}/', '')
+    return reason
+
+
 def main():
     args = parse_args()
     import warnings
@@ -79,7 +88,7 @@ def main():
     from rich.progress import track
 
     from psaq_mm.engine import write_json
-    from psaq_mm.engine.zoo import check_apart
+    from psaq_mm.zoo import check_apart
     logging.disable(logging.WARNING)
     logs = args.logs or Path(tempfile.mkdtemp(prefix='coverage_'))
     logs.mkdir(parents=True, exist_ok=True)
@@ -92,6 +101,8 @@ def main():
         else:
             with tempfile.TemporaryDirectory() as work_dir:
                 results[name] = check_apart(path, work_dir, log, args.timeout)
+        if 'reason' in results[name]:
+            results[name]['reason'] = without_folders(results[name]['reason'])
         print(name, results[name]['result'], results[name].get('reason', ''), flush=True)
         results = dict(sorted(results.items()))
         if args.json:

@@ -10,11 +10,11 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS
 
 from ..classification import Classifier
-from ..engine.checkpoint import read_checkpoint, write_atomically
+from ..engine.checkpoint import read_checkpoint
 from ..engine.config import default_scope, test_config
 from ..engine.loop import read_images
-from ..engine.report import write_json
 from ..errors import UserError
+from ..files import write_atomically, write_json
 from ..models import quantize_model_config
 from ..models.features import FEATURE_PARTS, tensors
 from ..stanza import QuantizationConfig

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..classification import Classifier
 from ..errors import UserError
-from ..models.features import FEATURE_PARTS, tensors
+from ..models.features import FEATURE_PARTS, image_features, tensors
 from ..quantization import QuantizedLinear, quantized_layers, quantizers
 from ..quantization.layers import QuantizedLayer
 from ..quantization.quantizer import Mode, UncalibratedError
@@ -93,7 +93,7 @@ class Features(nn.Module):
     def forward(self, images):
         if isinstance(self.model, Classifier):
             return (self.model.logits(images), )
-        return tuple(tensors(self.model.extract_feat(images)))
+        return tuple(tensors(image_features(self.model, images)))
 
 
 def check_calibrated(model: nn.Module) -> None:

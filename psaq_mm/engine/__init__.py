@@ -1,4 +1,6 @@
 """The data-free loop, its hooks and data set, and what turns a stanza into a runner. Knows mmengine."""
+from ..files import write_json
+from ..report import comparison_table, markdown, result_table, write_comparison
 from .checkpoint import CheckpointError, convert_file, read_checkpoint, save_quantized, versions
 from .compare import compare
 from .config import data_free_config, evaluation_gap, float_config, test_config
@@ -6,7 +8,6 @@ from .hooks import QuantizationHook, QuantizedCheckpointHook, SyntheticImageHook
 from .loop import DataFreeLoop
 from .noise_dataset import NoiseDataset
 from .pipeline import evaluate, quantize, with_stanza
-from .report import comparison_table, markdown, result_table, write_comparison, write_json
 from .runner import QuantizationRunner
 
 __all__ = [

@@ -16,6 +16,7 @@ from mmengine.logging import print_log
 from torch import nn
 
 from ..errors import UserError
+from ..files import write_atomically
 from ..models import PATCH_BIAS, convert_state, convert_swin, is_original_swin
 from ..quantization import quantizers
 from ..quantization.kernels import IS_COMPILED
@@ -299,31 +300,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             pass
     return dict(found, kernels='compiled' if IS_COMPILED else 'none')
-
-
-def write_atomically(content, path: Path) -> None:
-    """``torch.save`` that leaves either the old file or the whole new one, even if the machine stops.
-
-    Args:
-        content: What ``torch.save`` takes, or bytes.
-        path (Path): Where to.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f'{path.name}.tmp')
-    try:
-        with open(temporary, 'wb') as stream:
-            try:
-                stream.write(content) if isinstance(content, bytes) else torch.save(content, stream)
-            except RuntimeError as error:  # torch's own word for a failing stream
-                raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from error
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @register_backend('psaq_mm.atomic')

@@ -10,11 +10,11 @@ from pathlib import Path
 from mmengine.config import Config
 
 from ..errors import UserError
+from ..files import write_json
 from ..stanza import QuantizationConfig
 from .checkpoint import in_own_layout, versions
 from .config import calibration_gap, evaluation_gap, float_config
 from .pipeline import check, evaluate, quantize, with_stanza
-from .report import write_json
 
 
 def _read(path: Path):

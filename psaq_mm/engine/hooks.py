@@ -13,12 +13,12 @@ from mmengine.model import is_model_wrapper
 from PIL import Image
 
 from ..errors import UserError
+from ..files import write_atomically, write_json
 from ..models import quantize_model
 from ..quantization import quantized_layers
 from ..registry import HOOKS
 from ..stanza import QuantizationConfig
-from .checkpoint import resumable_checkpoints, save_quantized, write_atomically
-from .report import write_json
+from .checkpoint import resumable_checkpoints, save_quantized
 
 
 def bare(model):

@@ -29,7 +29,7 @@ from ..models import (
 from ..quantization import Mode, calibrate, quantizers, search_weight_ranges, set_mode, unused_quantizers
 from ..registry import LOOPS
 from ..stanza import ROOT, QuantizationConfig, reads_pixels
-from ..synthesis import Game, ImageOptimizer, PatchSimilarityTap, augment, learning_rate, prior_loss, valid_range
+from ..synthesis import Game, ImageOptimizer, PatchSimilarityTap, learning_rate, objective, valid_range
 from .checkpoint import load_float, load_safely, read_checkpoint
 
 OPERANDS = ('input_quantizer', 'a_quantizer', 'b_quantizer')  # whose ranges the game may learn
@@ -98,6 +98,7 @@ class DataFreeLoop(BaseLoop):
         self.synthesis_iters = len(self.dataloader) * synthesis.steps if wanted else 0
         self.game_iters = self.quantization.game.steps if synthesis.method == 'psaq_v2' else 0
         self.images, self.noise = [], []
+        self.history = []  # what the report draws: the numbers of each update, its stage and number in it
         self.optimizer = self.game = self.restored = None
         self.plateau, self.ranges = {}, {}
         self.minutes = dict(synthesis=0.0, calibration=0.0, game=0.0)
@@ -152,10 +153,18 @@ class DataFreeLoop(BaseLoop):
             rank, index = 0, batch * self.quantization.synthesis.steps + update
         rng = random.Random(f'{self.runner.seed}-{rank}-{index}')
         started = time.perf_counter()
+        turn = self.game and self.game.turn
         outputs = step(rng)
+        self.remember(stage, index, turn, outputs)
         self.minutes[stage] += (time.perf_counter() - started) / 60
         self.runner.call_hook('after_train_iter', batch_idx=self._iter, data_batch=None, outputs=outputs)
         self._iter += 1
+
+    def remember(self, stage, index, turn, numbers):
+        """Adds an update to the history."""
+        if numbers:
+            known = {key: value for key, value in numbers.items() if isinstance(value, (int, float))}
+            self.history.append(dict(known, stage=stage, index=index, **(dict(turn=turn) if turn else {})))
 
     def prepare(self):
         """Student in place, teacher beside it, images at their start or where the interrupted run left them."""
@@ -251,6 +260,11 @@ class DataFreeLoop(BaseLoop):
 
         return extract
 
+    def run_teacher(self, images):
+        """The teacher's backbone as far as its last tapped block, in the precision of the run."""
+        with self.precision():
+            self.tap.run(backbone_of(self.teacher), images)
+
     def synthesis_step(self, rng):
         """One update of one batch of images towards higher patch-similarity entropy."""
         config = self.quantization.synthesis
@@ -269,15 +283,12 @@ class DataFreeLoop(BaseLoop):
                 self.restored['optimizer'] = None
         log = {}
 
-        def objective(images):
-            view = augment(images, config, rng)
-            with self.precision():
-                self.tap.run(backbone_of(self.teacher), view)
-            entropy, prior = self.tap.entropy(len(view), config.bandwidth, config.density), prior_loss(view, config)
-            log.update(entropy=entropy.mean().item() / self.tap.count, prior=prior.mean().item())
-            return (prior - entropy).mean()
+        def lowered(images):
+            loss, numbers = objective(images, self.run_teacher, self.tap, config, rng)
+            log.update(numbers)
+            return loss
 
-        self.optimizer.step(objective, learning_rate(step, config))
+        self.optimizer.step(lowered, learning_rate(step, config))
         if not math.isfinite(log['entropy'] + log['prior']):
             raise UserError(f'synthesis: batch {index + 1}, step {step + 1}: the entropy of patch similarities is no '
                             f"finite number ({log['entropy']}): the teacher's attention overflows on these images. "
@@ -467,12 +478,14 @@ class DataFreeLoop(BaseLoop):
                                         adam=self.range_adam.state_dict()) or None,
             game=self.game and self.game.state_dict(),
             minutes=dict(self.minutes),
+            history=list(self.history),
             settings=self.settings())
 
     def settings(self):
-        """What an interrupted run and the one that goes on from it must share: all but how much memory it takes."""
+        """What an interrupted run and the one that goes on from it must share: not the report, and not what memory costs."""
         stanza = self.quantization.to_dict()
         stanza['synthesis'].pop('checkpointing')
+        stanza.pop('report')
         return dict(stanza, checkpoint=self.checkpoint, seed=self.runner.seed, amp=self.amp)
 
     def load_state_dict(self, state):
@@ -490,3 +503,4 @@ class DataFreeLoop(BaseLoop):
         self.restored = state
         self.plateau = dict(state['plateau'])
         self.minutes = dict(state['minutes'])
+        self.history = list(state['history'])

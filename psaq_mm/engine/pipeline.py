@@ -16,6 +16,7 @@ from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import Runner
 
 from ..errors import UserError
+from ..files import write_json
 from ..models import quantize_model, scope
 from ..quantization import model_bits, quantizers
 from ..stanza import ROOT, QuantizationConfig
@@ -30,7 +31,6 @@ from .config import (
     test_config,
     without_pretrained,
 )
-from .report import write_json
 
 MEGABYTE = 8e6  # bits
 

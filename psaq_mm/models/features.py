@@ -8,15 +8,23 @@ from collections.abc import Callable, Iterable, Iterator
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
-from .attention import attention_blocks, backbone_of
+from .attention import BACKBONES, attention_blocks, backbone_of
 
-FEATURE_PARTS = ('backbone', 'neck')
+FEATURE_PARTS = (*BACKBONES, 'neck')
 EVERY = 2  # attention blocks from one whose output the student learns to the next; our choice
 
 
 def beyond_features(targets: Iterable[str]) -> bool:
     """Whether any target lies outside what ``extract_feat`` runs."""
     return any(target.split('.')[0] not in FEATURE_PARTS for target in targets)
+
+
+def image_features(model: nn.Module, images: Tensor):
+    """What ``extract_feat`` of mm* models puts out; of those that have none, as video models, backbone and neck."""
+    if hasattr(model, 'extract_feat'):
+        return model.extract_feat(images)
+    features = backbone_of(model)(images)
+    return model.neck(features) if isinstance(getattr(model, 'neck', None), nn.Module) else features
 
 
 def extract_features(model: nn.Module, images: Tensor, heads: bool = False) -> list[Tensor]:
@@ -33,7 +41,7 @@ def extract_features(model: nn.Module, images: Tensor, heads: bool = False) -> l
         list[Tensor]: Feature maps (B, C_i, H_i, W_i), then the heads' raw outputs, (B, ...) each.
     """
     if not heads:
-        return list(tensors(model.extract_feat(images)))
+        return list(tensors(image_features(model, images)))
     features = []
 
     def extract_feat(*args, **kwargs):

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import re
 import time
-from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,13 +16,13 @@ from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from ..engine.checkpoint import in_own_layout
+from ..engine.config import data_free_config, dataset_meta, default_scope, test_config
+from ..engine.pipeline import build_float, check
 from ..errors import UserError
 from ..models import scope
 from ..quantization import SCORES, QuantizedMatMul, quantized_layers
-from ..registry import MODELS as OUR_MODELS
-from .checkpoint import in_own_layout
-from .config import data_free_config, dataset_meta, default_scope, test_config
-from .pipeline import build_float, check
+from .standins import without_language
 
 ZOOS = ('mmdet', 'mmseg')
 SIZE = 64  # pixels of a side: enough for every stage of every backbone
@@ -61,56 +60,6 @@ def is_transformer(model: dict) -> bool:
     return any(TRANSFORMER.search(kind) for kind in types(model))
 
 
-class Words:
-    """What a tokenizer returns, of words between spaces, as far as mmdet asks."""
-
-    def __init__(self, captions: list[str]):
-        spans = [[match.span() for match in re.finditer(r'\S+', caption)] for caption in captions]
-        self.spans = spans[0]
-        length = max(map(len, spans)) + 2
-        self.input_ids = torch.zeros(len(captions), length, dtype=torch.long)
-        for row, (caption, places) in enumerate(zip(captions, spans)):
-            words = [TinyLanguageModel.number(caption[start:end]) for start, end in places]
-            self.input_ids[row, :len(words) + 2] = torch.tensor([1, *words, 2])
-        self.attention_mask = (self.input_ids > 0).long()
-
-    def __getitem__(self, name):
-        return getattr(self, name)
-
-    def char_to_token(self, place: int) -> int | None:
-        return next((i + 1 for i, (start, end) in enumerate(self.spans) if start <= place < end), None)
-
-
-@OUR_MODELS.register_module()
-class TinyLanguageModel(nn.Module):
-    """Stands in for mmdet's BertModel, which is not quantized and needs transformers and weights from the network: one
-    random vector a word.
-    """
-    WORDS, WIDTH = 64, 768  # as wide as BERT
-
-    def __init__(self, max_tokens=256, pad_to_max=True, **unused):
-        super().__init__()
-        self.language_backbone = nn.Sequential(OrderedDict(body=nn.Embedding(self.WORDS, self.WIDTH)))
-        self.language_backbone.body.language_dim = self.WIDTH
-        self.max_tokens, self.pad_to_max = max_tokens, pad_to_max
-
-    @classmethod
-    def number(cls, word: str) -> int:
-        return 3 if word == '.' else 4 + sum(map(ord, word)) % (cls.WORDS - 4)
-
-    @staticmethod
-    def tokenizer(captions, **unused):
-        return Words(captions)
-
-    def forward(self, captions, **unused) -> dict:
-        from mmdet.models.language_models.bert import generate_masks_with_special_tokens_and_transfer_map as masks_of
-        words = Words(captions)
-        masks, positions = masks_of(words, [1, 2, 3])
-        embedded = self.language_backbone(words.input_ids)
-        return dict(embedded=embedded, hidden=embedded, masks=masks, position_ids=positions,
-                    text_token_mask=words.attention_mask.bool())
-
-
 def shrink(model: dict, size: int = SIZE) -> dict:
     """Makes a model config shallow, in place, and fit for small images; widths stay, as parts rely on each other's.
 
@@ -138,9 +87,6 @@ def shrink(model: dict, size: int = SIZE) -> dict:
                     part['out_indices'] = tuple(range(count)) if isinstance(indices, (list, tuple)) else count - 1
     if isinstance(model.get('num_queries'), int):  # two-stage DETRs choose so many of the few positions there are
         model['num_queries'] = min(model['num_queries'], QUERIES)
-    language = model.get('language_model') or {}
-    if language.get('type') == 'BertModel' and model['type'] == 'GroundingDINO':  # GLIP's layers need transformers, too
-        language['type'] = 'psaq_mm.TinyLanguageModel'
     for name in ('encoder', 'decoder'):
         if isinstance(model.get(name), dict) and 'num_layers' in model[name]:
             model[name]['num_layers'] = 2
@@ -163,11 +109,21 @@ def _dicts(config):
             yield from _dicts(item)
 
 
+def initialise(model: nn.Module) -> None:
+    """Random weights, in place: by the model's own rules where it has any that work without a file."""
+    try:
+        if hasattr(model, 'init_weights'):
+            model.init_weights()
+    except AttributeError:  # SAN's call what their parents do not have, and leave tables as memory was
+        for parameter in model.parameters():
+            nn.init.trunc_normal_(parameter, std=0.02)
+
+
 def sample_of(cfg: Config, image: Tensor) -> dict:
     """One image as the config's data pipeline would hand it to ``model.test_step``.
 
     Args:
-        cfg (Config): For its scope.
+        cfg (Config): For its scope, and whether its model wants videos; the image is one of a single frame then.
         image (Tensor): (3, H, W), uint8.
     """
     size = tuple(image.shape[1:])
@@ -177,7 +133,13 @@ def sample_of(cfg: Config, image: Tensor) -> dict:
         from mmseg.structures import SegDataSample as Sample
     else:
         from mmdet.structures import DetDataSample as Sample
-    return dict(inputs=[image], data_samples=[Sample(metainfo=meta)])
+    sample = Sample(metainfo=meta)
+    if (cfg.model.get('data_preprocessor') or {}).get('type') == 'TrackDataPreprocessor':
+        from mmdet.structures import TrackDataSample
+        video = TrackDataSample(metainfo=dict(meta, key_frames_inds=[0], ref_frames_inds=[]))
+        video.video_data_samples = [sample]
+        return dict(inputs=[image[None]], data_samples=[video])
+    return dict(inputs=[image], data_samples=[sample])
 
 
 def tensors_of(predictions) -> list[Tensor]:
@@ -211,13 +173,12 @@ def check_config(path, work_dir, size: int = SIZE, stanza: dict | None = None) -
         AssertionError: If the reloaded model has other weights or scales, or predicts anything else.
     """
     cfg = Config.fromfile(path)
-    cfg.model = shrink(copy.deepcopy(cfg.model), size)
+    cfg.model = without_language(shrink(copy.deepcopy(cfg.model), size))
     cfg.work_dir, cfg.log_level = str(work_dir), 'ERROR'
     default_scope(cfg)
     torch.manual_seed(0)
     model = build_float(cfg)
-    if hasattr(model, 'init_weights'):
-        model.init_weights()
+    initialise(model)
     weights = Path(work_dir) / 'float.pth'
     weights.parent.mkdir(parents=True, exist_ok=True)
     torch.save(dict(state_dict=model.state_dict()), weights)

@@ -1,11 +1,11 @@
 """Results for people and programs: tables for the terminal and for Markdown, a plot, JSON."""
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 
 from rich.table import Table
+
+from ..files import write_json
 
 # Metrics that people know: their name, and what makes a percentage of them.
 METRICS = {
@@ -150,12 +150,3 @@ def write_comparison(results: dict, folder, title: str, json_path: str | None = 
     table = comparison_table(results, title)
     table.caption = f'{folder}/table.md, {folder}/grid.png'
     return table
-
-
-def write_json(content, path) -> None:
-    """Indented JSON, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(path.suffix + '.tmp')
-    temporary.write_text(json.dumps(content, indent=2) + '\n')
-    os.replace(temporary, path)

@@ -1,0 +1,155 @@
+"""Where a quantized model loses precision: layer by layer, on images.
+
+SQNR, the signal-to-quantization-noise ratio, is the usual measure: 10 log10(sum of squares / sum of squared errors), in dB;
+a bit more is about 6 dB more. A layer's own is that of its output when it alone rounds, its input being what it is in the
+quantized model.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .conversion import quantized_layers, quantizers
+from .layers import QuantizedMatMul
+from .quantizer import FakeQuantizer, Mode
+
+CEILING = 120.0  # dB; float32 itself has about 150, and nothing that is rounded comes near
+
+
+def sqnr(power: float, noise: float) -> float:
+    """Decibels of two sums of squares, at most 120."""
+    if power <= 0:
+        return CEILING if noise <= 0 else 0.0
+    return CEILING if noise <= 0 else min(CEILING, 10 * math.log10(power / noise))
+
+
+@dataclass
+class OperandError:
+    """What one quantizer does to what it sees: its range, what it saw, and how much of that lies outside."""
+    bits: int
+    low: float
+    high: float
+    seen_low: float = math.inf
+    seen_high: float = -math.inf
+    power: float = 0.0
+    noise: float = 0.0
+    outside: int = 0
+    count: int = 0
+
+    @property
+    def sqnr(self) -> float:
+        """dB."""
+        return sqnr(self.power, self.noise)
+
+    @property
+    def clipped(self) -> float:
+        """Share of the values beyond the ends of the range."""
+        return self.outside / max(self.count, 1)
+
+    def see(self, before: Tensor, after: Tensor, low: Tensor, high: Tensor) -> None:
+        """Takes note of values before and after rounding; the range's ends are of the same shape or broadcast."""
+        before, after = before.detach().float(), after.detach().float()
+        self.seen_low = min(self.seen_low, before.min().item())
+        self.seen_high = max(self.seen_high, before.max().item())
+        self.power += before.square().sum(dtype=torch.float64).item()
+        self.noise += (after - before).square().sum(dtype=torch.float64).item()
+        self.outside += int(((before < low) | (before > high)).sum())
+        self.count += before.numel()
+
+
+@dataclass
+class LayerError:
+    """One quantized layer or product."""
+    name: str
+    kind: str
+    power: float = 0.0
+    noise: float = 0.0
+    operands: dict[str, OperandError] = field(default_factory=dict)
+
+    @property
+    def sqnr(self) -> float:
+        """Of the output, in dB, when this layer alone rounds."""
+        return sqnr(self.power, self.noise)
+
+    def to_dict(self) -> dict:
+        """Plain numbers: what goes to JSON and to the report."""
+        operands = {key: dict(bits=o.bits, low=o.low, high=o.high, seen_low=o.seen_low, seen_high=o.seen_high,
+                              sqnr=round(o.sqnr, 2), clipped=o.clipped) for key, o in self.operands.items()}
+        return dict(name=self.name, kind=self.kind, sqnr=round(self.sqnr, 2), operands=operands)
+
+
+def quantizer_range(quantizer: FakeQuantizer, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Ends of a calibrated quantizer's range, half a step beyond the outermost integers, so that they broadcast to x."""
+    scale, zero_point = quantizer.affine()
+    low, high = (scale * (end + side - zero_point) for end, side in ((quantizer.quant_min, -0.5),
+                                                                      (quantizer.quant_max, 0.5)))
+    if quantizer.per_channel:
+        shape = [1] * x.dim()
+        shape[quantizer.axis % x.dim()] = -1
+        low, high = low.view(shape), high.view(shape)
+    return low, high
+
+
+@torch.no_grad()
+def layer_errors(model: nn.Module, run: Callable[[], None]) -> list[LayerError]:
+    """Measures every quantized layer and product while ``run`` feeds the model.
+
+    Args:
+        model (nn.Module): Converted and calibrated; quantizers in mode QUANTIZE.
+        run (Callable): Feeds images through the model.
+
+    Returns:
+        list[LayerError]: In order of definition; without those that saw nothing. Source: ours.
+    """
+    found = {name: LayerError(name, 'product' if isinstance(layer, QuantizedMatMul) else _kind(layer))
+             for name, layer in quantized_layers(model).items()}
+    handles = []
+
+    def of_layer(error):
+        def hook(layer, inputs, output):
+            own = [q for q in layer.modules() if isinstance(q, FakeQuantizer)]
+            modes = [q.mode for q in own]
+            for quantizer in own:
+                quantizer.mode = Mode.FLOAT
+            try:
+                exact = type(layer).forward(layer, *inputs)
+            finally:
+                for quantizer, mode in zip(own, modes):
+                    quantizer.mode = mode
+            exact, output = exact.float(), output.float()
+            error.power += exact.square().sum(dtype=torch.float64).item()
+            error.noise += (output - exact).square().sum(dtype=torch.float64).item()
+        return hook
+
+    def of_operand(error, key):
+        def hook(quantizer, inputs, output):
+            if quantizer.mode is not Mode.QUANTIZE:
+                return
+            low, high = quantizer_range(quantizer, inputs[0])
+            if key not in error.operands:
+                error.operands[key] = OperandError(quantizer.config.bits, low.min().item(), high.max().item())
+            elif key == 'weight':  # does not change from image to image
+                return
+            error.operands[key].see(inputs[0], output, low, high)
+        return hook
+
+    layers = quantized_layers(model)
+    for name, quantizer in quantizers(model).items():
+        owner, _, part = name.rpartition('.')
+        if owner in found and part in ('input_quantizer', 'weight_quantizer', 'a_quantizer', 'b_quantizer'):
+            handles.append(quantizer.register_forward_hook(of_operand(found[owner], part.removesuffix('_quantizer'))))
+    handles += [layer.register_forward_hook(of_layer(found[name])) for name, layer in layers.items()]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [error for error in found.values() if error.operands]
+
+
+def _kind(layer):
+    return 'convolution' if layer.weight.dim() == 4 else 'linear'
