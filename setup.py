@@ -38,6 +38,7 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['psaq_mm', 'psaq_mm.*']),
+    package_data={'psaq_mm.report': ['*.html']},
     python_requires='>=3.10',
     install_requires=[
         *(name + versions for name, versions in read_version()['REQUIRES'].items()),
@@ -49,11 +50,13 @@ setup(
         'regex',
         'matplotlib',
         'rich',
+        'Jinja2',
+        'scipy',
         'Pillow',
     ],
     extras_require={
         'deploy': ['onnx>=1.14', 'onnxruntime>=1.17', 'openvino>=2024.0'],
-        'dev': ['hypothesis', 'pytest', 'pytest-timeout', 'pytest-xdist', 'ruff', 'scipy'],
+        'dev': ['hypothesis', 'mkdocs', 'pytest', 'pytest-timeout', 'pytest-xdist', 'ruff', 'tensorboard'],
     },
     **kernels(),
 )

@@ -62,7 +62,7 @@ def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]]
     """Quantizes by every method at every bit-width and evaluates each; finished parts are not done again, unless what
     they depend on has changed: config, checkpoint, seed, or installed software.
 
-    V1 and V2 start from the same synthesised images, as V2's first stage is V1: they are made once, and their time
+    All are compared with full precision on the same fresh synthetic images. V1 and V2 start from the same synthesised images, as V2's first stage is V1: they are made once, and their time
     counts for both.
 
     Args:
@@ -95,7 +95,7 @@ def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]]
                   seed=(cfg.get('randomness') or {}).get('seed'))
     folder = root / 'full_precision'
     full = _done(folder, common, lambda _: evaluate(float_config(cfg), weights, str(folder), 'full_precision'))
-    runs, images = {}, None
+    runs, images, fresh = {}, None, None
     for weight, activation in bits:
         for method in methods:
             name = f'W{weight}A{activation} {method}'
@@ -104,7 +104,8 @@ def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]]
             reused = images if method.startswith('psaq') else None
             if reused:
                 synthesis['reuse'] = reused['path']
-            changed = with_stanza(cfg, weight=dict(bits=weight), activation=dict(bits=activation), synthesis=synthesis)
+            changed = with_stanza(cfg, weight=dict(bits=weight), activation=dict(bits=activation), synthesis=synthesis,
+                                  report=dict(reuse=fresh) if fresh else {})
             changed.work_dir = str(folder)
             stanza = QuantizationConfig.parse(changed.quantization).to_dict()
             if method != 'psaq_v2':
@@ -115,6 +116,8 @@ def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]]
             result = runs[name] = _done(folder, inputs, functools.partial(_quantize, changed, weights), files)
             if reused:  # V2's first stage counts, though it was done once for all
                 runs[name] = dict(result, minutes=round(result['minutes'] + reused['minutes'], 2))
+            if fresh is None and (folder / 'fresh.pt').exists():  # all are judged by the same
+                fresh = str(folder / 'fresh.pt')
             if method.startswith('psaq') and images is None:
                 path = folder / 'synthetic.pt'
                 images = dict(path=str(path), made=path.stat().st_mtime_ns, minutes=result['synthesis_minutes'])

@@ -55,8 +55,12 @@ def mean_over_processes(value: float) -> float:
     return value.item()
 
 
-def read_images(path: str) -> list[torch.Tensor]:
+def read_images(path: str, key: str = f'{ROOT}.synthesis.reuse', name: str = 'synthetic.pt') -> list[torch.Tensor]:
     """Image batches of an earlier run, (B, 3, H, W) each.
+
+    Args:
+        path (str): The file.
+        key, name (str): For errors: where the path was given, and what such a file is called.
 
     Raises:
         UserError: If the file is not there or is none of ours.
@@ -66,9 +70,9 @@ def read_images(path: str) -> list[torch.Tensor]:
         if all(torch.is_tensor(b) and b.dim() == 4 and torch.isfinite(b).all() for b in images) and images:
             return images
     except Exception as error:
-        raise UserError(f'{ROOT}.synthesis.reuse = {path!r} cannot be read ({type(error).__name__}: {error}): it must '
-                        "be the 'synthetic.pt' of an earlier run") from None
-    raise UserError(f"{ROOT}.synthesis.reuse = {path!r} holds no images: it must be an earlier run's 'synthetic.pt'")
+        raise UserError(f'{key} = {path!r} cannot be read ({type(error).__name__}: {error}): it must be the '
+                        f'{name!r} of an earlier run') from None
+    raise UserError(f"{key} = {path!r} holds no images: it must be an earlier run's {name!r}")
 
 
 @LOOPS.register_module()

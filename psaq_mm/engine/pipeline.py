@@ -31,6 +31,7 @@ from .config import (
     test_config,
     without_pretrained,
 )
+from .reporting import measure, write_report
 
 MEGABYTE = 8e6  # bits
 
@@ -209,7 +210,7 @@ def quantize(cfg: Config,
     """Quantizes the model of a config without data and evaluates it if its test data is there.
 
     Writes to ``cfg.work_dir``: ``quantized.pth``, ``test_config.py``, ``synthetic.png``, ``synthetic/``,
-    ``metrics.json`` and mmengine's log.
+    ``metrics.json``, ``report.html`` and mmengine's log.
 
     Args:
         cfg (Config): With a stanza and ``work_dir``.
@@ -273,11 +274,31 @@ def quantize(cfg: Config,
             result['not_evaluated'] = f'the evaluation failed ({type(error).__name__}: {error})'
             logger.warning('The evaluation failed:', exc_info=True)
     if is_main_process():
-        write_json(result, work_dir / 'metrics.json')
+        with explained_failures(cfg, quantization):
+            report(runner, cfg, result)
     if failure:
         raise UserError(f"{result['checkpoint']} is written, but {result['not_evaluated']}. Mend the config's test "
                         "data and evaluate with the library's tools/test.py") from failure
     return result
+
+
+def report(runner: Runner, cfg: Config, result: dict) -> None:
+    """Measures what can be measured without data, adds it to the result, and writes ``metrics.json`` and
+    ``report.html``. A report that fails is one warning: the model is finished by then.
+    """
+    work_dir = Path(cfg.work_dir)
+    write_json(result, work_dir / 'metrics.json')
+    started = time.perf_counter()
+    try:
+        measured = measure(runner, work_dir)
+        result['fidelity'] = measured['fidelity']
+        result['report_minutes'] = round((time.perf_counter() - started) / 60, 2)
+        write_json(result, work_dir / 'metrics.json')
+        path = write_report(runner, cfg, result, measured)
+    except Exception:
+        runner.logger.warning('The report could not be made:', exc_info=True)
+        return
+    runner.logger.info(f'The report is {path}')
 
 
 def with_stanza(cfg: Config, **changes) -> Config:

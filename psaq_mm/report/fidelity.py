@@ -17,7 +17,8 @@ from ..models import extract_features
 from ..quantization import sqnr
 
 SCORE = 0.3  # of a detection of the full-precision model that counts as an object; our choice
-FEWEST = 3  # objects an image, so many of the highest scores count if fewer reach it; our choice
+DOUBT = 0.5  # times that: detections between the two are neither objects nor mistakes; our choice
+FEWEST = 3  # objects an image: so many of the highest scores count if fewer reach SCORE; our choice
 
 
 def samples_of(model: nn.Module, images: Tensor) -> list:
@@ -66,25 +67,29 @@ def of_maps(teacher: list, student: list, classes: int) -> dict[str, float]:
             'pixel agreement': 100 * (intersection.sum() / labels.sum()).item()}
 
 
-def objects(instances):
-    """Those predictions of full precision that count as objects."""
-    enough = instances.scores >= SCORE
-    if enough.sum() < FEWEST:
-        enough = torch.zeros_like(enough).index_fill_(0, instances.scores.argsort(descending=True)[:FEWEST], True)
-    return instances[enough]
+def objects(scores: Tensor) -> Tensor:
+    """Which detections of full precision count as objects, from their scores."""
+    enough = scores >= SCORE
+    return enough if enough.sum() >= FEWEST else enough.index_fill(
+        0, scores.argsort(descending=True)[:FEWEST], True)
 
 
-def _entries(samples, choose, masks):
-    """Predictions in COCO's words, one dict an object."""
+def _entries(samples, masks, truth=False):
+    """Predictions in COCO's words, one dict an object; as truth, those in doubt are what COCO calls a crowd."""
     import pycocotools.mask as codec
     entries = []
     for image, sample in enumerate(samples, 1):
-        instances = choose(sample.pred_instances)
+        instances = sample.pred_instances
+        counts = objects(instances.scores)
+        crowd = ~counts & (instances.scores >= DOUBT * SCORE)
         for index, (box, score, label) in enumerate(zip(instances.bboxes.tolist(), instances.scores.tolist(),
                                                         instances.labels.tolist())):
+            if truth and not counts[index] and not crowd[index]:
+                continue
             width, height = box[2] - box[0], box[3] - box[1]
-            entry = dict(id=len(entries) + 1, image_id=image, category_id=label, score=score, iscrowd=0,
-                         bbox=[box[0], box[1], width, height], area=width * height)
+            entry = dict(id=len(entries) + 1, image_id=image, category_id=label, score=score,
+                         iscrowd=int(truth and crowd[index]), bbox=[box[0], box[1], width, height],
+                         area=width * height)
             if masks:
                 mask = np.asfortranarray(np.asarray(instances.masks[index], dtype=np.uint8))
                 entry['segmentation'] = codec.encode(mask)
@@ -98,14 +103,16 @@ def of_instances(teacher: list, student: list) -> dict[str, float]:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
     masks = all('masks' in sample.pred_instances for sample in teacher + student)
-    aims, found = _entries(teacher, objects, masks), _entries(student, lambda instances: instances, masks)
+    aims, found = _entries(teacher, masks, True), _entries(student, masks)
     if not aims:
         return {}
+    images = [dict(id=number, height=sample.ori_shape[0], width=sample.ori_shape[1])
+              for number, sample in enumerate(teacher, 1)]
     labels = {entry['category_id'] for entry in aims + found}
     result = {}
     for kind in ['bbox', *['segm'] * masks]:
         truth = COCO()
-        truth.dataset = dict(images=[dict(id=i) for i in range(1, len(teacher) + 1)], annotations=aims,
+        truth.dataset = dict(images=images, annotations=aims,
                              categories=[dict(id=label) for label in sorted(labels)])
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools' own tables
             truth.createIndex()
@@ -177,7 +184,7 @@ def fidelity(teacher: nn.Module, student: nn.Module, batches: list[Tensor], head
         teachers, students = predictions(teacher, batches), predictions(student, batches)
         result['predictions'] = compared(teacher, teachers, students)
         if 'box AP' in result['predictions']:
-            result['objects'] = sum(len(objects(sample.pred_instances)) for sample in teachers)
+            result['objects'] = sum(int(objects(sample.pred_instances.scores).sum()) for sample in teachers)
         if not result['predictions']:
             result['problem'] = 'predictions of this kind of model are not compared, only its features'
     except Exception as error:  # of models that want to know more than an image

@@ -41,15 +41,24 @@ def shown(metrics: dict, key: str) -> str:
     return f'{percent(metrics, key):.1f}' if key in METRICS else f'{metrics[key]:.4g}'
 
 
+def fidelity_of(result: dict) -> tuple[str, float] | None:
+    """Name and value, of 100, of the data-free fidelity of a run, where it has one."""
+    found = (result.get('fidelity') or {}).get('predictions') or {}
+    name = next((name for name in ('box AP', 'mIoU', 'top-1 agreement') if name in found), None)
+    return name and (name, found[name])
+
+
 def rows_of(result: dict):
     """Header and rows of one run's table."""
     names = metric_names([result['full_precision'], result['quantized']])
-    header = ['', *map(title_of, names), 'size, MB', 'minutes']
+    fidelity = fidelity_of(result)
+    header = ['', *map(title_of, names), *([f'data-free {fidelity[0]}'] if fidelity else []), 'size, MB', 'minutes']
     bits = result['bits']
     label = f"quantized W{bits['weight']}A{bits['activation']} ({', '.join(result['scope'])})"
     return header, [['full precision', *(shown(result['full_precision'], n) for n in names),
-                     f"{result['size_mb']['full_precision']:.1f}", '-'],
-                    [label, *(shown(result['quantized'], n) for n in names), f"{result['size_mb']['quantized']:.1f}",
+                     *(['100'] if fidelity else []), f"{result['size_mb']['full_precision']:.1f}", '-'],
+                    [label, *(shown(result['quantized'], n) for n in names),
+                     *([f'{fidelity[1]:.1f}'] if fidelity else []), f"{result['size_mb']['quantized']:.1f}",
                      f"{result['minutes']:.1f}"]]
 
 
@@ -86,11 +95,15 @@ def comparison_rows(results: dict, minutes: bool = True):
     """
     full = results['full_precision']
     names = metric_names([full])
-    header = ['calibration', *map(title_of, names), *(f'{title_of(n)} - FP' for n in names), *['minutes'] * minutes]
-    rows = [['full precision', *(shown(full, n) for n in names), *('' for _ in names), '']]
+    judged = any(map(fidelity_of, results['runs'].values()))
+    header = ['calibration', *map(title_of, names), *(f'{title_of(n)} - FP' for n in names), *['fidelity'] * judged,
+              *['minutes'] * minutes]
+    rows = [['full precision', *(shown(full, n) for n in names), *('' for _ in names), *[''] * judged, '']]
     for label, result in results['runs'].items():
         change = [f"{percent(result['quantized'], n) - percent(full, n):+.1f}" for n in names]
-        rows.append([label, *(shown(result['quantized'], n) for n in names), *change, f"{result['minutes']:.1f}"])
+        fidelity = fidelity_of(result)
+        rows.append([label, *(shown(result['quantized'], n) for n in names), *change,
+                     *[f'{fidelity[1]:.1f}' if fidelity else '-'] * judged, f"{result['minutes']:.1f}"])
     return header, [row[:len(header)] for row in rows]
 
 

@@ -213,6 +213,28 @@ def patch_similarity(tokens: Tensor) -> Tensor:
     return tokens @ tokens.transpose(1, 2)
 
 
+@torch.no_grad()
+def similarity_density(tokens: Tensor, bandwidth: float = BANDWIDTH) -> tuple[Tensor, Tensor]:
+    """The density whose entropy synthesis raises, to look at: of the patch similarities of all groups together.
+
+    Args:
+        tokens (Tensor): (groups, N, d).
+        bandwidth (float): As there.
+
+    Returns:
+        tuple[Tensor, Tensor]: Points between -1 and 1, ends included, and the density at each, on the CPU.
+    """
+    grid = _grid(bandwidth, torch.device('cpu'))
+    counts = torch.zeros(grid.bins, dtype=torch.int64)
+    for group in tokens:
+        index = patch_similarity(group[None]).sub(grid.start).div(grid.bin).long().clamp(0, grid.bins - 1)
+        counts += torch.bincount(index.flatten(), minlength=grid.bins).cpu()
+    density = grid.density(counts[None])[0] / counts.sum()
+    points = grid.start + grid.bin * BINS / 2 + grid.step * torch.arange(grid.points, dtype=torch.float64)
+    inside = points.abs() <= 1 + grid.step / 2
+    return points[inside], density[inside]
+
+
 def patch_similarity_entropy(tokens: Tensor, images: int, bandwidth: float = BANDWIDTH,
                              density: str = 'binned') -> Tensor:
     """Differential entropy of the kernel density of one block's patch similarities.

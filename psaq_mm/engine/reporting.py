@@ -1,0 +1,167 @@
+"""What a finished run knows about itself, measured and gathered for the report."""
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from torch import Tensor
+
+from ..errors import UserError
+from ..files import write_atomically
+from ..models import backbone_of, extract_features, similarity_taps
+from ..quantization import layer_errors
+from ..report import figures, page
+from ..report.fidelity import fidelity
+from ..stanza import ROOT
+from ..synthesis import PatchSimilarityTap, similarity_density, synthesize
+from .hooks import SyntheticImageHook
+from .loop import DataFreeLoop, read_images
+
+FRESH = 500_000  # number of the first fresh image: no run synthesises so many before
+SHOWN = 8  # pairs of noise and image in the gallery
+DENSITIES = 3  # blocks whose densities are drawn: the first, one in the middle, the last
+
+
+def fresh_images(loop: DataFreeLoop, folder: Path) -> list[Tensor]:
+    """Images that nothing was calibrated on, synthesised as the others were, whatever those were; also in ``fresh.pt``.
+
+    Args:
+        loop (DataFreeLoop): Done.
+        folder (Path): For ``fresh.pt``.
+
+    Returns:
+        list[Tensor]: Batches (B, C, H, W) on the model's device.
+    """
+    report, config = loop.quantization.report, loop.quantization.synthesis
+    if report.reuse:
+        return [batch.to(loop.device) for batch in read_images(report.reuse, f'{ROOT}.report.reuse', 'fresh.pt')]
+    channels, seed, batches = loop.low.shape[1], loop.runner.seed or 0, []
+    for number, first in enumerate(range(0, report.images, config.batch_size)):
+        height, width = config.size[number % len(config.size)]
+        batches.append(torch.stack([
+            torch.randn(channels, height, width,
+                        generator=torch.Generator().manual_seed(seed * 1_000_003 + FRESH + index))
+            for index in range(first, min(first + config.batch_size, report.images))]).to(loop.device))
+    tap = loop.tap or PatchSimilarityTap(*similarity_taps(backbone_of(loop.teacher)))
+
+    def run(images):
+        with loop.precision():
+            tap.run(backbone_of(loop.teacher), images)
+
+    done, total, images = 0, len(batches) * config.steps, []
+
+    def progress():
+        nonlocal done
+        done += 1
+        loop.runner.call_hook('after_report_step', done=done, total=total)
+
+    for number, noise in enumerate(batches):
+        images.append(synthesize(noise, run, tap, config, loop.low, loop.high, f'{seed}-fresh-{number}', progress))
+    if loop.tap is None:
+        tap.remove()
+    write_atomically(dict(images=[batch.cpu() for batch in images]), folder / 'fresh.pt')
+    return images
+
+
+@torch.no_grad()
+def densities(loop: DataFreeLoop) -> list[dict]:
+    """Densities of patch similarities of the first images and of the noise they came from, in a few blocks."""
+    if loop.tap is None or not loop.noise:
+        return []
+    found = {}
+    for kind, images in (('noise', loop.noise[0][:4]), ('images', loop.images[0][:4])):
+        with loop.tap:
+            backbone_of(loop.teacher)(images)
+        found[kind], loop.tap.tokens = loop.tap.tokens, []
+    count = len(found['images'])
+    blocks = sorted({0, count // 2, count - 1})[:DENSITIES]
+    result = []
+    for block in blocks:
+        entry = dict(name=f'block {block + 1} of {count}')
+        for kind, tokens in found.items():
+            points, density = similarity_density(tokens[block], loop.quantization.synthesis.bandwidth)
+            entry['grid'], entry[kind] = points.numpy(), density.numpy()
+        result.append(entry)
+    return result
+
+
+def measure(runner, folder: Path, seen: list[Tensor] | None = None) -> dict:
+    """Everything the report says that takes computing: on fresh images, or without those on the run's own.
+
+    Args:
+        runner (Runner): Its loop is done.
+        folder (Path): The work dir.
+        seen (list[Tensor], optional): Instead of fresh images.
+
+    Returns:
+        dict: ``fidelity`` (see :func:`psaq_mm.report.fidelity.fidelity`; with ``problem`` alone where there is none),
+        ``layers`` (see :meth:`LayerError.to_dict`), ``densities``.
+    """
+    loop = runner.train_loop
+    problem = None
+    try:
+        images = fresh_images(loop, folder) if loop.quantization.report.images or loop.quantization.report.reuse else []
+    except UserError as error:  # a backbone without patches
+        images, problem = [], str(error)
+    found = dict(problem=problem or f'{ROOT}.report.images = 0')
+    if images:
+        found = fidelity(loop.teacher, loop.student, images, loop.heads)
+    batches = images or loop.images
+
+    def run():
+        for batch in batches:
+            extract_features(loop.student, batch, loop.heads)
+
+    return dict(fidelity=found, layers=[error.to_dict() for error in layer_errors(loop.student, run)],
+                densities=densities(loop))
+
+
+def gallery(runner) -> list[dict]:
+    """Pairs of noise and image, (H, W, 3) uint8 each; the noise is None where images were not synthesised here."""
+    loop = runner.train_loop
+    if loop.quantization.synthesis.method == 'real':  # not ours to pass on
+        return []
+    images = SyntheticImageHook.pictures(runner, SyntheticImageHook.current(loop))
+    noise = SyntheticImageHook.pictures(runner, loop.noise) if loop.noise and loop.synthesized else [None] * len(images)
+    return [dict(noise=before, image=after) for before, after in zip(noise, images)][:SHOWN]
+
+
+def write_report(runner, cfg: Config, result: dict, measured: dict) -> Path:
+    """Writes ``report.html`` and shows its figures and numbers to the Visualizer's backends.
+
+    Args:
+        runner (Runner): Its loop is done.
+        cfg (Config): The user's.
+        result (dict): What ``metrics.json`` holds.
+        measured (dict): From :func:`measure`.
+
+    Returns:
+        Path: The file.
+    """
+    loop, folder = runner.train_loop, Path(cfg.work_dir)
+    synthesis = loop.quantization.synthesis
+    drawn = dict(
+        entropy=figures.entropy_curve(loop.history, synthesis.steps),
+        densities=figures.similarity_densities(measured['densities']),
+        game=figures.game_curve(loop.history, loop.game and loop.game.initial),
+        layers=figures.layer_bars(measured['layers']),
+        weights=figures.range_bars(measured['layers'], 'weight'),
+        activations=figures.range_bars(measured['layers'], 'activation'))
+    drawn = {name: figure for name, figure in drawn.items() if figure is not None}
+    for name, figure in drawn.items():
+        runner.visualizer.add_image(f'report/{name}', figures.pixels(figure), step=runner.iter)
+    numbers = page.scalars(result)
+    if numbers:
+        runner.visualizer.add_scalars(numbers, step=runner.iter)
+    content = dict(result=result, layers=measured['layers'], gallery=gallery(runner), figures={
+        name: figures.svg(figure) for name, figure in drawn.items()}, stanza=loop.quantization.to_dict(),
+        game=loop.game and dict(initial=loop.game.initial, best=loop.game.best, turns=loop.game.turns,
+                                student=loop.game.student_updates, images=loop.game.image_updates),
+        command=shlex.join(['python', *sys.argv]), config=str(cfg.filename or ''), title=Path(
+            cfg.filename or folder).stem)
+    path = folder / 'report.html'
+    write_atomically(page.render(content).encode(), path)
+    return path
