@@ -31,7 +31,8 @@ class ReportConfig(FrozenConfig):
     images: int = Field(
         16, ge=0, description='images synthesised after everything else, to compare the quantized model with full '
         'precision on: neither has seen them; 0: no such comparison')
-    reuse: str | None = Field(None, description="'fresh.pt' of an earlier run on the same model: take its images instead")
+    reuse: str | None = Field(
+        None, description="'fresh.pt' of an earlier run on the same model: take its images instead")
 
 
 class QuantizationConfig(FrozenConfig):

@@ -18,6 +18,7 @@ def parse_args():
     parser.add_argument('--resume', action='store_true', help='go on where an interrupted run in the work dir stopped')
     parser.add_argument('--amp', action='store_true', help='compute features in bfloat16')
     parser.add_argument('--no-eval', action='store_true', help='do not evaluate, only write the checkpoint')
+    parser.add_argument('--quiet', action='store_true', help='print warnings and errors only')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -30,9 +31,11 @@ def quantize(args):
     from psaq_mm.engine import quantize, result_table, write_json
     cfg = load_config(args, f'work_dirs/{Path(args.config).stem}')
     cfg.launcher = args.launcher
-    result = quantize(cfg, args.checkpoint, args.resume, args.amp, not args.no_eval, not args.no_eval)
+    result = quantize(cfg, args.checkpoint, args.resume, args.amp, not args.no_eval, not args.no_eval,
+                      args.quiet)
     if int(os.environ.get('RANK', 0)) == 0:
-        Console().print(result_table(result))
+        if not args.quiet:
+            Console().print(result_table(result))
         if args.json:
             write_json(result, args.json)
 

@@ -62,8 +62,8 @@ def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]]
     """Quantizes by every method at every bit-width and evaluates each; finished parts are not done again, unless what
     they depend on has changed: config, checkpoint, seed, or installed software.
 
-    All are compared with full precision on the same fresh synthetic images. V1 and V2 start from the same synthesised images, as V2's first stage is V1: they are made once, and their time
-    counts for both.
+    All are compared with full precision on the same fresh synthetic images. V1 and V2 start from the same synthesised
+    images, as V2's first stage is V1: they are made once, and their time counts for both.
 
     Args:
         cfg (Config): With a stanza, test data, and for method 'real' a ``calib_dataloader``.

@@ -486,7 +486,7 @@ class DataFreeLoop(BaseLoop):
             settings=self.settings())
 
     def settings(self):
-        """What an interrupted run and the one that goes on from it must share: not the report, and not what memory costs."""
+        """What an interrupted run and the one that goes on from it must share: all but memory and the report."""
         stanza = self.quantization.to_dict()
         stanza['synthesis'].pop('checkpointing')
         stanza.pop('report')

@@ -31,6 +31,7 @@ from .config import (
     test_config,
     without_pretrained,
 )
+from .display import Display
 from .reporting import measure, write_report
 
 MEGABYTE = 8e6  # bits
@@ -54,7 +55,8 @@ def init_distributed(cfg: Config) -> None:
                         'tools/dfq.py CONFIG --launcher pytorch')
 
 
-def evaluate(cfg: Config, checkpoint: str, work_dir: str, name: str) -> dict[str, float]:
+def evaluate(cfg: Config, checkpoint: str, work_dir: str, name: str,
+             display: Display | None = None) -> dict[str, float]:
     """Metrics of a model on the config's test data, by mmengine's own test loop.
 
     Args:
@@ -62,6 +64,7 @@ def evaluate(cfg: Config, checkpoint: str, work_dir: str, name: str) -> dict[str
         checkpoint (str): Weights.
         work_dir (str): For the log.
         name (str): Tells this evaluation's log from others.
+        display (Display, optional): Shows how far it is.
 
     Returns:
         dict[str, float]: As the evaluator names them, e.g. 'coco/bbox_mAP'.
@@ -70,6 +73,8 @@ def evaluate(cfg: Config, checkpoint: str, work_dir: str, name: str) -> dict[str
     cfg.load_from, cfg.work_dir, cfg.experiment_name = checkpoint, work_dir, f'{name}_{time.time_ns()}'
     name_visualizer(cfg, cfg.experiment_name)
     runner = Runner.from_cfg(cfg)
+    if display is not None:
+        display.attach(runner)
     return {key: float(value) for key, value in runner.test().items()}
 
 
@@ -170,6 +175,19 @@ def check_folder(folder: Path, megabytes: float = 0) -> None:
                         'choose another with --work-dir')
 
 
+def build_runner(cfg: Config) -> Runner:
+    """mmengine's Runner of a config.
+
+    Raises:
+        UserError: Where it cannot be built, as with a visualizer or hook that is set wrongly.
+    """
+    try:
+        return Runner.from_cfg(cfg)
+    except (TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
+        raise UserError(f'no run can be set up from the config ({type(error).__name__}: {error}): check its '
+                        'visualizer, default_hooks, env_cfg and log settings') from error
+
+
 OUT_OF_MEMORY = ('out of memory', "can't allocate memory", 'not enough memory', 'failed to allocate')
 PROCESS_LOST = ('closed by peer', 'reset by peer', 'broken pipe', 'remote process exited')
 
@@ -206,7 +224,8 @@ def quantize(cfg: Config,
              resume: bool = False,
              amp: bool = False,
              eval_float: bool = True,
-             eval_quantized: bool = True) -> dict:
+             eval_quantized: bool = True,
+             quiet: bool = False) -> dict:
     """Quantizes the model of a config without data and evaluates it if its test data is there.
 
     Writes to ``cfg.work_dir``: ``quantized.pth``, ``test_config.py``, ``synthetic.png``, ``synthetic/``,
@@ -218,6 +237,7 @@ def quantize(cfg: Config,
         resume (bool): Go on where an interrupted run stopped. Defaults to False.
         amp (bool): bfloat16 features. Defaults to False.
         eval_float, eval_quantized (bool): What to evaluate. Both default to True.
+        quiet (bool): Show warnings and errors only. Defaults to False.
 
     Returns:
         dict: What ``metrics.json`` holds: ``full_precision`` and ``quantized`` metrics, ``size_mb``, ``minutes``,
@@ -227,8 +247,13 @@ def quantize(cfg: Config,
         StanzaError, PatternError, CheckpointError: Before any work.
         UserError: Where something fails on the way, saying what is finished and how to go on.
     """
-    work_dir = Path(cfg.work_dir)
     init_distributed(cfg)
+    with Display(quiet) as display:
+        return _quantize(cfg, checkpoint, resume, amp, eval_float, eval_quantized, display)
+
+
+def _quantize(cfg, checkpoint, resume, amp, eval_float, eval_quantized, display):
+    work_dir = Path(cfg.work_dir)
     quantization, content, float_size, quantized_size = check(cfg, checkpoint, eval_float or eval_quantized)
     meta = dataset_meta(cfg, content['meta'])
     check_folder(work_dir, 1.1 * float_size)  # quantized.pth simulates integers in float
@@ -240,7 +265,8 @@ def quantize(cfg: Config,
 
     name_visualizer(run, f'data_free_{time.time_ns()}')
     with explained_failures(cfg, quantization):
-        runner = Runner.from_cfg(run)
+        runner = build_runner(run)
+        display.attach(runner)
         if content['layout']:
             runner.logger.info(f"{content['path']} has the layout of {content['layout']}: converted to {weights}")
         if is_main_process():
@@ -265,10 +291,11 @@ def quantize(cfg: Config,
     else:
         try:
             if eval_float:
-                result['full_precision'] = evaluate(float_config(cfg), weights, str(work_dir), 'full_precision')
+                result['full_precision'] = evaluate(float_config(cfg), weights, str(work_dir), 'full_precision',
+                                                    display)
             if eval_quantized:
                 result['quantized'] = evaluate(Config.fromfile(test_path), result['checkpoint'], str(work_dir),
-                                               'quantized')
+                                               'quantized', display)
         except Exception as error:  # of data sets and metrics, which may be the user's own
             failure = error
             result['not_evaluated'] = f'the evaluation failed ({type(error).__name__}: {error})'
@@ -294,11 +321,12 @@ def report(runner: Runner, cfg: Config, result: dict) -> None:
         result['fidelity'] = measured['fidelity']
         result['report_minutes'] = round((time.perf_counter() - started) / 60, 2)
         write_json(result, work_dir / 'metrics.json')
-        path = write_report(runner, cfg, result, measured)
+        result['report'] = str(write_report(runner, cfg, result, measured))
+        write_json(result, work_dir / 'metrics.json')
     except Exception:
         runner.logger.warning('The report could not be made:', exc_info=True)
         return
-    runner.logger.info(f'The report is {path}')
+    runner.logger.info(f"The report is {result['report']}")
 
 
 def with_stanza(cfg: Config, **changes) -> Config:

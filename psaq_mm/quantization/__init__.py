@@ -32,10 +32,10 @@ from .outputs import OUTPUT, SUMS, quantize_output, quantize_residual
 from .quantizer import FakeQuantizer, Mode, QuantizerMismatchError, UncalibratedError
 
 __all__ = [
-    'ActivationConfig', 'CONTEXT', 'FakeQuantizer', 'FrozenConfig', 'LAYERS', 'LayerConfig', 'LayerError', 'Mode', 'OUTPUT',
-    'PatternError', 'QuantizedConv2d', 'QuantizedConvTranspose2d', 'QuantizedLinear', 'QuantizedMatMul',
+    'ActivationConfig', 'CONTEXT', 'FakeQuantizer', 'FrozenConfig', 'LAYERS', 'LayerConfig', 'LayerError', 'Mode',
+    'OUTPUT', 'PatternError', 'QuantizedConv2d', 'QuantizedConvTranspose2d', 'QuantizedLinear', 'QuantizedMatMul',
     'QuantizedMultiheadAttention', 'QuantizerMismatchError', 'SCORES', 'SUMS', 'UncalibratedError', 'WeightConfig',
-    'attention_parts', 'calibrate', 'convert', 'convert_attention', 'layer_errors', 'match', 'model_bits', 'quantizable',
-    'quantize_output', 'quantize_residual', 'quantized_layers', 'quantizer_mode', 'quantizers', 'search_weight_ranges',
-    'set_mode', 'settle', 'sqnr', 'unused_quantizers'
+    'attention_parts', 'calibrate', 'convert', 'convert_attention', 'layer_errors', 'match', 'model_bits',
+    'quantizable', 'quantize_output', 'quantize_residual', 'quantized_layers', 'quantizer_mode', 'quantizers',
+    'search_weight_ranges', 'set_mode', 'settle', 'sqnr', 'unused_quantizers'
 ]

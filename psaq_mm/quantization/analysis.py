@@ -1,8 +1,8 @@
 """Where a quantized model loses precision: layer by layer, on images.
 
-SQNR, the signal-to-quantization-noise ratio, is the usual measure: 10 log10(sum of squares / sum of squared errors), in dB;
-a bit more is about 6 dB more. A layer's own is that of its output when it alone rounds, its input being what it is in the
-quantized model.
+SQNR, the signal-to-quantization-noise ratio, is the usual measure: 10 log10(sum of squares / sum of squared errors), in
+dB; a bit more is about 6 dB more. A layer's own is that of its output when it alone rounds, its input being what it is
+in the quantized model.
 """
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class LayerError:
 
 
 def quantizer_range(quantizer: FakeQuantizer, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Ends of a calibrated quantizer's range, half a step beyond the outermost integers, so that they broadcast to x."""
+    """Ends of a calibrated quantizer's range, half a step beyond the outermost integers, to broadcast to x."""
     scale, zero_point = quantizer.affine()
     low, high = (scale * (end + side - zero_point) for end, side in ((quantizer.quant_min, -0.5),
                                                                       (quantizer.quant_max, 0.5)))

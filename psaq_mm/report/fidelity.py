@@ -1,7 +1,8 @@
 """Data-free fidelity: how well the quantized model does on images nobody has seen what full precision does.
 
-The images are synthesised for this alone. What the full-precision model predicts on them takes the place of the labels, so
-the numbers are AP, mIoU or agreement *with full precision*: 100 for a perfect copy, whatever its accuracy. Source: ours.
+The images are synthesised for this alone. What the full-precision model predicts on them takes the place of the labels,
+so the numbers are AP, mIoU or agreement *with full precision*: 100 for a perfect copy, whatever its accuracy. Source:
+ours.
 """
 from __future__ import annotations
 
@@ -128,7 +129,7 @@ def of_instances(teacher: list, student: list) -> dict[str, float]:
 
 
 def compared(teacher: nn.Module, teachers: list, students: list) -> dict[str, float]:
-    """Agreement of two models' predictions, by the kind of the predictions; nothing for a kind that is none of these."""
+    """Agreement of two models' predictions, by the kind of the predictions; nothing for other kinds."""
     if isinstance(teacher, Classifier):
         return of_logits(teachers, students)
     if all('pred_instances' in sample and 'bboxes' in sample.pred_instances for sample in teachers + students):
@@ -140,7 +141,8 @@ def compared(teacher: nn.Module, teachers: list, students: list) -> dict[str, fl
 
 
 @torch.no_grad()
-def feature_similarity(teacher: nn.Module, student: nn.Module, batches: list[Tensor], heads: bool = False) -> list[dict]:
+def feature_similarity(teacher: nn.Module, student: nn.Module, batches: list[Tensor],
+                       heads: bool = False) -> list[dict]:
     """For each feature map: cosine similarity, mean over images, and SQNR in dB, over all.
 
     Args:
@@ -173,9 +175,9 @@ def fidelity(teacher: nn.Module, student: nn.Module, batches: list[Tensor], head
         heads (bool): Whether the heads are quantized, too.
 
     Returns:
-        dict: ``images``, how many; ``predictions``, agreement by name, in % unless the name says otherwise; ``objects``,
-        of a detector, how many of full precision's detections were taken for truth; ``features``, one dict a map;
-        ``cosine``, mean over the maps; ``problem`` where predictions could not be compared.
+        dict: ``images``, how many; ``predictions``, agreement by name, in % unless the name says otherwise;
+        ``objects``, of a detector, how many of full precision's detections were taken for truth; ``features``, one
+        dict a map; ``cosine``, mean over the maps; ``problem`` where predictions could not be compared.
     """
     features = feature_similarity(teacher, student, batches, heads)
     result = dict(images=sum(map(len, batches)), features=features,

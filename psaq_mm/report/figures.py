@@ -1,6 +1,7 @@
-"""The report's pictures, by matplotlib. Each function returns a figure; :func:`svg` puts one into a page of any colours."""
+"""The report's pictures, by matplotlib. Each function returns a figure; :func:`svg` puts one into a page."""
 from __future__ import annotations
 
+import functools
 import io
 import re
 from collections.abc import Sequence
@@ -19,21 +20,30 @@ STYLE = {
 }
 
 
+def styled(draw):
+    """Makes a function draw in the style above."""
+
+    @functools.wraps(draw)
+    def wrapped(*args, **kwargs):
+        import matplotlib
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return wrapped
+
+
 def new_figure(width=8.0, height=3.2, columns=1, **kwargs):
     """A figure without pyplot's global state, and its axes."""
-    import matplotlib
     from matplotlib.figure import Figure
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout='constrained')
-        return figure, figure.subplots(1, columns, squeeze=False, **kwargs)[0]
+    figure = Figure(figsize=(width, height), layout='constrained')
+    return figure, figure.subplots(1, columns, squeeze=False, **kwargs)[0]
 
 
+@styled
 def svg(figure) -> str:
     """An ``<svg>`` element that takes text and lines in the colours of the page it stands in."""
-    import matplotlib
     stream = io.StringIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(stream, format='svg', transparent=True, metadata=dict(Date=None, Creator=None))
+    figure.savefig(stream, format='svg', transparent=True, metadata=dict(Date=None, Creator=None))
     text = stream.getvalue()
     text = text[text.index('<svg'):]
     for colour, variable in VARIABLES.items():
@@ -41,16 +51,16 @@ def svg(figure) -> str:
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', '', text, count=1)
 
 
+@styled
 def pixels(figure, dpi: int = 100) -> np.ndarray:
     """The figure as an image on white, (H, W, 3) uint8, for mmengine's Visualizer."""
-    import matplotlib
     from PIL import Image
     stream = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(stream, format='png', dpi=dpi, facecolor='white')
+    figure.savefig(stream, format='png', dpi=dpi, facecolor='white')
     return np.array(Image.open(stream).convert('RGB'))
 
 
+@styled
 def entropy_curve(history: Sequence[dict], steps: int):
     """Entropy of patch similarities over the steps of synthesis, a line a batch.
 
@@ -75,6 +85,7 @@ def entropy_curve(history: Sequence[dict], steps: int):
     return figure
 
 
+@styled
 def similarity_densities(densities: Sequence[dict]):
     """Densities of patch similarities in some blocks, noise beside images.
 
@@ -97,6 +108,7 @@ def similarity_densities(densities: Sequence[dict]):
     return figure
 
 
+@styled
 def game_curve(history: Sequence[dict], plain: float | None = None):
     """The discrepancy over the updates of the game, the images' turns shaded, and looks at held-back images.
 
@@ -129,6 +141,7 @@ def game_curve(history: Sequence[dict], plain: float | None = None):
     return figure
 
 
+@styled
 def layer_bars(layers: Sequence[dict], limit: int = 20):
     """SQNR of the layers with the lowest, a bar each, the worst on top."""
     if not layers:
@@ -149,6 +162,7 @@ def layer_bars(layers: Sequence[dict], limit: int = 20):
     return figure
 
 
+@styled
 def range_bars(layers: Sequence[dict], part: str):
     """Ranges of one operand of all layers in their order: what is representable, and what was seen, on a symmetric
     logarithmic axis.

@@ -63,7 +63,7 @@ def verdict(result: dict) -> tuple[str, str]:
     name, value = fidelity_of(result)
     word = 'good' if value >= 90 else 'doubtful' if value >= 75 else 'bad'
     says = dict(good='the quantized model does nearly what full precision does',
-                doubtful='the quantized model differs from full precision: look at the layers below, or give it more bits',
+                doubtful='the quantized model differs from full precision: look at the layers, or give it more bits',
                 bad='the quantized model does not do what full precision does: do not use it as it is')[word]
     return word, f'{name} with full precision as the truth is {value:.1f} of 100: {says}.'
 

@@ -74,6 +74,8 @@ def _table(header, rows, title, caption=None):
 def result_table(result: dict) -> Table:
     """Full precision beside quantized, for one run of ``tools/dfq.py``."""
     caption = f"{result['checkpoint']}\ntest it with {result['test_config']}"
+    if 'report' in result:
+        caption += f"\nreport: {result['report']}"
     if 'not_evaluated' in result:
         caption += f"\nnot evaluated: {result['not_evaluated']}"
     return _table(*rows_of(result), f"psaq_mm, {result['method']}", caption)

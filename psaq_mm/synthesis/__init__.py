@@ -14,6 +14,6 @@ from .synthesize import objective, synthesize
 
 __all__ = [
     'Game', 'GameConfig', 'ImageOptimizer', 'PatchSimilarityTap', 'SynthesisConfig', 'attention_tokens', 'augment',
-    'discrepancy', 'distillation', 'learning_rate', 'lesson_view', 'map_tokens', 'objective',
-    'patch_similarity', 'patch_similarity_entropy', 'prior_loss', 'similarity_density', 'synthesize', 'total_variation', 'valid_range'
+    'discrepancy', 'distillation', 'learning_rate', 'lesson_view', 'map_tokens', 'objective', 'patch_similarity',
+    'patch_similarity_entropy', 'prior_loss', 'similarity_density', 'synthesize', 'total_variation', 'valid_range'
 ]

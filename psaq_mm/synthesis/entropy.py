@@ -222,7 +222,7 @@ def similarity_density(tokens: Tensor, bandwidth: float = BANDWIDTH) -> tuple[Te
         bandwidth (float): As there.
 
     Returns:
-        tuple[Tensor, Tensor]: Points between -1 and 1, ends included, and the density at each, on the CPU.
+        tuple[Tensor, Tensor]: Points between -1 and 1, and the density at each, on the CPU.
     """
     grid = _grid(bandwidth, torch.device('cpu'))
     counts = torch.zeros(grid.bins, dtype=torch.int64)
@@ -231,7 +231,7 @@ def similarity_density(tokens: Tensor, bandwidth: float = BANDWIDTH) -> tuple[Te
         counts += torch.bincount(index.flatten(), minlength=grid.bins).cpu()
     density = grid.density(counts[None])[0] / counts.sum()
     points = grid.start + grid.bin * BINS / 2 + grid.step * torch.arange(grid.points, dtype=torch.float64)
-    inside = points.abs() <= 1 + grid.step / 2
+    inside = points.abs() <= 1
     return points[inside], density[inside]
 
 

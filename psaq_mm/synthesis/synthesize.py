@@ -50,6 +50,6 @@ def synthesize(noise: Tensor, run: Callable[[Tensor], None], tap: PatchSimilarit
     optimizer = ImageOptimizer(noise, low, high, config.lr)
     for step in range(config.steps):
         rng = random.Random(f'{seed}-{step}')
-        optimizer.step(lambda images: objective(images, run, tap, config, rng)[0], learning_rate(step, config))
+        optimizer.step(lambda images, rng=rng: objective(images, run, tap, config, rng)[0], learning_rate(step, config))
         progress()
     return optimizer.images.detach()

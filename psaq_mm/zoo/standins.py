@@ -76,7 +76,7 @@ class LanguageLayer(nn.Module):
 
 
 def without_language(model: dict) -> dict:
-    """Replaces BERT in a model config, in place, and in mmdet's head for GLIP in this process, which has it built in."""
+    """Replaces BERT in a model config, in place, and in this process in mmdet's head for GLIP."""
     language = model.get('language_model') or {}
     if language.get('type') == 'BertModel':
         language['type'] = 'psaq_mm.TinyLanguageModel'

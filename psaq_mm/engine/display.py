@@ -1,0 +1,104 @@
+"""What a run shows while it works: a live bar in a terminal, mmengine's lines elsewhere, or nothing."""
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from contextlib import ExitStack, redirect_stdout
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+SHOWN = ('entropy', 'discrepancy', 'ratio')  # numbers of an update that stand beside the bar
+LINES = ('Iter(', 'Exp name:')  # log lines that the bar stands in for; the log file has them
+
+
+def without_lines(record: logging.LogRecord) -> bool:
+    """A filter for loggers' handlers."""
+    return not record.getMessage().startswith(LINES)
+
+
+class Display:
+    """Use as a context: whatever happens inside, the terminal is left as it was.
+
+    Args:
+        quiet (bool): Show warnings and errors only, on stderr. Defaults to False.
+        console (Console, optional): Where the bar goes. Default: stdout; in it a bar only if that is a terminal.
+    """
+
+    def __init__(self, quiet: bool = False, console: Console | None = None):
+        self.quiet, self.progress, self.task, self.stage = quiet, None, None, None
+        self.stack = ExitStack()
+        console = console or Console()
+        if not quiet and console.is_terminal and is_main_process():
+            self.progress = Progress(
+                TextColumn('{task.description:<11}'), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn('eta'), TimeRemainingColumn(), TextColumn('{task.fields[numbers]}'), console=console)
+
+    def __enter__(self):
+        if self.quiet:
+            self.stack.enter_context(redirect_stdout(self.stack.enter_context(open(os.devnull, 'w'))))
+        elif self.progress is not None:
+            self.stack.enter_context(self.progress)
+        return self
+
+    def __exit__(self, *error):
+        self.stack.close()
+
+    def attach(self, runner) -> None:
+        """Follows a runner from now on."""
+        for handler in runner.logger.handlers:
+            if type(handler) is not logging.StreamHandler:  # files keep everything
+                continue
+            if self.quiet:
+                handler.setStream(sys.stderr)
+                handler.setLevel(max(handler.level, logging.WARNING))
+            elif self.progress is not None:
+                before = handler.setStream(sys.stdout)  # what prints above the bar
+                handler.addFilter(without_lines)
+                self.stack.callback(handler.setStream, before)
+        if self.progress is not None:
+            runner.register_hook(DisplayHook(self), 'VERY_LOW')
+
+    def show(self, stage: str, done: int, total: int, numbers: dict | None = None) -> None:
+        """Moves the bar; one of its own for each stage."""
+        if self.progress is None:
+            return
+        if stage != self.stage:
+            self.stage, self.task = stage, self.progress.add_task(stage, total=total, completed=done - 1, numbers='')
+        text = '  '.join(f'{key} {value:.4g}' for key, value in (numbers or {}).items() if key in SHOWN)
+        self.progress.update(self.task, completed=done, total=total, **(dict(numbers=text) if text else {}))
+
+
+class DisplayHook(Hook):
+    """Tells a :class:`Display` how far a runner is."""
+
+    def __init__(self, display: Display):
+        self.display = display
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        loop = runner.train_loop
+        before = loop.synthesis_iters
+        if loop.iter < before:
+            self.display.show('synthesis', loop.iter + 1, before, outputs)
+        else:
+            self.display.show('game', loop.iter + 1 - before, loop.game_iters, outputs)
+
+    def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.display.show('evaluation', batch_idx + 1, len(runner.test_dataloader))
+
+    def after_test_epoch(self, runner, metrics=None):
+        self.display.stage = None  # another evaluation is another bar
+
+    def after_report_step(self, runner, done, total):
+        """See :func:`psaq_mm.engine.reporting.fresh_images`."""
+        self.display.show('report', done, total)

@@ -1,0 +1,255 @@
+"""What a run says about itself: the page, its numbers, and what is shown while it works."""
+import json
+import math
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from torch import nn
+
+from psaq_mm.engine.checkpoint import load_safely, read_checkpoint
+from psaq_mm.quantization import LayerConfig, calibrate, convert, layer_errors, quantizable
+from psaq_mm.quantization.config import ActivationConfig, WeightConfig
+from psaq_mm.report import figures, page
+from psaq_mm.report.fidelity import fidelity, objects
+from psaq_mm.stanza import QuantizationConfig
+from psaq_mm.synthesis import patch_similarity_entropy, similarity_density
+
+from .conftest import DEMO_CHECKPOINT, DEMO_CONFIG, ROOT, run_tool
+
+
+def float_model(config, checkpoint):
+    model = MODELS.build(Config.fromfile(config).model).eval()
+    model.load_state_dict(read_checkpoint(str(checkpoint))['state_dict'])
+    return model
+
+
+def damaged(model, amount):
+    """The model with noise on the weights of its backbone, relative to each one's spread."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.backbone.parameters():
+            if parameter.dim() > 1:
+                parameter += amount * parameter.std() * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+TASKS = dict(
+    detection=(DEMO_CONFIG, DEMO_CHECKPOINT, 'box AP'),
+    segmentation=(ROOT / 'demo/upernet_swin_mini_scenes.py', ROOT / 'demo/upernet_swin_mini_scenes.pth', 'mIoU'),
+    classification=(ROOT / 'demo/vit_mini_objects.py', ROOT / 'demo/vit_mini_objects.pth', 'top-1 agreement'))
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_fidelity_falls_from_100_as_the_model_departs_from_full_precision(task, scenes):
+    from mmengine.registry import init_default_scope
+    config, checkpoint, name = TASKS[task]
+    cfg = Config.fromfile(config)
+    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    try:
+        teacher = float_model(config, checkpoint)
+        size = (96, 96) if task == 'classification' else (96, 128)
+        batches = [torch.nn.functional.interpolate(torch.randn(4, 3, 12, 16), size, mode='bicubic') for _ in range(2)]
+        found = [fidelity(teacher, damaged(float_model(config, checkpoint), amount), batches)
+                 for amount in (0, 0.02, 0.9)]
+    finally:
+        init_default_scope('mmdet')
+    assert all('problem' not in f and f['images'] == 8 for f in found), found
+    assert found[0]['predictions'][name] == pytest.approx(100)
+    values = [f['predictions'][name] for f in found]
+    cosines = [f['cosine'] for f in found]
+    assert values[0] >= values[1] > values[2] and cosines[0] > cosines[1] > cosines[2], (values, cosines)
+    assert cosines[0] == pytest.approx(1, abs=1e-6) and values[2] < 90
+    if task == 'detection':
+        assert found[0]['objects'] >= 3 * 8 and found[0]['predictions']['mask AP'] == pytest.approx(100)
+
+
+def test_a_model_whose_predictions_nobody_can_ask_for_is_compared_by_features():
+    class Model(nn.Module):
+        def extract_feat(self, images):
+            return [images.mean(1, keepdim=True)]
+
+        def forward(self, images, samples, mode):
+            raise RuntimeError('no captions')
+
+    found = fidelity(Model(), Model(), [torch.rand(2, 3, 8, 8)])
+    assert found['cosine'] == pytest.approx(1) and found['predictions'] == {} and 'no captions' in found['problem']
+
+
+def test_what_counts_as_an_object():
+    assert objects(torch.tensor([0.9, 0.5, 0.3, 0.29])).tolist() == [True, True, True, False]
+    assert objects(torch.tensor([0.1, 0.9, 0.2, 0.05])).tolist() == [True, True, True, False]  # the three best
+    assert objects(torch.tensor([])).tolist() == []
+
+
+def quantized_linear(bits, x, observer='minmax'):
+    model = nn.ModuleDict(dict(layer=nn.Linear(64, 32, bias=False)))
+    layers = quantizable(model, ['layer'])
+    convert(model, layers, dict(layer=LayerConfig(weight=WeightConfig(bits=bits), activation=ActivationConfig(
+        bits=bits, observer=observer))))
+    calibrate(model, lambda: model.layer(x))
+    return model
+
+
+def test_sqnr_is_that_of_its_definition_and_6_db_a_bit():
+    x = torch.rand(256, 64) * 2 - 1
+    found = {}
+    for bits in (8, 7, 4):
+        model = quantized_linear(bits, x)
+        error, = layer_errors(model, lambda model=model: model.layer(x))
+        quantizer = model.layer.input_quantizer
+        exact, rounded = x @ model.layer.weight.T, model.layer(x)
+        assert error.sqnr == pytest.approx(10 * math.log10(exact.square().sum() / (rounded - exact).square().sum()),
+                                           abs=1e-3)
+        assert error.operands['input'].sqnr == pytest.approx(
+            10 * math.log10(x.square().sum() / (quantizer(x) - x).square().sum()), abs=1e-3)
+        assert error.operands['input'].seen_low == x.min() and error.operands['input'].clipped < 0.01
+        assert set(error.operands) == {'input', 'weight'} and error.kind == 'linear'
+        found[bits] = error.sqnr
+    assert found[8] - found[7] == pytest.approx(6, abs=1) and found[8] - found[4] == pytest.approx(24, abs=2)
+
+
+def test_values_outside_the_range_are_counted():
+    x = torch.rand(256, 64)
+    model = quantized_linear(8, x)
+    error, = layer_errors(model, lambda: model.layer(torch.cat([x, 3 * torch.ones(256, 64)])))
+    assert error.operands['input'].clipped == pytest.approx(0.5, abs=1e-3)
+    assert error.operands['input'].seen_high == 3 and error.operands['input'].high == pytest.approx(1, abs=0.01)
+
+
+def test_measuring_leaves_the_model_as_it_was():
+    x = torch.rand(8, 64)
+    model = quantized_linear(4, x)
+    before = model.layer(x)
+    layer_errors(model, lambda: model.layer(x))
+    assert torch.equal(model.layer(x), before) and not model.layer._forward_hooks
+    assert not model.layer.input_quantizer._forward_hooks
+
+
+def layer(name='backbone.a', sqnr=10.0, bits=8, clipped=0.0, part='input'):
+    return dict(name=name, kind='linear', sqnr=sqnr, operands={
+        'weight': dict(bits=8, sqnr=40.0, clipped=0.0, low=-1, high=1, seen_low=-1, seen_high=1),
+        part: dict(bits=bits, sqnr=sqnr, clipped=clipped, low=-1, high=1, seen_low=-2, seen_high=1)})
+
+
+@pytest.mark.parametrize('entry, wanted', [
+    (layer(bits=4), 'activation=dict(bits=8)'), (layer(bits=4, part='weight'), 'weight=dict(bits=8)'),
+    (layer(clipped=0.2), "activation=dict(observer='minmax')"), (layer(), "keep_float=['backbone.a']")])
+def test_advice_is_a_stanza_that_parses(entry, wanted):
+    item, = page.advice([entry, layer('backbone.b', sqnr=30.0)])
+    assert wanted in item['stanza'] and item['name'] == 'backbone.a'
+    QuantizationConfig.parse(eval(f"dict({item['stanza']})"))
+
+
+@pytest.mark.parametrize('value, word', [(99.0, 'good'), (80.0, 'doubtful'), (10.0, 'bad')])
+def test_the_verdict_follows_the_fidelity(value, word):
+    assert page.verdict(dict(fidelity=dict(predictions={'box AP': value})))[0] == word
+    assert page.verdict(dict(fidelity=dict(problem='no patches'))) == ('unknown', 'no patches')
+
+
+def test_a_density_is_one_and_has_the_entropy_that_synthesis_raises():
+    tokens = torch.randn(3, 20, 4)
+    points, density = similarity_density(tokens)
+    step = points[1] - points[0]
+    assert points[0] == pytest.approx(-1, abs=0.003) and points[-1] == pytest.approx(1, abs=0.003)
+    # What the kernel spreads beyond 1 is not drawn: half of the diagonal's.
+    assert density.sum() * step == pytest.approx(1 - 0.5 / 20, abs=5e-3)
+    off = tokens.new_tensor([1.0, 0.2, -0.3]).view(1, 3, 1) * torch.eye(3).view(1, 3, 3)  # pairwise at right angles
+    points, density = similarity_density(off)
+    assert points[density.argmax()] == pytest.approx(0, abs=0.003)
+    assert patch_similarity_entropy(tokens, 1) > patch_similarity_entropy(off, 1)
+
+
+def test_figures_take_the_colours_of_the_page():
+    history = [dict(stage='synthesis', index=i, entropy=i / 10) for i in range(8)] + [
+        dict(stage='game', index=i, ratio=1 - i / 20, turn='images' if i in (3, 4) else 'student',
+             **(dict(holdout=0.1) if i % 2 else {})) for i in range(8)]
+    drawn = [figures.entropy_curve(history, 4), figures.game_curve(history, 0.1),
+             figures.layer_bars([layer(), layer('b', 30.0)]), figures.range_bars([layer()], 'weight')]
+    for figure in drawn:
+        text = figures.svg(figure)
+        assert text.startswith('<svg') and 'var(--ink)' in text and '#010203' not in text
+        image = figures.pixels(figure)
+        assert image.dtype == np.uint8 and image.shape[2] == 3 and image.std() > 5
+    assert figures.entropy_curve([], 4) is None and figures.game_curve([], None) is None
+
+
+def test_every_run_leaves_a_page_that_needs_nothing_else(quantized_run):
+    work_dir, printed = quantized_run
+    text = (work_dir / 'report.html').read_text()
+    found = json.loads((work_dir / 'metrics.json').read_text())
+    assert found['report'] == str(work_dir / 'report.html') and found['report'] in printed.replace('\n', '')
+    assert not re.search(r'<(script|link|iframe)|@import|(src|href)="(?!data:|#)', text)
+    assert text.count('<svg') == 6 and text.count('data:image/jpeg') == 12  # 6 images, the noise beside each
+    for words in ('Patch similarity', 'The game', 'On real data', 'box AP', 'tools/dfq.py', 'torch 2',
+                  'backbone.stages.0.blocks.0.attn.w_msa.matmul_context'):
+        assert words in text, words
+    assert ('What to try' in text) != ('None is below' in text)
+    assert {'box AP', 'mask AP'} == set(found['fidelity']['predictions']) and found['fidelity']['images'] == 16
+    assert 0 < found['fidelity']['predictions']['box AP'] <= 100 and found['fidelity']['cosine'] > 0.9
+    fresh, seen = (load_safely(work_dir / name)['images'] for name in ('fresh.pt', 'synthetic.pt'))
+    assert sum(map(len, fresh)) == 16
+    assert not any(torch.equal(a, b) for a in torch.cat(fresh) for b in torch.cat(seen))
+
+
+def test_the_same_goes_to_tensorboard_and_nothing_is_printed_if_quiet(small_config, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    config = tmp_path / 'config.py'
+    config.write_text(f"_base_ = '{small_config}'\nquantization = dict(report=dict(images=4))\n"
+                      "visualizer = dict(vis_backends=[dict(type='TensorboardVisBackend')])\n")
+    done = run_tool('tools/dfq.py', config, '--work-dir', tmp_path, '--quiet', '--no-eval')
+    assert done.stdout == ''
+    assert not [line for line in done.stderr.splitlines() if ' - INFO - ' in line]
+    events, = {path.parent for path in tmp_path.rglob('events.out.tfevents*')}
+    log = EventAccumulator(str(events), size_guidance=dict(scalars=0, images=0))
+    log.Reload()
+    tags = log.Tags()
+    assert {'entropy', 'discrepancy', 'ratio', 'fidelity/box AP', 'fidelity/cosine'} <= set(tags['scalars'])
+    assert {'synthetic'} | {f'report/{name}' for name in (
+        'entropy', 'densities', 'game', 'layers', 'weights', 'activations')} <= set(tags['images'])
+    value = log.Scalars('fidelity/box AP')[-1].value
+    metrics = json.loads((tmp_path / 'metrics.json').read_text())
+    assert value == pytest.approx(metrics['fidelity']['predictions']['box AP'])
+
+
+def test_a_terminal_shows_a_bar_with_entropy_and_discrepancy(small_config, tmp_path):
+    main, terminal = pty.openpty()
+    environment = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore', COLUMNS='120', TERM='xterm')
+    process = subprocess.Popen(
+        [sys.executable, 'tools/dfq.py', small_config, '--work-dir', tmp_path, '--cfg-options',
+         'quantization.report.images=2'], cwd=ROOT, env=environment, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    shown = b''
+    while True:
+        try:
+            shown += os.read(main, 1 << 16)
+        except OSError:  # the other end is closed
+            break
+    assert process.wait() == 0, shown[-2000:]
+    shown = re.sub(r'\x1b\[[\d;?]*[a-zA-Z]', '', shown.decode())
+    for stage, number in (('synthesis', 'entropy'), ('game', 'discrepancy'), ('report', ''), ('evaluation', '')):
+        assert re.search(rf'{stage} +━+ *\d+/\d+ [\d:]+ eta [\d:]+ +{number}', shown), stage
+    assert 'Iter(train)' not in shown and 'Stage 1/3' in shown
+    assert any('Iter(train)' in path.read_text() for path in tmp_path.glob('*/*.log'))
+
+
+def test_a_report_that_fails_loses_nothing(small_config, tmp_path, monkeypatch):
+    from psaq_mm.engine import pipeline, quantize
+    cfg = Config.fromfile(small_config)
+    cfg.work_dir = str(tmp_path)
+
+    def fails(*unused):
+        raise RuntimeError('no fonts')
+
+    monkeypatch.setattr(pipeline, 'write_report', fails)
+    result = quantize(cfg, eval_float=False, eval_quantized=False)
+    assert 'report' not in result and result['fidelity']['images'] == 16
+    assert (tmp_path / 'quantized.pth').exists() and not (tmp_path / 'report.html').exists()
+    assert json.loads((tmp_path / 'metrics.json').read_text())['fidelity'] == result['fidelity']
