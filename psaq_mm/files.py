@@ -38,3 +38,11 @@ def write_json(content, path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically((json.dumps(content, indent=2) + '\n').encode(), path)
+
+
+def read_json(path) -> dict:
+    """What :func:`write_json` wrote, or nothing where there is no such file."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return {}

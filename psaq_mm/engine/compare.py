@@ -10,18 +10,11 @@ from pathlib import Path
 from mmengine.config import Config
 
 from ..errors import UserError
-from ..files import write_json
+from ..files import read_json, write_json
 from ..stanza import QuantizationConfig
 from .checkpoint import in_own_layout, versions
 from .config import calibration_gap, evaluation_gap, float_config
 from .pipeline import check, evaluate, quantize, with_stanza
-
-
-def _read(path: Path):
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 @functools.cache
@@ -44,7 +37,7 @@ def _done(folder: Path, inputs: dict, work: Callable[[bool], dict], files: Itera
         files (Iterable[str]): What it must have left there.
     """
     inputs = json.loads(json.dumps(inputs, default=str))
-    saved = _read(folder / 'compared.json')
+    saved = read_json(folder / 'compared.json')
     if saved.get('inputs') == inputs and 'result' in saved and all((folder / name).exists() for name in files):
         return saved['result']
     write_json(dict(inputs=inputs), folder / 'compared.json')

@@ -1,5 +1,16 @@
 """Quantizers, observers, quantized layers and the conversion that swaps them in. Knows only torch."""
-from .analysis import LayerError, layer_errors, sqnr
+from .allocation import Choice, InfeasibleError, allocate
+from .analysis import (
+    ACTIVATION,
+    WEIGHT,
+    LayerError,
+    layer_errors,
+    multiplications,
+    output_error,
+    parts_of,
+    sensitivities,
+    sqnr,
+)
 from .config import ActivationConfig, FrozenConfig, LayerConfig, WeightConfig
 from .conversion import (
     LAYERS,
@@ -32,10 +43,12 @@ from .outputs import OUTPUT, SUMS, quantize_output, quantize_residual
 from .quantizer import FakeQuantizer, Mode, QuantizerMismatchError, UncalibratedError
 
 __all__ = [
-    'ActivationConfig', 'CONTEXT', 'FakeQuantizer', 'FrozenConfig', 'LAYERS', 'LayerConfig', 'LayerError', 'Mode',
-    'OUTPUT', 'PatternError', 'QuantizedConv2d', 'QuantizedConvTranspose2d', 'QuantizedLinear', 'QuantizedMatMul',
-    'QuantizedMultiheadAttention', 'QuantizerMismatchError', 'SCORES', 'SUMS', 'UncalibratedError', 'WeightConfig',
+    'ACTIVATION', 'ActivationConfig', 'CONTEXT', 'Choice', 'FakeQuantizer', 'FrozenConfig', 'InfeasibleError',
+    'LAYERS', 'LayerConfig', 'LayerError', 'Mode', 'OUTPUT', 'PatternError', 'QuantizedConv2d',
+    'QuantizedConvTranspose2d', 'QuantizedLinear', 'QuantizedMatMul', 'QuantizedMultiheadAttention',
+    'QuantizerMismatchError', 'SCORES', 'SUMS', 'UncalibratedError', 'WEIGHT', 'WeightConfig', 'allocate',
     'attention_parts', 'calibrate', 'convert', 'convert_attention', 'layer_errors', 'match', 'model_bits',
-    'quantizable', 'quantize_output', 'quantize_residual', 'quantized_layers', 'quantizer_mode', 'quantizers',
-    'search_weight_ranges', 'set_mode', 'settle', 'sqnr', 'unused_quantizers'
+    'multiplications', 'output_error', 'parts_of', 'quantizable', 'quantize_output', 'quantize_residual',
+    'quantized_layers', 'quantizer_mode', 'quantizers', 'search_weight_ranges', 'sensitivities', 'set_mode', 'settle',
+    'sqnr', 'unused_quantizers'
 ]

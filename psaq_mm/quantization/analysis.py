@@ -7,16 +7,18 @@ in the quantized model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from .conversion import quantized_layers, quantizers
+from .conversion import quantized_layers, quantizer_mode, quantizers
 from .layers import QuantizedMatMul
 from .quantizer import FakeQuantizer, Mode
 
+WEIGHT, ACTIVATION = 'weight', 'activation'
+OPERANDS = ('input_quantizer', 'weight_quantizer', 'a_quantizer', 'b_quantizer')
 CEILING = 120.0  # dB; float32 itself has about 150, and nothing that is rounded comes near
 
 
@@ -140,7 +142,7 @@ def layer_errors(model: nn.Module, run: Callable[[], None]) -> list[LayerError]:
     layers = quantized_layers(model)
     for name, quantizer in quantizers(model).items():
         owner, _, part = name.rpartition('.')
-        if owner in found and part in ('input_quantizer', 'weight_quantizer', 'a_quantizer', 'b_quantizer'):
+        if owner in found and part in OPERANDS:
             handles.append(quantizer.register_forward_hook(of_operand(found[owner], part.removesuffix('_quantizer'))))
     handles += [layer.register_forward_hook(of_layer(found[name])) for name, layer in layers.items()]
     try:
@@ -153,3 +155,90 @@ def layer_errors(model: nn.Module, run: Callable[[], None]) -> list[LayerError]:
 
 def _kind(layer):
     return 'convolution' if layer.weight.dim() == 4 else 'linear'
+
+
+def parts_of(model: nn.Module) -> dict[tuple[str, str], list[FakeQuantizer]]:
+    """Quantizers by (layer or product, 'weight' or 'activation'), in order of definition."""
+    parts = {}
+    for name, layer in quantized_layers(model).items():
+        for key, quantizer in layer.named_children():
+            if isinstance(quantizer, FakeQuantizer) and key in OPERANDS:
+                side = WEIGHT if key == 'weight_quantizer' else ACTIVATION
+                parts.setdefault((name, side), []).append(quantizer)
+    return parts
+
+
+def relative_error(reference: list[Tensor], found: list[Tensor]) -> float:
+    """Squared error over squares of each map, mean over the maps."""
+    terms = [((p.float() - q.float()).square().sum() / p.float().square().sum().clamp(min=1e-30)).item()
+             for p, q in zip(reference, found)]
+    return sum(terms) / len(terms)
+
+
+@torch.no_grad()
+def sensitivities(model: nn.Module, outputs: Callable[[Tensor], list[Tensor]], batches: list[Tensor],
+                  skip: Collection[tuple[str, str]] = ()) -> Iterator[tuple[tuple[str, str], float]]:
+    """What rounding one side of one layer costs the outputs, everything else in float.
+
+    Args:
+        model (nn.Module): Converted and calibrated.
+        outputs (Callable): Images (B, C, H, W) to the maps that count.
+        batches (list[Tensor]): Images.
+        skip (Collection): Parts that are known already.
+
+    Yields:
+        tuple[tuple[str, str], float]: (layer, 'weight' or 'activation') and :func:`relative_error`, mean over batches.
+        Source: the usual one-at-a-time analysis of mixed-precision work; the measure is our choice.
+    """
+    parts = {key: own for key, own in parts_of(model).items() if key not in skip}
+    if not parts:
+        return
+    with quantizer_mode(model, Mode.FLOAT):
+        references = [outputs(batch) for batch in batches]
+        for key, own in parts.items():
+            for quantizer in own:
+                quantizer.mode = Mode.QUANTIZE
+            error = sum(relative_error(reference, outputs(batch)) for reference, batch in zip(references, batches))
+            for quantizer in own:
+                quantizer.mode = Mode.FLOAT
+            yield key, error / len(batches)
+
+
+@torch.no_grad()
+def output_error(model: nn.Module, outputs: Callable[[Tensor], list[Tensor]], batches: list[Tensor]) -> float:
+    """:func:`relative_error` of the whole quantized model, mean over batches."""
+    errors = []
+    for batch in batches:
+        found = outputs(batch)
+        with quantizer_mode(model, Mode.FLOAT):
+            errors.append(relative_error(outputs(batch), found))
+    return sum(errors) / len(errors)
+
+
+@torch.no_grad()
+def multiplications(model: nn.Module, run: Callable[[], None]) -> dict[str, int]:
+    """Multiply-accumulate operations of each quantized layer and product while ``run`` feeds the model."""
+    counts, handles = {}, []
+
+    def hook_of(name):
+        def hook(layer, inputs, output):
+            if isinstance(layer, QuantizedMatMul):
+                inner = inputs[0].shape[-1]
+            elif layer.weight.dim() == 4:
+                # of a transposed convolution the weight is (in, out / groups, h, w), and each input takes part so often
+                transposed = isinstance(layer, nn.ConvTranspose2d)
+                inner = layer.weight[0].numel()
+                output = inputs[0] if transposed else output
+            else:
+                inner = layer.weight.shape[1]
+            counts[name] = counts.get(name, 0) + output.numel() * inner
+        return hook
+
+    for name, layer in quantized_layers(model).items():
+        handles.append(layer.register_forward_hook(hook_of(name)))
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counts

@@ -186,3 +186,24 @@ def range_bars(layers: Sequence[dict], part: str):
                     'operands of layers and products, input to output')
     figure.legend(*axes.get_legend_handles_labels(), loc='outside upper right', fontsize=9, ncols=2)
     return figure
+
+
+@styled
+def sensitivity_bars(rows: Sequence[dict], bits: Sequence[int]):
+    """What rounding one side of one layer costs, all layers in the order of the rows.
+
+    Args:
+        rows (Sequence[dict]): From :meth:`psaq_mm.engine.analysis.Analysis.rows`.
+        bits (Sequence[int]): Bit-widths to draw.
+    """
+    figure, row = new_figure(10, 3.4, 2, sharey=True)
+    for axes, side in zip(row, ('weight', 'activation')):
+        for width, colour in zip(bits, (ORANGE, BLUE, GREEN, GREY, INK, FAINT, ORANGE)):
+            points = [(i, r['errors'][str(width)][side]) for i, r in enumerate(rows) if side in r['errors'][str(width)]]
+            axes.plot(*zip(*points), color=colour, marker='.', linestyle='', label=f'{width} bits')
+        axes.set_yscale('log')
+        axes.set_title(f'{side}s', fontsize=10)
+        axes.set_xlabel('layers, the most sensitive first')
+    row[0].set_ylabel('squared error of outputs / squares')
+    row[1].legend()
+    return figure

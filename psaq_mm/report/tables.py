@@ -54,7 +54,8 @@ def rows_of(result: dict):
     fidelity = fidelity_of(result)
     header = ['', *map(title_of, names), *([f'data-free {fidelity[0]}'] if fidelity else []), 'size, MB', 'minutes']
     bits = result['bits']
-    label = f"quantized W{bits['weight']}A{bits['activation']} ({', '.join(result['scope'])})"
+    mixed = ', mixed' if bits.get('mixed') else ''
+    label = f"quantized W{bits['weight']}A{bits['activation']}{mixed} ({', '.join(result['scope'])})"
     return header, [['full precision', *(shown(result['full_precision'], n) for n in names),
                      *(['100'] if fidelity else []), f"{result['size_mb']['full_precision']:.1f}", '-'],
                     [label, *(shown(result['quantized'], n) for n in names),

@@ -1,0 +1,79 @@
+"""Measures what rounding each layer costs, and suggests bits for each under a budget.
+
+    python tools/analyze.py configs/mask_rcnn_swin_s_w8a8.py --size-mb 40
+    python tools/dfq.py work_dirs/mask_rcnn_swin_s_w8a8/mixed_precision.py
+
+No real image is needed: it takes the synthetic ones of an earlier run in the work dir, or makes some. Writes
+mixed_precision.py, sensitivity.json and sensitivity.png. What was measured is kept: an interrupted analysis goes on,
+and another budget takes seconds.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+from common import config_arguments, load_config, run
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description='Layer sensitivity and mixed precision, without data.')
+    config_arguments(parser)
+    parser.add_argument('--bits', nargs='+', type=int, choices=range(2, 9), default=[4, 6, 8], metavar='BITS',
+                        help='to measure and choose from (default: 4 6 8)')
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument('--size-mb', type=float, metavar='MB', help='the model may have so many megabytes (default: '
+                        'what the median of --bits everywhere gives)')
+    budget.add_argument('--bops', type=float, metavar='SHARE', help='or so large a share of the bit operations with 8 '
+                        'bits everywhere, e.g. 0.5: activations get bits of their own, too')
+    parser.add_argument('--quiet', action='store_true', help='print warnings and errors only')
+    return parser.parse_args()
+
+
+def analyze(args):
+    """Measures, suggests, compares, writes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from psaq_mm.engine import write_json
+    from psaq_mm.engine.analysis import Analysis, calibration_images, sensitivity_table, suggestion
+    from psaq_mm.engine.display import Display
+    from psaq_mm.report.figures import sensitivity_bars
+    cfg = load_config(args, f'work_dirs/{Path(args.config).stem}')
+    folder, bits = Path(cfg.work_dir), sorted(set(args.bits))
+    images, path = calibration_images(cfg, args.checkpoint, args.quiet)
+    analysis = Analysis(cfg, images, args.checkpoint)
+    stanza = analysis.quantization
+    analysis.inspect(bits)
+    analysis.check_budget(bits, args.size_mb, args.bops)
+    with Display(args.quiet) as display:
+        analysis.measure(bits, display, folder / 'sensitivity_measured.json')
+    middle = bits[len(bits) // 2]
+    uniform = {f'W{w}A{stanza.activation.bits if args.bops is None else w}':
+               analysis.at(w, stanza.activation.bits if args.bops is None else w) for w in bits}
+    compared = {name: analysis.overall(settings) for name, settings in uniform.items()}
+    size = args.size_mb
+    if args.bops is None and size is None:
+        size = compared[f'W{middle}A{stanza.activation.bits}']['size_mb']
+    overrides = analysis.mixed(bits, size, args.bops)
+    compared['mixed'] = analysis.overall(analysis.at(stanza.weight.bits, stanza.activation.bits, overrides))
+    rows = analysis.rows(bits)
+    result = dict(images=path, bits=bits, size_mb=size, bops=args.bops, layers=rows, compared=compared,
+                  overrides=overrides, suggestion=str(folder / 'mixed_precision.py'))
+    suggestion(cfg, args.checkpoint, overrides).dump(folder / 'mixed_precision.py')
+    sensitivity_bars(rows, bits).savefig(folder / 'sensitivity.png', dpi=120)
+    for target in filter(None, (folder / 'sensitivity.json', args.json)):
+        write_json(result, target)
+    if args.quiet:
+        return
+    console = Console()
+    console.print(sensitivity_table(rows, bits))
+    table = Table(title='The whole model, before the game', caption=f'run it: python tools/dfq.py '
+                  f'{folder}/mixed_precision.py\n{folder}/sensitivity.png', caption_justify='left')
+    for name in ('', 'size, MB', 'SQNR of the outputs, dB', 'weights alone rounded, dB'):
+        table.add_column(name, justify='right' if name else 'left')
+    for name, numbers in compared.items():
+        table.add_row(name, f"{numbers['size_mb']:.2f}", f"{numbers['sqnr']:.1f}", f"{numbers['sqnr_weights']:.1f}")
+    console.print(table)
+
+
+if __name__ == '__main__':
+    sys.exit(run(parse_args(), analyze))
