@@ -1,4 +1,4 @@
-# make demo: bare clone -> environment -> the embedded demo.   make test: bare clone -> environment -> lint and tests.
+# make demo: bare clone -> environment -> the embedded demo.   make test: bare clone -> environment -> lint, docs, tests.
 # Both share .venv, which is made once (the compiled part of mmcv takes 10 to 20 minutes on 2 cores).
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -7,17 +7,22 @@ READY := $(VENV)/.ready
 # Two processes of one thread each: more threads than cores wait for each other.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all env train-demo
+.PHONY: demo test test-all docs env train-demo
 demo: $(READY)
 	$(BIN)/python demo/run.py
 
 test: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/mkdocs build --strict
 	$(TESTS)
 
 test-all: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/mkdocs build --strict
 	$(TESTS) -m ""
+
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
 
 train-demo: $(READY)
 	$(BIN)/python demo/train.py

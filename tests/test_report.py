@@ -61,7 +61,7 @@ def test_fidelity_falls_from_100_as_the_model_departs_from_full_precision(task, 
                  for amount in (0, 0.02, 0.9)]
     finally:
         init_default_scope('mmdet')
-    assert all('problem' not in f and f['images'] == 8 for f in found), found
+    assert all('problem' not in f and f['views'] == 8 for f in found), found
     assert found[0]['predictions'][name] == pytest.approx(100)
     values = [f['predictions'][name] for f in found]
     cosines = [f['cosine'] for f in found]
@@ -193,6 +193,7 @@ def test_every_run_leaves_a_page_that_needs_nothing_else(quantized_run):
         assert words in text, words
     assert ('What to try' in text) != ('None is below' in text)
     assert {'box AP', 'mask AP'} == set(found['fidelity']['predictions']) and found['fidelity']['images'] == 16
+    assert found['fidelity']['views'] == 64
     assert 0 < found['fidelity']['predictions']['box AP'] <= 100 and found['fidelity']['cosine'] > 0.9
     fresh, seen = (load_safely(work_dir / name)['images'] for name in ('fresh.pt', 'synthetic.pt'))
     assert sum(map(len, fresh)) == 16

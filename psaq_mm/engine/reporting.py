@@ -1,6 +1,7 @@
 """What a finished run knows about itself, measured and gathered for the report."""
 from __future__ import annotations
 
+import random
 import shlex
 import sys
 from pathlib import Path
@@ -16,12 +17,13 @@ from ..quantization import layer_errors
 from ..report import figures, page
 from ..report.fidelity import fidelity
 from ..stanza import ROOT
-from ..synthesis import PatchSimilarityTap, similarity_density, synthesize
+from ..synthesis import GameConfig, PatchSimilarityTap, lesson_view, similarity_density, synthesize
 from .hooks import SyntheticImageHook
 from .loop import DataFreeLoop, read_images
 
 FRESH = 500_000  # number of the first fresh image: no run synthesises so many before
 SHOWN = 8  # pairs of noise and image in the gallery
+VIEWS = 4  # of each fresh image; our choice
 DENSITIES = 3  # blocks whose densities are drawn: the first, one in the middle, the last
 
 
@@ -66,6 +68,19 @@ def fresh_images(loop: DataFreeLoop, folder: Path) -> list[Tensor]:
     return images
 
 
+def views_of(loop: DataFreeLoop, images: list[Tensor]) -> list[Tensor]:
+    """Random views of fresh images, varied as the game varies what the student sees.
+
+    Synthetic images are much alike: on them alone a damaged model may agree with full precision by luck.
+    """
+    synthesis, rng = loop.quantization.synthesis, random.Random(f'{loop.runner.seed}-views')
+    views = []
+    for batch in images * VIEWS:
+        others = [image for other in images if other.shape[1:] == batch.shape[1:] for image in other]
+        views.append(lesson_view(batch, others, synthesis, GameConfig(), loop.low, loop.high, rng))
+    return views
+
+
 @torch.no_grad()
 def densities(loop: DataFreeLoop) -> list[dict]:
     """Densities of patch similarities of the first images and of the noise they came from, in a few blocks."""
@@ -97,8 +112,8 @@ def measure(runner, folder: Path, seen: list[Tensor] | None = None) -> dict:
         seen (list[Tensor], optional): Instead of fresh images.
 
     Returns:
-        dict: ``fidelity`` (see :func:`psaq_mm.report.fidelity.fidelity`; with ``problem`` alone where there is none),
-        ``layers`` (see :meth:`LayerError.to_dict`), ``densities``.
+        dict: ``fidelity`` (see :func:`psaq_mm.report.fidelity.fidelity`, and ``images``, how many were synthesised for
+        it; with ``problem`` alone where there is none), ``layers`` (see :meth:`LayerError.to_dict`), ``densities``.
     """
     loop = runner.train_loop
     problem = None
@@ -108,7 +123,8 @@ def measure(runner, folder: Path, seen: list[Tensor] | None = None) -> dict:
         images, problem = [], str(error)
     found = dict(problem=problem or f'{ROOT}.report.images = 0')
     if images:
-        found = fidelity(loop.teacher, loop.student, images, loop.heads)
+        found = dict(fidelity(loop.teacher, loop.student, views_of(loop, images), loop.heads),
+                     images=sum(map(len, images)))
     batches = images or loop.images
 
     def run():

@@ -175,12 +175,12 @@ def fidelity(teacher: nn.Module, student: nn.Module, batches: list[Tensor], head
         heads (bool): Whether the heads are quantized, too.
 
     Returns:
-        dict: ``images``, how many; ``predictions``, agreement by name, in % unless the name says otherwise;
+        dict: ``views``, how many images; ``predictions``, agreement by name, in % unless the name says otherwise;
         ``objects``, of a detector, how many of full precision's detections were taken for truth; ``features``, one
         dict a map; ``cosine``, mean over the maps; ``problem`` where predictions could not be compared.
     """
     features = feature_similarity(teacher, student, batches, heads)
-    result = dict(images=sum(map(len, batches)), features=features,
+    result = dict(views=sum(map(len, batches)), features=features,
                   cosine=sum(f['cosine'] for f in features) / len(features))
     try:
         teachers, students = predictions(teacher, batches), predictions(student, batches)
