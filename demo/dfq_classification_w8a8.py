@@ -4,4 +4,4 @@ load_from = '{{ fileDirname }}/vit_mini_objects.pth'
 quantization = dict(
     targets=['backbone', 'head'],
     synthesis=dict(num_images=24, batch_size=8, size=(96, 96), steps=100, jitter=8),
-    game=dict(steps=120, evaluate_every=10))
+    game=dict(steps=120, evaluate_every=10), report=dict(images=8))

@@ -62,7 +62,8 @@ def main():
             picture = out / 'predictions.png'
             pictures.draw(task, (float_config(cfg), cfg.load_from), (best['test_config'], best['checkpoint']),
                           HERE / 'data', picture)
-            table.caption += (f"\nsynthetic images: {Path(best['checkpoint']).parent / 'synthetic.png'}"
+            table.caption += (f"\nreport: {best['report']}"
+                              f"\nsynthetic images: {Path(best['checkpoint']).parent / 'synthetic.png'}"
                               f'\npredictions, full precision above, quantized below: {picture}')
         tables.append(table)
     for table in tables:

@@ -50,7 +50,7 @@ _base_ = ['{DEMO_CONFIG}', '{ROOT}/configs/_base_/dfq.py']
 load_from = '{DEMO_CHECKPOINT}'
 quantization = dict(
     synthesis=dict(num_images=6, batch_size=3, size=(64, 96), steps=4),
-    game=dict(steps=8, evaluate_every=2, student_patience=3, image_patience=2))
+    game=dict(steps=8, evaluate_every=2, student_patience=3, image_patience=2), report=dict(images=2))
 default_hooks = dict(logger=dict(interval=2))
 val_dataloader = dict(dataset=dict(data_root='{scenes}/'))
 test_dataloader = dict(dataset=dict(data_root='{scenes}/'))
@@ -82,7 +82,8 @@ def small_task(folder, scenes, task, **stanza):
     """A config file on top of one of the other demos': few images, few steps, on rendered images of this test run."""
     path = folder / f'small_{task}.py'
     stanza = dict(synthesis=dict(num_images=6, batch_size=3, size=(96, 96), steps=4),
-                  game=dict(steps=8, evaluate_every=2, student_patience=3, image_patience=2), **stanza)
+                  game=dict(steps=8, evaluate_every=2, student_patience=3, image_patience=2),
+                  report=dict(images=2), **stanza)
     root = f'{scenes}/objects/' if task == 'classification' else f'{scenes}/'
     path.write_text(f"""
 _base_ = ['{ROOT}/demo/dfq_{task}_w8a8.py']

@@ -632,6 +632,18 @@ def test_two_processes_make_what_one_makes(small_config, tmp_path):
             assert (two[key] - one[key]).abs().max() < 1e-3, key
 
 
+def test_two_processes_that_lose_patience_at_different_steps_stay_together(small_config, tmp_path):
+    """A batch that is done early waits for the other process's; the images are those that one process makes."""
+    options = ['--no-eval', '--cfg-options', 'quantization.synthesis.method=psaq_v1', 'quantization.synthesis.steps=12',
+               'quantization.synthesis.patience=1', 'quantization.report.images=0']
+    torchrun(small_config, tmp_path / 'two', *options)
+    run_tool('tools/dfq.py', small_config, '--work-dir', tmp_path / 'one', *options)
+    two, one = (torch.load(tmp_path / name / 'synthetic.pt', weights_only=True)['images'] for name in ('two', 'one'))
+    assert len(one) == len(two) == 2
+    for a, b in zip(one, two):
+        assert torch.equal(a, b)
+
+
 def test_two_processes_play_and_evaluate(small_config, tmp_path):
     (tmp_path / 'every_rank.py').write_text(EVERY_RANK)
     done = torchrun(small_config, tmp_path, '--cfg-options', 'quantization.weight.bits=3',

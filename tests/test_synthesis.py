@@ -341,3 +341,10 @@ def test_state_carries_the_game_on():
     assert seen[1] == seen[3] and torch.equal(seen[0], seen[2])
     second.turn = first.turn = 'images'
     assert first.step(random.Random(9)) == second.step(random.Random(9))
+
+
+def test_images_on_which_the_objective_is_no_number_are_an_error():
+    optimizer = ImageOptimizer(torch.zeros(1, 3, 4, 4), -torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1, 1), 0.1)
+    with pytest.raises(UserError, match='objective became nan.*without --amp'):
+        optimizer.step(lambda images: images.mean() * float('nan'))
+    assert torch.equal(optimizer.images, torch.zeros(1, 3, 4, 4))

@@ -293,10 +293,6 @@ class DataFreeLoop(BaseLoop):
             return loss
 
         self.optimizer.step(lowered, learning_rate(step, config))
-        if not math.isfinite(log['entropy'] + log['prior']):
-            raise UserError(f'synthesis: batch {index + 1}, step {step + 1}: the entropy of patch similarities is no '
-                            f"finite number ({log['entropy']}): the teacher's attention overflows on these images. "
-                            f'Try without --amp, or a smaller {ROOT}.synthesis.lr')
         self.follow(log['entropy'])
         if self.has_plateaued() and dist.get_world_size() == 1:
             self._iter += config.steps - 1 - step  # the steps that are left do not take place

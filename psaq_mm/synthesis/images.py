@@ -163,8 +163,9 @@ class ImageOptimizer:
         loss = objective(self.images)
         value = loss.item()
         if not math.isfinite(value):
-            raise UserError(f'the synthesis objective became {value}: the full-precision model produces NaN '
-                                     'or infinite features. Check the checkpoint, or lower quantization.synthesis.lr.')
+            raise UserError(f'the synthesis objective became {value}: the full-precision model gives features that are '
+                            'no finite numbers on these images. Check the checkpoint, try without --amp, or lower '
+                            'quantization.synthesis.lr')
         self.adam.zero_grad()
         self.images.grad, = torch.autograd.grad(loss, self.images)
         self.adam.step()
