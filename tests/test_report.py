@@ -254,3 +254,29 @@ def test_a_report_that_fails_loses_nothing(small_config, tmp_path, monkeypatch):
     assert 'report' not in result and result['fidelity']['images'] == 2
     assert (tmp_path / 'quantized.pth').exists() and not (tmp_path / 'report.html').exists()
     assert json.loads((tmp_path / 'metrics.json').read_text())['fidelity'] == result['fidelity']
+
+
+def test_a_run_that_was_interrupted_reports_all_of_itself(small_config, tmp_path, monkeypatch):
+    from psaq_mm.engine import DataFreeLoop, quantize, reporting
+    cfg = Config.fromfile(small_config)
+    cfg.work_dir = str(tmp_path)
+    cfg.quantization.report = dict(images=0)
+    cfg.default_hooks.checkpoint = dict(by_epoch=False, interval=3)
+    histories, play = [], DataFreeLoop.game_step
+
+    def stops(self, rng):
+        if self.iter == 13:
+            raise KeyboardInterrupt
+        return play(self, rng)
+
+    monkeypatch.setattr(reporting.figures, 'entropy_curve', lambda history, steps: histories.append(history))
+    with monkeypatch.context() as context:
+        context.setattr(DataFreeLoop, 'game_step', stops)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(cfg, eval_float=False, eval_quantized=False)
+    quantize(cfg, resume=True, eval_float=False, eval_quantized=False)
+    history, = histories
+    for stage in ('synthesis', 'game'):
+        assert [update['index'] for update in history if update['stage'] == stage] == [*range(8)]
+    assert all('entropy' in update for update in history if update['stage'] == 'synthesis')
+    assert {update['turn'] for update in history if update['stage'] == 'game'} == {'student', 'images'}

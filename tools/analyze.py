@@ -24,7 +24,6 @@ def parse_args():
                         'what the median of --bits everywhere gives)')
     budget.add_argument('--bops', type=float, metavar='SHARE', help='or so large a share of the bit operations with 8 '
                         'bits everywhere, e.g. 0.5: activations get bits of their own, too')
-    parser.add_argument('--quiet', action='store_true', help='print warnings and errors only')
     return parser.parse_args()
 
 

@@ -14,6 +14,7 @@ def config_arguments(parser):
                         "e.g. quantization.weight.bits=4 quantization.synthesis.size='(256,256)'")
     parser.add_argument('--device', choices=['cpu', 'cuda'], help='default: cuda where there is one')
     parser.add_argument('--seed', type=int, help='of all randomness (default: the config\'s, or 0)')
+    parser.add_argument('--quiet', action='store_true', help='print warnings and errors only')
     parser.add_argument('--json', metavar='FILE', help='also write the numbers to this file')
 
 

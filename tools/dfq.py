@@ -18,7 +18,6 @@ def parse_args():
     parser.add_argument('--resume', action='store_true', help='go on where an interrupted run in the work dir stopped')
     parser.add_argument('--amp', action='store_true', help='compute features in bfloat16')
     parser.add_argument('--no-eval', action='store_true', help='do not evaluate, only write the checkpoint')
-    parser.add_argument('--quiet', action='store_true', help='print warnings and errors only')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
 

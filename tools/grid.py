@@ -44,8 +44,10 @@ def grid(args):
     if not args.methods and 'real' not in methods:
         print("method 'real' is left out: the config has no calib_dataloader (a data loader of images that are not "
               'evaluated on)')
-    results = compare(cfg, methods, args.bits, cfg.work_dir, args.checkpoint)
-    Console().print(write_comparison(results, cfg.work_dir, args.title or Path(args.config).stem, args.json))
+    results = compare(cfg, methods, args.bits, cfg.work_dir, args.checkpoint, args.quiet)
+    table = write_comparison(results, cfg.work_dir, args.title or Path(args.config).stem, args.json)
+    if not args.quiet:
+        Console().print(table)
 
 
 if __name__ == '__main__':

@@ -14,6 +14,7 @@ from ..files import read_json, write_json
 from ..stanza import QuantizationConfig
 from .checkpoint import in_own_layout, versions
 from .config import calibration_gap, evaluation_gap, float_config
+from .display import Display
 from .pipeline import check, evaluate, quantize, with_stanza
 
 
@@ -46,12 +47,17 @@ def _done(folder: Path, inputs: dict, work: Callable[[bool], dict], files: Itera
     return result
 
 
-def _quantize(cfg, weights, resume):
-    return quantize(cfg, weights, resume=resume, eval_float=False)
+def _evaluate(cfg, weights, folder, quiet):
+    with Display(quiet) as display:
+        return evaluate(float_config(cfg), weights, str(folder), 'full_precision', display)
+
+
+def _quantize(cfg, weights, quiet, resume):
+    return quantize(cfg, weights, resume=resume, eval_float=False, quiet=quiet)
 
 
 def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]], work_dir: str,
-            checkpoint: str | None = None) -> dict:
+            checkpoint: str | None = None, quiet: bool = False) -> dict:
     """Quantizes by every method at every bit-width and evaluates each; finished parts are not done again, unless what
     they depend on has changed: config, checkpoint, seed, or installed software.
 
@@ -64,6 +70,7 @@ def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]]
         bits (Iterable[tuple[int, int]]): (weight, activation).
         work_dir (str): A folder for each run goes there.
         checkpoint (str, optional): Instead of the config's ``load_from``.
+        quiet (bool): Show warnings and errors only. Defaults to False.
 
     Returns:
         dict: ``full_precision`` metrics; ``runs``, by 'W8A8 method', each what :func:`quantize` returns.
@@ -87,7 +94,7 @@ def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]]
                   test=cfg.test_dataloader, evaluator=cfg.test_evaluator,
                   seed=(cfg.get('randomness') or {}).get('seed'))
     folder = root / 'full_precision'
-    full = _done(folder, common, lambda _: evaluate(float_config(cfg), weights, str(folder), 'full_precision'))
+    full = _done(folder, common, lambda _: _evaluate(cfg, weights, folder, quiet))
     runs, images, fresh = {}, None, None
     for weight, activation in bits:
         for method in methods:
@@ -106,7 +113,7 @@ def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]]
             inputs = dict(common, stanza=stanza, calib=method == 'real' and cfg.get('calib_dataloader'),
                           images=reused and reused['made'])
             files = ['quantized.pth', 'test_config.py'] + ['synthetic.pt'] * (method != 'real')
-            result = runs[name] = _done(folder, inputs, functools.partial(_quantize, changed, weights), files)
+            result = runs[name] = _done(folder, inputs, functools.partial(_quantize, changed, weights, quiet), files)
             if reused:  # V2's first stage counts, though it was done once for all
                 runs[name] = dict(result, minutes=round(result['minutes'] + reused['minutes'], 2))
             if fresh is None and (folder / 'fresh.pt').exists():  # all are judged by the same

@@ -87,9 +87,11 @@ def shrink(model: dict, size: int = SIZE) -> dict:
                     part['out_indices'] = tuple(range(count)) if isinstance(indices, (list, tuple)) else count - 1
     if isinstance(model.get('num_queries'), int):  # two-stage DETRs choose so many of the few positions there are
         model['num_queries'] = min(model['num_queries'], QUERIES)
-    for name in ('encoder', 'decoder'):
+    for name in ('encoder', 'decoder', 'text_encoder'):
         if isinstance(model.get(name), dict) and 'num_layers' in model[name]:
             model[name]['num_layers'] = 2
+    if 'templates' in (model.get('text_encoder') or {}):
+        model['text_encoder']['templates'] = ['a photo of a {}.']  # one of dozens for each class
     preprocessor = model.get('data_preprocessor') or {}
     preprocessor.pop('batch_augments', None)
     if preprocessor.get('size'):
