@@ -312,7 +312,7 @@ def test_real_images_keep_the_real_models_accuracy():
     import tempfile
     with tempfile.TemporaryDirectory() as out:
         run_tool('benchmarks/nuclei.py', '--bench', bench, '--methods', 'real', '--bits', 'W4A8', '--out', out,
-                 '--json', f'{out}/j.json', timeout=1800)
+                 '--json', f'{out}/j.json', '--cfg-options', 'quantization.report.images=0', timeout=1800)
         results = json.loads(Path(f'{out}/j.json').read_text())
     full, quantized = results['full_precision'], results['runs']['W4A8 real']['quantized']
     for name in ('coco/bbox_mAP', 'coco/segm_mAP'):
@@ -324,13 +324,14 @@ def test_real_images_keep_the_real_models_accuracy():
 def test_real_weights_of_deit_tiny_keep_their_accuracy(tmp_path):
     """../shared/bench, where it exists: full precision is what timm reports, and no data is needed to come near it.
 
-    README.md says what was measured.
+    docs/results.md says what was measured.
     """
     bench = ROOT.parent / 'shared' / 'bench'
     if not (bench / 'deit_tiny').is_dir():
         pytest.skip(f'{bench} is not here: nothing real to measure on')
     run_tool('benchmarks/deit_tiny.py', '--bench', bench, '--methods', 'psaq_v1', 'psaq_v2', '--bits', 'W8A8', 'W4A8',
-             '--out', tmp_path, '--json', tmp_path / 'j.json', timeout=2700)
+             '--out', tmp_path, '--json', tmp_path / 'j.json', '--cfg-options', 'quantization.report.images=0',
+             timeout=2700)
     run_tool('benchmarks/agreement.py', '--grid', tmp_path)
     fidelity = json.loads((tmp_path / 'agreement.json').read_text())
     shown = run_tool('benchmarks/agreement.py', '--grid', tmp_path, '--runs', tmp_path / 'W4A8_psaq_v1').stdout
