@@ -148,9 +148,11 @@ def test_advice_is_a_stanza_that_parses(entry, wanted):
     QuantizationConfig.parse(eval(f"dict({item['stanza']})"))
 
 
-@pytest.mark.parametrize('value, word', [(99.0, 'good'), (80.0, 'doubtful'), (10.0, 'bad')])
-def test_the_verdict_follows_the_fidelity(value, word):
-    assert page.verdict(dict(fidelity=dict(predictions={'box AP': value})))[0] == word
+@pytest.mark.parametrize('name', page.LIMITS)
+def test_the_verdict_follows_the_fidelity(name):
+    good, bad = page.LIMITS[name]
+    for value, word in ((good, 'good'), (good - 0.1, 'doubtful'), (bad, 'doubtful'), (bad - 0.1, 'bad')):
+        assert page.verdict(dict(fidelity=dict(predictions={name: value})))[0] == word
     assert page.verdict(dict(fidelity=dict(problem='no patches'))) == ('unknown', 'no patches')
 
 

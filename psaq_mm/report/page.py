@@ -12,6 +12,8 @@ from .tables import METRICS, fidelity_of, metric_names, shown, title_of
 SIDE = 256  # pixels that pictures in the page have at most
 LOW_SQNR = 20.0  # dB below which a layer is worth a thought; noise is a tenth of the signal then. Our choice
 CLIPPED = 0.01  # share of values outside a range that is worth a word; our choice
+# From which value on the data-free fidelity is good, and below which bad: read off docs/report.md, our choice.
+LIMITS = {'box AP': (80, 60), 'mIoU': (75, 55), 'top-1 agreement': (93, 80)}
 ADVISED = 5  # layers that get advice
 
 
@@ -56,12 +58,13 @@ def advice(layers: list[dict]) -> list[dict]:
 def verdict(result: dict) -> tuple[str, str]:
     """A word of 'good', 'doubtful', 'bad' or 'unknown', and a sentence, from the data-free fidelity alone.
 
-    The limits are our choice, see docs/trust.md for what they are worth.
+    See docs/report.md for what that is worth.
     """
     if fidelity_of(result) is None:
         return 'unknown', (result.get('fidelity') or {}).get('problem') or 'no data-free comparison was made'
     name, value = fidelity_of(result)
-    word = 'good' if value >= 90 else 'doubtful' if value >= 75 else 'bad'
+    good, bad = LIMITS[name]
+    word = 'good' if value >= good else 'bad' if value < bad else 'doubtful'
     says = dict(good='the quantized model does nearly what full precision does',
                 doubtful='the quantized model differs from full precision: look at the layers, or give it more bits',
                 bad='the quantized model does not do what full precision does: do not use it as it is')[word]
