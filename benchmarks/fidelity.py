@@ -6,9 +6,11 @@
     python benchmarks/fidelity.py work_dirs/study/*/ --out docs/images/fidelity.png
 
 Takes folders of finished comparisons and measures the fidelity of each run in them anew, on the fresh images of the
-first. Writes a scatter plot and JSON, prints Spearman's rank correlations as Markdown.
+first. Writes a scatter plot and JSON, prints rank correlations as Markdown: Spearman's, and how
+many of the pairs that differ by a point or more on real data are in the right order.
 """
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ COLOURS = dict(noise='#8a929c', psaq_v1='#3b82c4', psaq_v2='#d9822b', real='#3a9
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('grids', nargs='+', type=Path, help="work dirs of tools/grid.py or the demos'")
+    parser.add_argument('--measured', type=Path, metavar='FILE', help='numbers of an earlier run (--json): not anew')
     parser.add_argument('--out', type=Path, default=Path('fidelity.png'))
     parser.add_argument('--json', type=Path, metavar='FILE', help='also write the numbers to this file')
     return parser.parse_args()
@@ -68,6 +71,13 @@ def measure(grid):
     return rows
 
 
+def ordered(real, values):
+    """Of the pairs of runs that real data tells apart by a point or more, how many are in that order: '41 of 43'."""
+    pairs = [(real[a] - real[b]) * (values[a] - values[b]) > 0 for a, b in itertools.combinations(range(len(real)), 2)
+             if abs(real[a] - real[b]) >= 1]
+    return f'{sum(pairs)} of {len(pairs)}'
+
+
 def main():
     args = parse_args()
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -81,18 +91,21 @@ def main():
     from psaq_mm.engine import markdown, write_json
     from psaq_mm.report.tables import fidelity_of, metric_names, percent, title_of
     everything, table = {}, []
+    known = json.loads(args.measured.read_text()) if args.measured else {}
     figure = Figure(figsize=(3.6 * len(args.grids), 3.6), layout='constrained')
     for axes, grid in zip(figure.subplots(1, len(args.grids), squeeze=False)[0], args.grids):
-        rows = everything[grid.name] = measure(grid)
+        rows = everything[grid.name] = known.get(grid.name) or measure(grid)
         key = metric_names([row['real'] for row in rows])[0]
         name = fidelity_of(dict(fidelity=dict(predictions=rows[0]['fidelity'])))[0]
         real = [percent(row['real'], key) for row in rows]
-        usual = [i for i, row in enumerate(rows) if row['bits'] != 'W4A4']
+        others = [i for i, row in enumerate(rows) if row['method'] != 'noise']
         for measure_name in [name, *(n for n in rows[0]['fidelity'] if n != name)]:
             values = [row['fidelity'][measure_name] for row in rows]
-            within = spearmanr([real[i] for i in usual], [values[i] for i in usual]).statistic
+            if measure_name.startswith('KL'):
+                values = [-value for value in values]
             table.append([grid.name if measure_name == name else '', title_of(key), measure_name,
-                          f'{spearmanr(real, values).statistic:+.2f}', f'{within:+.2f}', str(len(rows))])
+                          f'{spearmanr(real, values).statistic:.2f}', ordered(real, values),
+                          ordered([real[i] for i in others], [values[i] for i in others]), str(len(rows))])
         for row, value in zip(rows, real):
             axes.scatter(row['fidelity'][name], value, color=COLOURS[row['method']], s=26)
             axes.annotate(row['bits'], (row['fidelity'][name], value), fontsize=6, alpha=0.7,
@@ -108,7 +121,8 @@ def main():
     figure.savefig(args.out, dpi=110)
     if args.json:
         write_json(everything, args.json)
-    header = ['comparison', 'real metric', 'data-free measure', 'rank correlation', 'without W4A4', 'runs']
+    header = ['comparison', 'real metric', 'data-free measure', 'rank correlation', 'pairs in order',
+              'without noise', 'runs']
     print(markdown(header, table))
     return 0
 
