@@ -153,6 +153,8 @@ def test_the_verdict_follows_the_fidelity(name):
     good, bad = page.LIMITS[name]
     for value, word in ((good, 'good'), (good - 0.1, 'doubtful'), (bad, 'doubtful'), (bad - 0.1, 'bad')):
         assert page.verdict(dict(fidelity=dict(predictions={name: value})))[0] == word
+    noise = dict(method='noise', fidelity=dict(predictions={name: good}))
+    assert page.verdict(noise)[0] == 'doubtful' and 'noise' in page.verdict(noise)[1]
     assert page.verdict(dict(fidelity=dict(problem='no patches'))) == ('unknown', 'no patches')
 
 
