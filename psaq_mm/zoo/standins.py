@@ -40,11 +40,11 @@ class TinyLanguageModel(nn.Module):
     """
     WORDS = 64
 
-    def __init__(self, max_tokens=256, pad_to_max=True, **unused):
+    def __init__(self, max_tokens=256, pad_to_max=True, use_sub_sentence_represent=False, **unused):
         super().__init__()
         self.language_backbone = nn.Sequential(OrderedDict(body=nn.Embedding(self.WORDS, WIDTH)))
         self.language_backbone.body.language_dim = WIDTH
-        self.max_tokens, self.pad_to_max = max_tokens, pad_to_max
+        self.max_tokens, self.pad_to_max, self.by_sentence = max_tokens, pad_to_max, use_sub_sentence_represent
 
     @classmethod
     def number(cls, word: str) -> int:
@@ -57,7 +57,7 @@ class TinyLanguageModel(nn.Module):
     def forward(self, captions, **unused) -> dict:
         from mmdet.models.language_models.bert import generate_masks_with_special_tokens_and_transfer_map as masks_of
         words = Words(captions)
-        masks, positions = masks_of(words, [1, 2, 3])
+        masks, positions = masks_of(words, [1, 2, 3]) if self.by_sentence else (words.attention_mask, None)
         embedded = self.language_backbone(words.input_ids)
         return dict(embedded=embedded, hidden=embedded, masks=masks, position_ids=positions,
                     text_token_mask=words.attention_mask.bool())
