@@ -34,7 +34,7 @@ def measure(grid):
     from mmengine.config import Config
     from mmengine.registry import MODELS
 
-    from psaq_mm.engine.checkpoint import load_safely, read_checkpoint
+    from psaq_mm.engine.checkpoint import load_float, load_safely, read_checkpoint
     from psaq_mm.engine.config import default_scope
     from psaq_mm.engine.reporting import views_of
     from psaq_mm.quantization import Mode, set_mode
@@ -53,8 +53,10 @@ def measure(grid):
         stanza = QuantizationConfig.parse(cfg.model.quantization)
         if teacher is None:
             teacher = MODELS.build(cfg.model).eval()
-            full = json.loads((folder / 'compared.json').read_text())['inputs']['checkpoint'][0]
-            teacher.load_state_dict(read_checkpoint(full)['state_dict'], strict=False)
+            full = grid / 'full_precision.pth'  # where the checkpoint had another layout
+            if not full.exists():
+                full = json.loads((folder / 'compared.json').read_text())['inputs']['checkpoint'][0]
+            load_float(teacher, read_checkpoint(str(full)), stanza.targets)
             set_mode(teacher, Mode.FLOAT)
             pixels = teacher.data_preprocessor
             low, high = valid_range(pixels.mean.flatten(), pixels.std.flatten())
