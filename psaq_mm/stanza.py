@@ -170,7 +170,7 @@ def _explain(error: ValidationError, cls, root: str) -> str:
     lines = []
     for item in error.errors(include_url=False):
         location = item['loc']
-        path = '.'.join([root, *map(str, location)])
+        path = '.'.join([root, *(key if (key := str(part)).isprintable() else repr(key) for part in location)])
         if item['type'] == 'extra_forbidden':
             owner = _model_at(cls, location[:-1])
             allowed = sorted(owner.model_fields)

@@ -702,7 +702,7 @@ def test_paper_configs_build_and_run_complete_steps_at_full_size(path, tmp_path)
         assert cfg.load_from.startswith('https://download.openmmlab.com/mm')
     torch.save(dict(state_dict=state), tmp_path / 'full.pth')
     del model, state
-    cfg.quantization.merge(dict(synthesis=dict(num_images=2, batch_size=1, size=size, steps=2),
+    cfg.quantization.merge(dict(synthesis=dict(num_images=2, batch_size=1, size=size, steps=2), report=dict(images=0),
                                 game=dict(steps=2, evaluate_every=1, student_patience=1, image_patience=1)))
     cfg.work_dir = str(tmp_path / 'run')
     result = quantize(cfg, str(tmp_path / 'full.pth'))

@@ -280,8 +280,8 @@ def _quantize(cfg, checkpoint, resume, amp, eval_float, eval_quantized, display)
                                                       quantized=round(quantized_size, 2)),
         minutes=round(sum(minutes.values()), 2), synthesis_minutes=round(minutes['synthesis'], 2),
         scope=scope(runner.train_loop.student, quantization), placement=quantization.placement,
-        bits=dict(weight=quantization.weight.bits, activation=quantization.activation.bits, mixed=any(
-            'bits' in (side or {}) for other in quantization.overrides for side in (other.weight, other.activation))),
+        bits=dict(weight=quantization.weight.bits, activation=quantization.activation.bits),
+        mixed=any('bits' in (side or {}) for o in quantization.overrides for side in (o.weight, o.activation)),
         method=quantization.synthesis.method, seed=runner.seed, checkpoint=str(work_dir / 'quantized.pth'),
         test_config=str(test_path), versions=versions())
     gap = evaluation_gap(cfg)

@@ -51,15 +51,13 @@ def fidelity_of(result: dict) -> tuple[str, float] | None:
 def rows_of(result: dict):
     """Header and rows of one run's table."""
     names = metric_names([result['full_precision'], result['quantized']])
-    fidelity = fidelity_of(result)
-    header = ['', *map(title_of, names), *([f'data-free {fidelity[0]}'] if fidelity else []), 'size, MB', 'minutes']
+    header = ['', *map(title_of, names), 'size, MB', 'minutes']
     bits = result['bits']
-    mixed = ', mixed' if bits.get('mixed') else ''
+    mixed = ', mixed' if result.get('mixed') else ''
     label = f"quantized W{bits['weight']}A{bits['activation']}{mixed} ({', '.join(result['scope'])})"
     return header, [['full precision', *(shown(result['full_precision'], n) for n in names),
-                     *(['100'] if fidelity else []), f"{result['size_mb']['full_precision']:.1f}", '-'],
-                    [label, *(shown(result['quantized'], n) for n in names),
-                     *([f'{fidelity[1]:.1f}'] if fidelity else []), f"{result['size_mb']['quantized']:.1f}",
+                     f"{result['size_mb']['full_precision']:.1f}", '-'],
+                    [label, *(shown(result['quantized'], n) for n in names), f"{result['size_mb']['quantized']:.1f}",
                      f"{result['minutes']:.1f}"]]
 
 
@@ -75,6 +73,8 @@ def _table(header, rows, title, caption=None):
 def result_table(result: dict) -> Table:
     """Full precision beside quantized, for one run of ``tools/dfq.py``."""
     caption = f"{result['checkpoint']}\ntest it with {result['test_config']}"
+    if fidelity_of(result):
+        caption += '\ndata-free {}, with full precision as the truth: {:.1f} of 100'.format(*fidelity_of(result))
     if 'report' in result:
         caption += f"\nreport: {result['report']}"
     if 'not_evaluated' in result:
