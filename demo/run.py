@@ -62,7 +62,7 @@ def main():
             picture = out / 'predictions.png'
             pictures.draw(task, (float_config(cfg), cfg.load_from), (best['test_config'], best['checkpoint']),
                           HERE / 'data', picture)
-            table.caption += (f"\nreport: {best['report']}"
+            table.caption += (f"\nreport: {best.get('report')}"
                               f"\nsynthetic images: {Path(best['checkpoint']).parent / 'synthetic.png'}"
                               f'\npredictions, full precision above, quantized below: {picture}')
         tables.append(table)

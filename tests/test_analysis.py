@@ -133,3 +133,30 @@ def classification_images(tmp_path_factory):
     path = tmp_path_factory.mktemp('images') / 'synthetic.pt'
     torch.save(dict(images=[torch.randn(4, 3, 96, 96)]), path)
     return path
+
+
+def test_overrides_of_ones_own_are_kept_but_for_their_bits(classification_config):
+    from psaq_mm.engine.analysis import suggestion
+    cfg = Config.fromfile(classification_config)
+    cfg.quantization.overrides = [dict(pattern='*.qkv', weight=dict(bits=4, observer='mse')),
+                                  dict(pattern='*.proj', activation=dict(bits=4))]
+    made = suggestion(cfg, 'weights.pth', [dict(pattern='head', weight=dict(bits=6))])
+    kept, chosen = made.quantization.overrides
+    assert kept['pattern'] == '*.qkv' and kept['weight'] == dict(observer='mse')
+    assert chosen == dict(pattern='head', weight=dict(bits=6)) and made.load_from == 'weights.pth'
+    assert len(cfg.quantization.overrides) == 2
+
+
+def test_layers_that_no_output_shows_keep_their_bits(small_config, tmp_path):
+    """A two-stage head's outputs belong to proposals and are not compared: rounding them looks free, and is not."""
+    from psaq_mm.engine.analysis import Analysis
+    from psaq_mm.engine.display import Display
+    cfg = Config.fromfile(small_config)
+    cfg.work_dir = str(tmp_path)
+    cfg.quantization.targets = ['backbone', 'roi_head.bbox_head']
+    analysis = Analysis(cfg, [torch.randn(1, 3, 64, 96)])
+    analysis.inspect([4, 8])
+    analysis.measure([4, 8], Display(quiet=True), tmp_path / 'measured.json')
+    overrides = analysis.mixed([4, 8], size_mb=1.05 * analysis.least_mb + 0.5)
+    patterns = {entry['pattern'] for entry in overrides}
+    assert patterns and not any(pattern.startswith('roi_head') for pattern in patterns)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from mmengine.config import Config
 from rich.table import Table
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ def calibration_images(cfg: Config, checkpoint: str | None, quiet: bool = False)
     stanza = QuantizationConfig.parse(cfg.quantization)
     known = [stanza.synthesis.reuse, Path(cfg.work_dir) / 'synthetic.pt', Path(cfg.work_dir) / 'images/synthetic.pt']
     for path in filter(None, known):
-        if path == stanza.synthesis.reuse or Path(path).exists():
+        if path == stanza.synthesis.reuse or Path(path).exists() and synthesised(Path(path), stanza):
             return read_images(str(path)), str(path)
     made = with_stanza(cfg, synthesis=dict(method='psaq_v1'), report=dict(images=0))
     made.work_dir = str(Path(cfg.work_dir) / 'images')
@@ -59,12 +60,25 @@ def calibration_images(cfg: Config, checkpoint: str | None, quiet: bool = False)
     return read_images(str(path)), str(path)
 
 
+def synthesised(path: Path, stanza: QuantizationConfig) -> bool:
+    """Whether a ``synthetic.pt`` was made as the stanza wants it: from patch similarities, at its sizes."""
+    made = str(read_json(path.parent / 'metrics.json').get('method')).startswith('psaq')
+    return made and all(tuple(batch.shape[2:]) in stanza.synthesis.size for batch in read_images(str(path)))
+
+
 def digest(tensors: Iterable[Tensor]) -> str:
     """A fingerprint of tensors' values."""
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(tensor.detach().cpu().contiguous().view(-1).numpy().tobytes())
     return found.hexdigest()
+
+
+def without_bits(overrides: list[dict]) -> list[dict]:
+    """Overrides less what they say of bits; those that say nothing else are left out."""
+    kept = [{side: {key: value for key, value in settings.items() if key != 'bits'} if isinstance(settings, dict)
+             else settings for side, settings in entry.items()} for entry in overrides]
+    return [entry for entry in kept if entry.get('weight') or entry.get('activation')]
 
 
 class Analysis:
@@ -82,12 +96,14 @@ class Analysis:
     def __init__(self, cfg: Config, batches: list[Tensor], checkpoint: str | None = None):
         self.cfg = cfg
         self.quantization, self.content, *_ = check(cfg, checkpoint, False)
-        self.batches, self.few, left = batches, [], IMAGES
-        for batch in batches:
+        self.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+        self.batches, self.few, left = [batch.to(self.device) for batch in batches], [], IMAGES
+        for batch in self.batches:
             if left > 0:
                 self.few.append(batch[:left])
                 left -= len(batch)
         self.heads = beyond_features(self.quantization.targets)
+        self.kept = without_bits(self.quantization.to_dict()['overrides'])
         self.errors: dict[tuple[str, str, int], float] = {}  # by layer, side and bits
 
     def outputs(self, model: nn.Module):
@@ -98,7 +114,7 @@ class Analysis:
         """Converted and calibrated as a run would do it before its game."""
         model = build_float(self.cfg).eval()
         load_float(model, self.content, quantization.targets)
-        quantize_model(model, quantization)
+        quantize_model(model, quantization).to(self.device)
 
         def run():
             for batch in self.batches:
@@ -111,10 +127,13 @@ class Analysis:
         return model
 
     def at(self, weight: int, activation: int, overrides=()) -> QuantizationConfig:
-        """The stanza with other bits: everywhere but where pixels are read, and in what overrides name."""
+        """The stanza with other bits: everywhere but where pixels are read and in what ``overrides`` name.
+
+        Of the stanza's own overrides all but their bits are kept.
+        """
         stanza = self.quantization.to_dict()
         stanza['weight']['bits'], stanza['activation']['bits'] = weight, activation
-        stanza['overrides'] = [*overrides]
+        stanza['overrides'] = [*self.kept, *overrides]
         return QuantizationConfig.parse(stanza)
 
     def inspect(self, bits: list[int]) -> None:
@@ -135,7 +154,7 @@ class Analysis:
         Raises:
             UserError: Saying what the least is.
         """
-        if size_mb is not None and size_mb < self.least_mb:
+        if size_mb is not None and size_mb < self.least_mb - 1e-6:
             raise UserError(f'--size-mb {size_mb:g}: with {min(bits)} bits everywhere the model still has '
                             f'{self.least_mb:.2f} MB. Allow more, or fewer bits with --bits')
         share = min(bits)**2 / 64
@@ -179,7 +198,7 @@ class Analysis:
     def overall(self, quantization: QuantizationConfig) -> dict:
         """The whole model under a stanza: size in MB, SQNR of outputs in dB, and that with weights alone rounded."""
         model = self.model(quantization)
-        found = dict(size_mb=round(model_bits(model) / MEGABYTE, 3),
+        found = dict(size_mb=model_bits(model) / MEGABYTE,
                      sqnr=round(sqnr(1, output_error(model, self.outputs(model), self.few)), 2))
         for (_, side), own in parts_of(model).items():
             for quantizer in own if side == ACTIVATION else ():
@@ -215,23 +234,28 @@ class Analysis:
         """
         base = self.quantization
         weight, activation = base.weight.bits, base.activation.bits
+        # Layers whose rounding shows in no output, as those of two-stage heads, keep the stanza's bits.
+        fixed = self.fixed | {name for name in self.names if not any(
+            error for (owner, _, _), error in self.errors.items() if owner == name)}
         layers = {}
         if bops is None:
-            free = {name: count for name, count in self.weights.items() if name not in self.fixed}
-            rest = model_bits(self.model(self.at(8, 8))) - sum(8 * count for count in free.values())
+            free = {name: count for name, count in self.weights.items() if name not in fixed}
+            rest = model_bits(self.model(self.at(weight, activation))) - sum(weight * n for n in free.values())
             for name, count in free.items():
                 layers[name] = [Choice((width, activation), width * count, self.errors[name, WEIGHT, width])
                                 for width in bits]
             budget = size_mb * MEGABYTE - rest
         else:
             for name, count in self.macs.items():
-                if name in self.fixed:
+                if name in fixed:
                     continue
                 layers[name] = [
                     Choice((w, a), count * w * a, self.errors[name, ACTIVATION, a]
                            + (self.errors[name, WEIGHT, w] if name in self.weights else 0))
                     for a in bits for w in (bits if name in self.weights else [a])]
             budget = bops * sum(64 * self.macs[name] for name in layers)
+        if not layers:
+            return []
         chosen = {name: choice.value for name, choice in allocate(layers, budget).items()}
         return self.overrides(chosen, weight, activation)
 
@@ -265,7 +289,8 @@ def sensitivity_table(rows: list[dict], bits: list[int], limit: int = 20) -> Tab
 def suggestion(cfg: Config, checkpoint: str | None, overrides: list[dict]) -> Config:
     """The config with overrides in its stanza, complete: what ``tools/dfq.py`` runs."""
     made = copy.deepcopy(cfg)
-    made.quantization = with_stanza(cfg, overrides=overrides).quantization
+    kept = without_bits(QuantizationConfig.parse(cfg.quantization).to_dict()['overrides'])
+    made.quantization = with_stanza(cfg, overrides=kept + overrides).quantization
     if checkpoint:
         made.load_from = checkpoint
     return made

@@ -108,6 +108,7 @@ def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]]
                                   report=dict(reuse=fresh) if fresh else {})
             changed.work_dir = str(folder)
             stanza = QuantizationConfig.parse(changed.quantization).to_dict()
+            del stanza['report']  # judges the model and does not change it
             if method != 'psaq_v2':
                 del stanza['game']  # not played
             inputs = dict(common, stanza=stanza, calib=method == 'real' and cfg.get('calib_dataloader'),

@@ -60,11 +60,14 @@ class Display:
             if type(handler) is not logging.StreamHandler:  # files keep everything
                 continue
             if self.quiet:
+                self.stack.callback(handler.setLevel, handler.level)
+                self.stack.callback(handler.setStream, sys.__stdout__)
                 handler.setStream(sys.stderr)
                 handler.setLevel(max(handler.level, logging.WARNING))
             elif self.progress is not None:
                 before = handler.setStream(sys.stdout)  # what prints above the bar
                 handler.addFilter(without_lines)
+                self.stack.callback(handler.removeFilter, without_lines)
                 self.stack.callback(handler.setStream, before)
         if self.progress is not None:
             runner.register_hook(DisplayHook(self), 'VERY_LOW')

@@ -32,6 +32,7 @@ from .config import (
     without_pretrained,
 )
 from .display import Display
+from .loop import read_images
 from .reporting import measure, write_report
 
 MEGABYTE = 8e6  # bits
@@ -130,6 +131,8 @@ def check(cfg: Config, checkpoint: str | None = None, evaluated: bool = True):
         raise UserError(f"{cfg.filename} has no 'quantization' stanza: add quantization = dict() for W8A8, or inherit "
                          'from configs/_base_/dfq.py')
     quantization = QuantizationConfig.parse(cfg.quantization)
+    if quantization.report.reuse:
+        read_images(quantization.report.reuse, f'{ROOT}.report.reuse', 'fresh.pt')
     source = checkpoint or cfg.get('load_from')
     fetched = not source and cfg.model.get('pretrained') is True  # timm's own weights, which the user asked for
     if not source and not fetched:

@@ -1,6 +1,7 @@
 """What a finished run knows about itself, measured and gathered for the report."""
 from __future__ import annotations
 
+import os
 import random
 import shlex
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
+from mmengine.dist import get_world_size
 from torch import Tensor
 
 from ..errors import UserError
@@ -28,7 +30,9 @@ DENSITIES = 3  # blocks whose densities are drawn: the first, one in the middle,
 
 
 def fresh_images(loop: DataFreeLoop, folder: Path) -> list[Tensor]:
-    """Images that nothing was calibrated on, synthesised as the others were, whatever those were; also in ``fresh.pt``.
+    """Images that nothing was calibrated on, by patch-similarity entropy whatever the method; also in ``fresh.pt``.
+
+    Settings as those of the run, each from its own noise and for all steps.
 
     Args:
         loop (DataFreeLoop): Done.
@@ -103,13 +107,12 @@ def densities(loop: DataFreeLoop) -> list[dict]:
     return result
 
 
-def measure(runner, folder: Path, seen: list[Tensor] | None = None) -> dict:
+def measure(runner, folder: Path) -> dict:
     """Everything the report says that takes computing: on fresh images, or without those on the run's own.
 
     Args:
         runner (Runner): Its loop is done.
         folder (Path): The work dir.
-        seen (list[Tensor], optional): Instead of fresh images.
 
     Returns:
         dict: ``fidelity`` (see :func:`psaq_mm.report.fidelity.fidelity`, and ``images``, how many were synthesised for
@@ -133,6 +136,15 @@ def measure(runner, folder: Path, seen: list[Tensor] | None = None) -> dict:
 
     return dict(fidelity=found, layers=[error.to_dict() for error in layer_errors(loop.student, run)],
                 densities=densities(loop))
+
+
+def command() -> str:
+    """What was typed, as far as a process can know."""
+    launcher = ['python']
+    if 'LOCAL_WORLD_SIZE' in os.environ:  # torchrun's
+        processes = int(os.environ['LOCAL_WORLD_SIZE'])
+        launcher = ['torchrun', f'--nnodes={get_world_size() // processes}', f'--nproc_per_node={processes}']
+    return shlex.join([*launcher, *sys.argv])
 
 
 def gallery(runner) -> list[dict]:
@@ -176,7 +188,7 @@ def write_report(runner, cfg: Config, result: dict, measured: dict) -> Path:
         name: figures.svg(figure) for name, figure in drawn.items()}, stanza=loop.quantization.to_dict(),
         game=loop.game and dict(initial=loop.game.initial, best=loop.game.best, turns=loop.game.turns,
                                 student=loop.game.student_updates, images=loop.game.image_updates),
-        command=shlex.join(['python', *sys.argv]), config=str(cfg.filename or ''), title=Path(
+        command=command(), config=str(cfg.filename or ''), title=Path(
             cfg.filename or folder).stem)
     path = folder / 'report.html'
     write_atomically(page.render(content).encode(), path)

@@ -33,12 +33,12 @@ def allocate(layers: dict[str, list[Choice]], budget: float) -> dict[str, Choice
         dict[str, Choice]: By layer. Source: the multiple-choice knapsack of mixed-precision work (HAWQ-V3).
 
     Raises:
-        InfeasibleError: If no choice fits; its message says what the least is, in the unit of the costs.
+        InfeasibleError: If no choice fits, saying what the least is, in the unit of the costs.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
     least = sum(min(choice.cost for choice in choices) for choices in layers.values())
     if least > budget * (1 + 1e-9):
-        raise InfeasibleError(f'{least}')
+        raise InfeasibleError(f'the budget is {budget:g}, the cheapest choices cost {least:g}')
     flat = [(name, choice) for name, choices in layers.items() for choice in choices]
     owners = np.array([list(layers).index(name) for name, _ in flat])
     errors = np.array([choice.error for _, choice in flat])
@@ -48,5 +48,5 @@ def allocate(layers: dict[str, list[Choice]], budget: float) -> dict[str, Choice
     solved = milp(errors / max(errors.max(), 1e-30), integrality=np.ones(len(flat)), bounds=Bounds(0, 1), constraints=[
         LinearConstraint(one_each, 1, 1), LinearConstraint(costs[None] / scale, -np.inf, budget / scale)])
     if solved.x is None:
-        raise InfeasibleError(f'{least}')
+        raise InfeasibleError(f'no choice of bits was found for a budget of {budget:g} (the cheapest cost {least:g})')
     return {name: choice for (name, choice), taken in zip(flat, solved.x) if taken > 0.5}

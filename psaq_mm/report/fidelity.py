@@ -156,7 +156,7 @@ def feature_similarity(teacher: nn.Module, student: nn.Module, batches: list[Ten
                                            extract_features(student, batch, heads))):
             p, q = p.float().flatten(1), q.float().flatten(1)
             if index == len(sums):
-                sums.append(dict(cosine=0.0, rows=0, power=0.0, noise=0.0, shape=None))
+                sums.append(dict(cosine=0.0, rows=0, power=0.0, noise=0.0))
             entry = sums[index]
             entry['cosine'] += nn.functional.cosine_similarity(p, q).sum().item()
             entry['rows'] += len(p)
@@ -188,7 +188,9 @@ def fidelity(teacher: nn.Module, student: nn.Module, batches: list[Tensor], head
         if 'box AP' in result['predictions']:
             result['objects'] = sum(int(objects(sample.pred_instances.scores).sum()) for sample in teachers)
         if not result['predictions']:
-            result['problem'] = 'predictions of this kind of model are not compared, only its features'
+            result['problem'] = ('full precision predicts nothing on these images' if teachers and all(
+                'pred_instances' in sample for sample in teachers) else
+                                 'predictions of this kind of model are not compared, only its features')
     except Exception as error:  # of models that want to know more than an image
         result['predictions'] = {}
         result['problem'] = f'predictions cannot be compared ({type(error).__name__}: {error})'

@@ -13,7 +13,7 @@ SIDE = 256  # pixels that pictures in the page have at most
 LOW_SQNR = 20.0  # dB below which a layer is worth a thought; noise is a tenth of the signal then. Our choice
 CLIPPED = 0.01  # share of values outside a range that is worth a word; our choice
 # From which value on the data-free fidelity is good, and below which bad: read off docs/report.md, our choice.
-LIMITS = {'box AP': (80, 60), 'mIoU': (75, 55), 'top-1 agreement': (80, 40)}
+LIMITS = {'box AP': (80, 60), 'mIoU': (75, 55), 'top-1 agreement': (80, 30)}
 ADVISED = 5  # layers that get advice
 
 
@@ -33,7 +33,8 @@ def advice(layers: list[dict]) -> list[dict]:
         layers (list[dict]): From :meth:`LayerError.to_dict`.
 
     Returns:
-        list[dict]: ``name``, ``sqnr``, ``why`` in words, ``stanza`` to copy; at most five, none where none is low.
+        list[dict]: ``name``, ``sqnr``, ``why`` in words, ``side``, and whether ``more`` bits may help; at most five,
+        none where none is low.
     """
     found = []
     for layer in sorted(layers, key=lambda layer: layer['sqnr'])[:ADVISED]:
@@ -45,14 +46,20 @@ def advice(layers: list[dict]) -> list[dict]:
         why = f"{what} has {operand['bits']} bits and {operand['sqnr']:.1f} dB"
         if operand['clipped'] > CLIPPED:
             why += f"; {100 * operand['clipped']:.1f} % of its values lie outside the range"
-        if operand['bits'] < 8:
-            stanza = f"overrides=[dict(pattern='{layer['name']}', {side}=dict(bits=8))]"
-        elif operand['clipped'] > CLIPPED:
-            stanza = f"overrides=[dict(pattern='{layer['name']}', {side}=dict(observer='minmax'))]"
-        else:
-            stanza = f"keep_float=['{layer['name']}']"
-        found.append(dict(name=layer['name'], sqnr=layer['sqnr'], why=why, stanza=stanza))
+        found.append(dict(name=layer['name'], sqnr=layer['sqnr'], why=why, side=side, more=operand['bits'] < 8))
     return found
+
+
+def stanza_of(found: list[dict]) -> str:
+    """Advice as one stanza to copy: more bits where there are fewer than 8, otherwise float."""
+    parts = []
+    overrides = [f"    dict(pattern='{item['name']}', {item['side']}=dict(bits=8))," for item in found if item['more']]
+    if overrides:
+        parts.append('overrides=[\n' + '\n'.join(overrides) + '\n]')
+    names = [item['name'] for item in found if not item['more']]
+    if names:
+        parts.append(f'keep_float={names}')
+    return 'quantization = dict(' + ',\n'.join(parts) + ')'
 
 
 def verdict(result: dict) -> tuple[str, str]:
@@ -67,7 +74,7 @@ def verdict(result: dict) -> tuple[str, str]:
     word = 'good' if value >= good else 'bad' if value < bad else 'doubtful'
     says = dict(good='the quantized model does nearly what full precision does',
                 doubtful='the quantized model differs from full precision: look at the layers, or give it more bits',
-                bad='the quantized model does not do what full precision does: do not use it as it is')[word]
+                bad='the quantized model often does otherwise than full precision: not to be used unevaluated')[word]
     if result.get('method') == 'noise' and word == 'good':
         word, says = 'doubtful', 'but ranges calibrated on noise look better here than they are on real images'
     return word, f'{name} with full precision as the truth is {value:.1f} of 100: {says}.'
@@ -109,6 +116,7 @@ def render(content: dict) -> str:
              for pair in content['gallery']]
     layers = sorted(content['layers'], key=lambda layer: layer['sqnr'])
     word, sentence = verdict(content['result'])
+    advised = advice(layers)
     return environment.get_template('page.html').render(
-        dict(content, gallery=pairs, layers=layers, advice=advice(layers), verdict=word, sentence=sentence,
-             metrics=metric_rows(content['result']), low=LOW_SQNR))
+        dict(content, gallery=pairs, layers=layers, advice=advised, to_try=stanza_of(advised), verdict=word,
+             sentence=sentence, metrics=metric_rows(content['result']), low=LOW_SQNR))
