@@ -56,10 +56,10 @@ def write_markdown(results, path):
     passed = sum(r['result'] == 'pass' for r in results.values())
     lines = ['# Coverage', '',
              'Written by `python tools/coverage.py --markdown docs/coverage.md`. Every config that the metafiles of '
-             'the installed zoos name, with a transformer for backbone, neck or encoder, made shallow and given images of '
-             '64 x 64 pixels: stanza, conversion, synthesis, calibration, two updates of the game, prediction, saving, '
-             'reloading, and the same prediction again. Weights are random: this says that the job runs, not how '
-             'accurate its result is. The language models of GLIP and GroundingDINO, which are not quantized, are '
+             'the installed zoos name, with a transformer for backbone, neck or encoder, made shallow and given images '
+             'of 64 x 64 pixels: stanza, conversion, synthesis, calibration, two updates of the game, prediction, '
+             'saving, reloading, and the same prediction again. Weights are random: this says that the job runs, not '
+             'how accurate its result is. The language models of GLIP and GroundingDINO, which are not quantized, are '
              'replaced by small ones (`psaq_mm/zoo/standins.py`), and their encoders, which read text as well, stay '
              'in float. Deformable attention samples instead of multiplying: its layers are quantized, and it is not '
              'counted among the attentions.', '',
