@@ -269,6 +269,7 @@ def test_weight_ranges_that_the_images_disagree_with_are_put_back(small_config, 
     assert same(weights(tmp_path / 'a'), weights(tmp_path / 'b'))
 
 
+@pytest.mark.slow
 def test_reused_images_give_what_synthesising_gave(small_config, tmp_path):
     stanza = {'weight.bits': 3, 'activation.bits': 4}
     for method in ('psaq_v1', 'psaq_v2'):
@@ -632,6 +633,7 @@ def test_two_processes_make_what_one_makes(small_config, tmp_path):
             assert (two[key] - one[key]).abs().max() < 1e-3, key
 
 
+@pytest.mark.slow
 def test_two_processes_that_lose_patience_at_different_steps_stay_together(small_config, tmp_path):
     """A batch that is done early waits for the other process's; the images are those that one process makes."""
     options = ['--no-eval', '--cfg-options', 'quantization.synthesis.method=psaq_v1', 'quantization.synthesis.steps=12',

@@ -159,11 +159,11 @@ SLOW = pytest.mark.slow
 SHRUNK = [
     ('mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py', 4),
     ('mmdet::pvt/retinanet_pvt-t_fpn_1x_coco.py', 4),
-    ('mmseg::twins/twins_svt-s_fpn_fpnhead_8xb4-80k_ade20k-512x512.py', 5),
+    pytest.param('mmseg::twins/twins_svt-s_fpn_fpnhead_8xb4-80k_ade20k-512x512.py', 5, marks=SLOW),
     ('mmdet::detr/detr_r50_8xb2-150e_coco.py', 2),
     ('mmseg::beit/beit-base_upernet_8xb2-160k_ade20k-640x640.py', 4),
-    ('mmdet::glip/glip_atss_swin-t_a_fpn_dyhead_pretrain_obj365.py', 5),
-    ('mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py', 0),
+    pytest.param('mmdet::glip/glip_atss_swin-t_a_fpn_dyhead_pretrain_obj365.py', 5, marks=SLOW),
+    pytest.param('mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py', 0, marks=SLOW),
     pytest.param('mmdet::grounding_dino/grounding_dino_swin-t_pretrain_obj365_goldg_cap4m.py', 5, marks=SLOW),
     pytest.param('mmseg::san/san-vit-b16_coco-stuff164k-640x640.py', 3, marks=SLOW),
     pytest.param('mmdet::mask2former_vis/mask2former_r50_8xb2-8e_youtubevis2021.py', 0, marks=SLOW)]

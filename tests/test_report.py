@@ -264,6 +264,7 @@ def test_a_report_that_fails_loses_nothing(small_config, tmp_path, monkeypatch):
     assert json.loads((tmp_path / 'metrics.json').read_text())['fidelity'] == result['fidelity']
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_reports_all_of_itself(small_config, tmp_path, monkeypatch):
     from psaq_mm.engine import DataFreeLoop, quantize, reporting
     cfg = Config.fromfile(small_config)

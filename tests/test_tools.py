@@ -211,6 +211,7 @@ def test_memory_of_a_step_is_near_that_of_a_bare_one(tmp_path):
     assert all(v > 0 for case in found.values() for v in case['seconds'] + case['bytes'])
 
 
+@pytest.mark.slow
 def test_the_density_benchmark_ranks_the_estimators(tmp_path):
     run_tool('benchmarks/density.py', '--repeats', '1', '--json', tmp_path / 'j.json')
     found = json.loads((tmp_path / 'j.json').read_text())
