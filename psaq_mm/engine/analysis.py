@@ -110,11 +110,15 @@ class Analysis:
         """The maps that count, as a function of images."""
         return lambda images: extract_features(model, images, self.heads)
 
-    def model(self, quantization: QuantizationConfig) -> nn.Module:
-        """Converted and calibrated as a run would do it before its game."""
+    def converted(self, quantization: QuantizationConfig) -> nn.Module:
+        """With the checkpoint's weights, not calibrated."""
         model = build_float(self.cfg).eval()
         load_float(model, self.content, quantization.targets)
-        quantize_model(model, quantization).to(self.device)
+        return quantize_model(model, quantization).to(self.device)
+
+    def model(self, quantization: QuantizationConfig) -> nn.Module:
+        """Converted and calibrated as a run would do it before its game."""
+        model = self.converted(quantization)
 
         def run():
             for batch in self.batches:
@@ -240,7 +244,7 @@ class Analysis:
         layers = {}
         if bops is None:
             free = {name: count for name, count in self.weights.items() if name not in fixed}
-            rest = model_bits(self.model(self.at(weight, activation))) - sum(weight * n for n in free.values())
+            rest = model_bits(self.converted(self.at(weight, activation))) - sum(weight * n for n in free.values())
             for name, count in free.items():
                 layers[name] = [Choice((width, activation), width * count, self.errors[name, WEIGHT, width])
                                 for width in bits]

@@ -264,10 +264,10 @@ class DataFreeLoop(BaseLoop):
 
         return extract
 
-    def run_teacher(self, images):
-        """The teacher's backbone as far as its last tapped block, in the precision of the run."""
+    def run_teacher(self, images, tap=None):
+        """The teacher's backbone as far as the last block of a tap (default: the run's), in its precision."""
         with self.precision():
-            self.tap.run(backbone_of(self.teacher), images)
+            (tap or self.tap).run(backbone_of(self.teacher), images)
 
     def synthesis_step(self, rng):
         """One update of one batch of images towards higher patch-similarity entropy."""

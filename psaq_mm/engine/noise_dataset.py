@@ -7,6 +7,11 @@ from torch.utils.data import Dataset
 from ..registry import DATASETS
 
 
+def noise(seed: int, number: int, size: tuple[int, int], channels: int = 3) -> torch.Tensor:
+    """The standard normal noise of one image, (channels, height, width), by the run's seed and the image's number."""
+    return torch.randn(channels, *size, generator=torch.Generator().manual_seed(seed * 1_000_003 + number))
+
+
 @DATASETS.register_module()
 class NoiseDataset(Dataset):
     """Standard normal noise in the model's input space, the same for a seed however it is sharded.
@@ -37,9 +42,7 @@ class NoiseDataset(Dataset):
         if not 0 <= index < self.num_images:
             raise IndexError(index)
         image, batch = self.place(index)
-        height, width = self.sizes[batch % len(self.sizes)]
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + image)
-        return dict(inputs=torch.randn(3, height, width, generator=generator))
+        return dict(inputs=noise(self.seed, image, self.sizes[batch % len(self.sizes)]))
 
     def place(self, index: int) -> tuple[int, int]:
         """The image that the sampler's index stands for, and the batch that it is in."""

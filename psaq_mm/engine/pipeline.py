@@ -324,13 +324,12 @@ def report(runner: Runner, cfg: Config, result: dict) -> None:
         measured = measure(runner, work_dir)
         result['fidelity'] = measured['fidelity']
         result['report_minutes'] = round((time.perf_counter() - started) / 60, 2)
-        write_json(result, work_dir / 'metrics.json')
         result['report'] = str(write_report(runner, cfg, result, measured))
-        write_json(result, work_dir / 'metrics.json')
     except Exception:
         runner.logger.warning('The report could not be made:', exc_info=True)
-        return
-    runner.logger.info(f"The report is {result['report']}")
+    else:
+        runner.logger.info(f"The report is {result['report']}")
+    write_json(result, work_dir / 'metrics.json')
 
 
 def with_stanza(cfg: Config, **changes) -> Config:

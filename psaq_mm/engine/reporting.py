@@ -1,6 +1,7 @@
 """What a finished run knows about itself, measured and gathered for the report."""
 from __future__ import annotations
 
+import functools
 import os
 import random
 import shlex
@@ -22,6 +23,7 @@ from ..stanza import ROOT
 from ..synthesis import GameConfig, PatchSimilarityTap, lesson_view, similarity_density, synthesize
 from .hooks import SyntheticImageHook
 from .loop import DataFreeLoop, read_images
+from .noise_dataset import noise
 
 FRESH = 500_000  # number of the first fresh image: no run synthesises so many before
 SHOWN = 8  # pairs of noise and image in the gallery
@@ -46,17 +48,12 @@ def fresh_images(loop: DataFreeLoop, folder: Path) -> list[Tensor]:
         return [batch.to(loop.device) for batch in read_images(report.reuse, f'{ROOT}.report.reuse', 'fresh.pt')]
     channels, seed, batches = loop.low.shape[1], loop.runner.seed or 0, []
     for number, first in enumerate(range(0, report.images, config.batch_size)):
-        height, width = config.size[number % len(config.size)]
+        size = config.size[number % len(config.size)]
         batches.append(torch.stack([
-            torch.randn(channels, height, width,
-                        generator=torch.Generator().manual_seed(seed * 1_000_003 + FRESH + index))
+            noise(seed, FRESH + index, size, channels)
             for index in range(first, min(first + config.batch_size, report.images))]).to(loop.device))
     tap = loop.tap or PatchSimilarityTap(*similarity_taps(backbone_of(loop.teacher)))
-
-    def run(images):
-        with loop.precision():
-            tap.run(backbone_of(loop.teacher), images)
-
+    run = functools.partial(loop.run_teacher, tap=tap)
     done, total, images = 0, len(batches) * config.steps, []
 
     def progress():
@@ -64,8 +61,8 @@ def fresh_images(loop: DataFreeLoop, folder: Path) -> list[Tensor]:
         done += 1
         loop.runner.call_hook('after_report_step', done=done, total=total)
 
-    for number, noise in enumerate(batches):
-        images.append(synthesize(noise, run, tap, config, loop.low, loop.high, f'{seed}-fresh-{number}', progress))
+    for number, batch in enumerate(batches):
+        images.append(synthesize(batch, run, tap, config, loop.low, loop.high, f'{seed}-fresh-{number}', progress))
     if loop.tap is None:
         tap.remove()
     write_atomically(dict(images=[batch.cpu() for batch in images]), folder / 'fresh.pt')
@@ -153,8 +150,10 @@ def gallery(runner) -> list[dict]:
     if loop.quantization.synthesis.method == 'real':  # not ours to pass on
         return []
     images = SyntheticImageHook.pictures(runner, SyntheticImageHook.current(loop))
-    noise = SyntheticImageHook.pictures(runner, loop.noise) if loop.noise and loop.synthesized else [None] * len(images)
-    return [dict(noise=before, image=after) for before, after in zip(noise, images)][:SHOWN]
+    starts = [None] * len(images)
+    if loop.noise and loop.synthesized:
+        starts = SyntheticImageHook.pictures(runner, loop.noise)
+    return [dict(noise=before, image=after) for before, after in zip(starts, images)][:SHOWN]
 
 
 def write_report(runner, cfg: Config, result: dict, measured: dict) -> Path:

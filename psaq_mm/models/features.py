@@ -98,9 +98,9 @@ def tensors(nested) -> Iterator[Tensor]:
             yield from tensors(item)
 
 
-def data_samples(images: Tensor) -> list[BaseDataElement]:
-    """What mm* heads want to know about images that no file and no pipeline stands behind."""
+def data_samples(images: Tensor, kind: type[BaseDataElement] = BaseDataElement) -> list[BaseDataElement]:
+    """What mm* heads want to know about images that no file and no pipeline stands behind, as samples of a kind."""
     size = tuple(images.shape[-2:])
-    return [BaseDataElement(metainfo=dict(
+    return [kind(metainfo=dict(
         img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size, scale_factor=(1.0, 1.0), flip=False,
         flip_direction=None)) for _ in images]

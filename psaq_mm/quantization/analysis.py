@@ -113,15 +113,8 @@ def layer_errors(model: nn.Module, run: Callable[[], None]) -> list[LayerError]:
 
     def of_layer(error):
         def hook(layer, inputs, output):
-            own = [q for q in layer.modules() if isinstance(q, FakeQuantizer)]
-            modes = [q.mode for q in own]
-            for quantizer in own:
-                quantizer.mode = Mode.FLOAT
-            try:
+            with quantizer_mode(layer, Mode.FLOAT):
                 exact = type(layer).forward(layer, *inputs)
-            finally:
-                for quantizer, mode in zip(own, modes):
-                    quantizer.mode = mode
             exact, output = exact.float(), output.float()
             error.power += exact.square().sum(dtype=torch.float64).item()
             error.noise += (output - exact).square().sum(dtype=torch.float64).item()

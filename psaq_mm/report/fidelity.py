@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..classification import Classifier
 from ..models import extract_features
+from ..models.features import data_samples
 from ..quantization import sqnr
 
 SCORE = 0.3  # of a detection of the full-precision model that counts as an object; our choice
@@ -29,15 +30,12 @@ def samples_of(model: nn.Module, images: Tensor) -> list:
         model (nn.Module): Of mmdet or mmseg.
         images (Tensor): (B, C, H, W).
     """
-    size = tuple(images.shape[-2:])
     from mmseg.models.segmentors.base import BaseSegmentor
     if isinstance(model, BaseSegmentor):
         from mmseg.structures import SegDataSample as Sample
     else:
         from mmdet.structures import DetDataSample as Sample
-    return [Sample(metainfo=dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size, img_id=index,
-                                 scale_factor=(1.0, 1.0), flip=False, flip_direction=None, img_path=''))
-            for index in range(len(images))]
+    return data_samples(images, Sample)
 
 
 @torch.no_grad()
