@@ -1,4 +1,5 @@
 """What a run says about itself: the page, its numbers, and what is shown while it works."""
+import argparse
 import json
 import math
 import os
@@ -10,11 +11,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
-from mmengine.registry import MODELS
+from mmengine.config import Config, DictAction
+from mmengine.registry import MODELS, VISBACKENDS
+from mmengine.visualization.vis_backend import BaseVisBackend, force_init_env
 from torch import nn
 
 from psaq_mm.engine.checkpoint import load_safely, read_checkpoint
+from psaq_mm.engine.config import evaluation_config
+from psaq_mm.engine.runner import WITHOUT
+from psaq_mm.errors import UserError
 from psaq_mm.quantization import LayerConfig, calibrate, convert, layer_errors, quantizable
 from psaq_mm.quantization.config import ActivationConfig, WeightConfig
 from psaq_mm.report import figures, page
@@ -262,6 +267,111 @@ def test_a_report_that_fails_loses_nothing(small_config, tmp_path, monkeypatch):
     assert 'report' not in result and result['fidelity']['images'] == 2
     assert (tmp_path / 'quantized.pth').exists() and not (tmp_path / 'report.html').exists()
     assert json.loads((tmp_path / 'metrics.json').read_text())['fidelity'] == result['fidelity']
+
+
+class Experiment(BaseVisBackend):
+    """An experiment logger as they are: set up once a process, closed once, of no use afterwards."""
+    begun, ended, told, broken = 0, 0, [], None
+
+    def _init_env(self):
+        if type(self).broken == 'login':
+            raise SystemExit('api_key not configured')
+        assert type(self).begun == 0, 'an experiment runs already'
+        type(self).begun += 1
+
+    @property
+    @force_init_env
+    def experiment(self):
+        return self
+
+    def tell(self, name):
+        if type(self).broken == 'network':
+            raise OSError('no route to host')
+        assert not type(self).ended, f'{name} comes after the end'
+        type(self).told.append(name)
+
+    @force_init_env
+    def add_image(self, name, image, step=0, **kwargs):
+        self.tell(name)
+
+    @force_init_env
+    def add_scalars(self, scalar_dict, step=0, file_path=None, **kwargs):
+        for name in scalar_dict:
+            self.tell(name)
+
+    def close(self):
+        if hasattr(self, '_env_initialized') and self._env_initialized:
+            type(self).ended += 1
+
+
+@pytest.fixture
+def experiment():
+    """A fresh class of experiment loggers, registered."""
+    kind = type('Experiment', (Experiment, ), dict(told=[]))
+    VISBACKENDS.register_module('Experiment', force=True, module=kind)
+    yield kind
+    VISBACKENDS.module_dict.pop('Experiment')
+
+
+def tracked_run(small_config, work_dir, backends=('Experiment', ), **kwargs):
+    from psaq_mm.engine import quantize
+    cfg = Config.fromfile(small_config)
+    cfg.work_dir = str(work_dir)
+    cfg.quantization.merge(dict(synthesis=dict(method='noise', num_images=2), report=dict(images=0)))
+    cfg.visualizer = dict(type='DetLocalVisualizer', name='visualizer', vis_backends=[
+        dict(type='LocalVisBackend'), *(dict(type=name) for name in backends)])
+    return quantize(cfg, **kwargs)
+
+
+def test_an_experiment_logger_is_set_up_once_and_told_everything(small_config, tmp_path, experiment):
+    result = tracked_run(small_config, tmp_path)
+    assert (experiment.begun, experiment.ended) == (1, 1)
+    assert 'report' in result and 0 < result['full_precision']['coco/bbox_mAP']
+    assert {'synthetic', 'report/layers', 'full_precision/coco/bbox_mAP', 'quantized/coco/segm_mAP'} <= set(experiment.told)
+
+
+@pytest.mark.parametrize('broken', ['login', 'package', 'type'])
+def test_an_experiment_logger_that_cannot_start_ends_the_command_before_the_work(small_config, tmp_path, experiment,
+                                                                                 monkeypatch, broken):
+    from psaq_mm.engine import DataFreeLoop
+    monkeypatch.setattr(DataFreeLoop, 'run', lambda self: pytest.fail('the work has begun'))
+    experiment.broken = broken
+    backend, words = dict(login=('Experiment', 'Experiment cannot start.*api_key not configured'),
+                          package=('NeptuneVisBackend', 'NeptuneVisBackend cannot start.*pip install -U neptune'),
+                          type=('Expriment', 'Expriment is not in'))[broken]
+    with pytest.raises(UserError, match=f"(?s)visualizer.*{words}.*do without it: --cfg-options visualizer=None$"):
+        tracked_run(small_config, tmp_path, [backend], eval_float=False, eval_quantized=False)
+
+
+def test_a_run_does_without_its_visualizer(small_config):
+    """What the errors above recommend."""
+    cfg = Config.fromfile(small_config)
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+    cfg.merge_from_dict(parser.parse_args(WITHOUT.split()).cfg_options)
+    assert cfg.visualizer is None and evaluation_config(cfg, 'name').visualizer is None
+
+
+def test_an_experiment_logger_that_fails_on_the_way_loses_nothing(small_config, tmp_path, experiment, capfd):
+    experiment.broken = 'network'
+    result = tracked_run(small_config, tmp_path, eval_float=False, eval_quantized=False)
+    printed = ''.join(capfd.readouterr())
+    assert printed.count('nothing more goes to Experiment, which fails in add_') == 1
+    assert 'no route to host' in printed and (tmp_path / 'report.html').exists() and 'report' in result
+    assert experiment.ended == 0  # what has failed is left alone
+
+
+def test_a_visualizer_that_cannot_show_the_report_loses_nothing(small_config, tmp_path, monkeypatch, capfd):
+    from psaq_mm.engine import pipeline
+
+    def fails(*unused):
+        raise RuntimeError('no colours')
+
+    monkeypatch.setattr(pipeline, 'show_report', fails)
+    result = tracked_run(small_config, tmp_path, [], eval_float=False, eval_quantized=False)
+    assert result['report'] == str(tmp_path / 'report.html') and (tmp_path / 'report.html').exists()
+    assert 'no colours' in ''.join(capfd.readouterr())
+    assert json.loads((tmp_path / 'metrics.json').read_text())['report'] == result['report']
 
 
 @pytest.mark.slow

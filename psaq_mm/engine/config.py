@@ -116,11 +116,37 @@ def calibration_gap(cfg: Config) -> str | None:
 
 
 def name_visualizer(cfg: Config, name: str) -> None:
-    """Gives a config's Visualizer a name of its own: one that exists already, as after another run in the same process,
-    would go on showing everything in that run's folder.
+    """Give a config's Visualizer a name of its own, in place.
+
+    One that exists already, as after another run in the same process, would go on showing everything in that run's
+    folder.
     """
     if cfg.get('visualizer'):
         cfg.visualizer['name'] = name
+
+
+def evaluation_config(cfg: Config, name: str) -> Config:
+    """A copy of a config for an evaluation that shows nothing to anyone: it leaves files in its own folder.
+
+    Experiment loggers hold the data-free run, which reports the metrics, too. Hooks that are no part of every
+    mmengine run, as those that draw predictions, are left out.
+
+    Args:
+        cfg (Config): A float or test config.
+        name (str): Of the experiment and the Visualizer.
+    """
+    cfg = copy.deepcopy(cfg)
+    cfg.experiment_name = name
+    if cfg.get('visualizer'):
+        cfg.visualizer.vis_backends = [dict(type='mmengine.LocalVisBackend')]
+    name_visualizer(cfg, name)
+    cfg.default_hooks = kept_hooks(cfg)
+    return cfg
+
+
+def kept_hooks(cfg: Config) -> dict:
+    """Those of a config's ``default_hooks`` that make sense without data."""
+    return {name: hook for name, hook in (cfg.get('default_hooks') or {}).items() if name in KEPT_HOOKS}
 
 
 def data_free_config(cfg: Config,
@@ -167,7 +193,7 @@ def data_free_config(cfg: Config,
     run.train_cfg = dict(type='psaq_mm.DataFreeLoop', quantization=stanza, checkpoint=checkpoint, amp=amp)
     run.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(
         type='Adam', lr=quantization.student_lr, fused=True))
-    hooks = {k: v for k, v in (cfg.get('default_hooks') or {}).items() if k in KEPT_HOOKS}
+    hooks = kept_hooks(cfg)
     hooks.setdefault('logger', dict(type='LoggerHook', interval=50))
     hooks['logger'] = dict(hooks['logger'], interval=min(hooks['logger'].get('interval', 50), 50))
     saved = (cfg.get('default_hooks') or {}).get('checkpoint') or {}

@@ -25,6 +25,7 @@ from .config import (
     data_free_config,
     dataset_meta,
     default_scope,
+    evaluation_config,
     evaluation_gap,
     float_config,
     name_visualizer,
@@ -33,7 +34,8 @@ from .config import (
 )
 from .display import Display
 from .loop import read_images
-from .reporting import measure, write_report
+from .reporting import draw_figures, measure, show_report, write_report
+from .runner import DataFreeRunner
 
 MEGABYTE = 8e6  # bits
 
@@ -70,9 +72,8 @@ def evaluate(cfg: Config, checkpoint: str, work_dir: str, name: str,
     Returns:
         dict[str, float]: As the evaluator names them, e.g. 'coco/bbox_mAP'.
     """
-    cfg = copy.deepcopy(cfg)
-    cfg.load_from, cfg.work_dir, cfg.experiment_name = checkpoint, work_dir, f'{name}_{time.time_ns()}'
-    name_visualizer(cfg, cfg.experiment_name)
+    cfg = evaluation_config(cfg, f'{name}_{time.time_ns()}')
+    cfg.load_from, cfg.work_dir = checkpoint, work_dir
     runner = Runner.from_cfg(cfg)
     if display is not None:
         display.attach(runner)
@@ -178,17 +179,19 @@ def check_folder(folder: Path, megabytes: float = 0) -> None:
                         'choose another with --work-dir')
 
 
-def build_runner(cfg: Config) -> Runner:
-    """mmengine's Runner of a config.
+def build_runner(cfg: Config) -> DataFreeRunner:
+    """Build the Runner of the data-free run; its experiment loggers have started then.
 
     Raises:
         UserError: Where it cannot be built, as with a visualizer or hook that is set wrongly.
     """
     try:
-        return Runner.from_cfg(cfg)
-    except (TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
+        return DataFreeRunner.from_cfg(cfg)
+    except UserError:
+        raise
+    except Exception as error:  # of hooks and loggers, which may be the user's own
         raise UserError(f'no run can be set up from the config ({type(error).__name__}: {error}): check its '
-                        'visualizer, default_hooks, env_cfg and log settings') from error
+                        'default_hooks, env_cfg and log settings') from error
 
 
 OUT_OF_MEMORY = ('out of memory', "can't allocate memory", 'not enough memory', 'failed to allocate')
@@ -269,6 +272,7 @@ def _quantize(cfg, checkpoint, resume, amp, eval_float, eval_quantized, display)
     name_visualizer(run, f'data_free_{time.time_ns()}')
     with explained_failures(cfg, quantization):
         runner = build_runner(run)
+        display.stack.callback(runner.close_visualizer)  # the report is shown to it first
         display.attach(runner)
         if content['layout']:
             runner.logger.info(f"{content['path']} has the layout of {content['layout']}: converted to {weights}")
@@ -324,11 +328,16 @@ def report(runner: Runner, cfg: Config, result: dict) -> None:
         measured = measure(runner, work_dir)
         result['fidelity'] = measured['fidelity']
         result['report_minutes'] = round((time.perf_counter() - started) / 60, 2)
-        result['report'] = str(write_report(runner, cfg, result, measured))
+        figures = draw_figures(runner, measured)
+        result['report'] = str(write_report(runner, cfg, result, measured, figures))
     except Exception:
         runner.logger.warning('The report could not be made:', exc_info=True)
     else:
         runner.logger.info(f"The report is {result['report']}")
+        try:
+            show_report(runner, result, figures)
+        except Exception:  # of a Visualizer, which may be the user's own
+            runner.logger.warning('The report could not be shown to the visualizer:', exc_info=True)
     write_json(result, work_dir / 'metrics.json')
 
 

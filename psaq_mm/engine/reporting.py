@@ -156,33 +156,41 @@ def gallery(runner) -> list[dict]:
     return [dict(noise=before, image=after) for before, after in zip(starts, images)][:SHOWN]
 
 
-def write_report(runner, cfg: Config, result: dict, measured: dict) -> Path:
-    """Writes ``report.html`` and shows its figures and numbers to the Visualizer's backends.
+def draw_figures(runner, measured: dict) -> dict:
+    """Draw what the report shows besides pictures.
+
+    Args:
+        runner (Runner): Its loop is done.
+        measured (dict): From :func:`measure`.
+
+    Returns:
+        dict[str, Figure]: By name; without those for which there is nothing to draw.
+    """
+    loop = runner.train_loop
+    drawn = dict(
+        entropy=figures.entropy_curve(loop.history, loop.quantization.synthesis.steps),
+        densities=figures.similarity_densities(measured['densities']),
+        game=figures.game_curve(loop.history, loop.game and loop.game.initial),
+        layers=figures.layer_bars(measured['layers']),
+        weights=figures.range_bars(measured['layers'], 'weight'),
+        activations=figures.range_bars(measured['layers'], 'activation'))
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def write_report(runner, cfg: Config, result: dict, measured: dict, drawn: dict) -> Path:
+    """Write ``report.html``.
 
     Args:
         runner (Runner): Its loop is done.
         cfg (Config): The user's.
         result (dict): What ``metrics.json`` holds.
         measured (dict): From :func:`measure`.
+        drawn (dict): From :func:`draw_figures`.
 
     Returns:
         Path: The file.
     """
     loop, folder = runner.train_loop, Path(cfg.work_dir)
-    synthesis = loop.quantization.synthesis
-    drawn = dict(
-        entropy=figures.entropy_curve(loop.history, synthesis.steps),
-        densities=figures.similarity_densities(measured['densities']),
-        game=figures.game_curve(loop.history, loop.game and loop.game.initial),
-        layers=figures.layer_bars(measured['layers']),
-        weights=figures.range_bars(measured['layers'], 'weight'),
-        activations=figures.range_bars(measured['layers'], 'activation'))
-    drawn = {name: figure for name, figure in drawn.items() if figure is not None}
-    for name, figure in drawn.items():
-        runner.visualizer.add_image(f'report/{name}', figures.pixels(figure), step=runner.iter)
-    numbers = page.scalars(result)
-    if numbers:
-        runner.visualizer.add_scalars(numbers, step=runner.iter)
     content = dict(result=result, layers=measured['layers'], gallery=gallery(runner), figures={
         name: figures.svg(figure) for name, figure in drawn.items()}, stanza=loop.quantization.to_dict(),
         game=loop.game and dict(initial=loop.game.initial, best=loop.game.best, turns=loop.game.turns,
@@ -192,3 +200,18 @@ def write_report(runner, cfg: Config, result: dict, measured: dict) -> Path:
     path = folder / 'report.html'
     write_atomically(page.render(content).encode(), path)
     return path
+
+
+def show_report(runner, result: dict, drawn: dict) -> None:
+    """Show the report's figures and numbers to the Visualizer's backends.
+
+    Args:
+        runner (Runner): Its loop is done.
+        result (dict): What ``metrics.json`` holds.
+        drawn (dict): From :func:`draw_figures`.
+    """
+    for name, figure in drawn.items():
+        runner.visualizer.add_image(f'report/{name}', figures.pixels(figure), step=runner.iter)
+    numbers = page.scalars(result)
+    if numbers:
+        runner.visualizer.add_scalars(numbers, step=runner.iter)
