@@ -9,6 +9,7 @@ from mmengine.config import Config
 from torch import nn
 
 from psaq_mm.engine.checkpoint import load_safely
+from psaq_mm.files import OwnedFolder
 from psaq_mm.quantization import (
     Choice,
     InfeasibleError,
@@ -156,7 +157,7 @@ def test_layers_that_no_output_shows_keep_their_bits(small_config, tmp_path):
     cfg.quantization.targets = ['backbone', 'roi_head.bbox_head']
     analysis = Analysis(cfg, [torch.randn(1, 3, 64, 96)])
     analysis.inspect([4, 8])
-    analysis.measure([4, 8], Display(quiet=True), tmp_path / 'measured.json')
+    analysis.measure([4, 8], Display(quiet=True), OwnedFolder(tmp_path))
     overrides = analysis.mixed([4, 8], size_mb=1.05 * analysis.least_mb + 0.5)
     patterns = {entry['pattern'] for entry in overrides}
     assert patterns and not any(pattern.startswith('roi_head') for pattern in patterns)

@@ -16,6 +16,7 @@ from mmengine.runner import Runner
 from psaq_mm.engine import CheckpointError, NoiseDataset, evaluation_gap, quantize, read_checkpoint
 from psaq_mm.engine.checkpoint import float_checkpoint, load_float
 from psaq_mm.engine.config import default_scope, without_pretrained
+from psaq_mm.engine.pipeline import RUN
 from psaq_mm.errors import UserError
 from psaq_mm.models import quantize_model
 from psaq_mm.quantization import QuantizerMismatchError, quantizers, search_weight_ranges
@@ -104,8 +105,8 @@ def test_a_comparison_goes_on_where_it_was_killed(small_config, tmp_path, killed
     with pytest.raises(KeyboardInterrupt):
         compared()
     folder = tmp_path / 'W8A8_psaq_v2'
-    assert (folder / 'iter_8.pth').exists() and not (folder / 'quantized.pth').exists()
-    first = folder / 'iter_8.pth'
+    assert (folder / RUN / 'iter_8.pth').exists() and not (folder / 'quantized.pth').exists()
+    first = folder / RUN / 'iter_8.pth'
     stamp = first.stat().st_mtime_ns
     killed_at(None)
     compared()
@@ -287,7 +288,7 @@ def test_reused_images_give_what_synthesising_gave(small_config, tmp_path):
 def test_each_run_of_a_process_shows_its_own_images(small_config, tmp_path):
     for name in 'ab':
         run(config(small_config, tmp_path / name, **{'synthesis.method': 'psaq_v1', 'synthesis.steps': 1}))
-    assert all(list((tmp_path / name).glob('*/vis_data/vis_image/synthetic_*.png')) for name in 'ab')
+    assert all(list((tmp_path / name).rglob('vis_data/vis_image/synthetic_*.png')) for name in 'ab')
 
 
 def test_several_sizes_take_turns(small_config, tmp_path):
@@ -405,7 +406,7 @@ def test_mmengines_own_checkpoints_load_safely(small_config, tmp_path, killed_at
     killed_at(3)
     with pytest.raises(KeyboardInterrupt):
         run(config(small_config, tmp_path))
-    path = tmp_path / 'iter_3.pth'
+    path = tmp_path / RUN / 'iter_3.pth'
     assert b'HistoryBuffer' in path.read_bytes()
     content = load_checkpoint(build(), str(path))
     assert content['meta']['iter'] == 3
@@ -516,7 +517,7 @@ def test_heads_that_nothing_compared_depends_on_are_calibrated_without_a_game(sm
     state, source = weights(tmp_path), torch.load(DEMO_CHECKPOINT, weights_only=True)['state_dict']
     assert torch.isfinite(state['roi_head.mask_head.conv_logits.weight_quantizer.scale']).all()
     assert all(torch.equal(state[key], source[key]) for key in source)
-    assert 'No game: ' in ''.join(path.read_text() for path in tmp_path.glob('*/*.log'))
+    assert 'No game: ' in ''.join(path.read_text() for path in tmp_path.rglob('*.log'))
 
 
 def test_attention_in_float_is_still_tapped(small_config, tmp_path):
@@ -708,7 +709,7 @@ def test_paper_configs_build_and_run_complete_steps_at_full_size(path, tmp_path)
                                 game=dict(steps=2, evaluate_every=1, student_patience=1, image_patience=1)))
     cfg.work_dir = str(tmp_path / 'run')
     result = quantize(cfg, str(tmp_path / 'full.pth'))
-    log = ''.join(file.read_text() for file in (tmp_path / 'run').glob('*/*.log'))
+    log = ''.join(file.read_text() for file in (tmp_path / 'run').rglob('*.log'))
     assert '1 student and 1 image updates' in log
     bits = int(path.stem.split('_w')[-1][0])
     assert result['bits'] == dict(weight=bits, activation=8)

@@ -13,10 +13,11 @@ import pytest
 import torch
 from mmengine.config import Config
 
+from psaq_mm import files
 from psaq_mm.engine import CheckpointError
 from psaq_mm.engine import checkpoint as checkpoint_module
-from psaq_mm.engine.checkpoint import interrupted_run, write_atomically
-from psaq_mm.engine.pipeline import explained_failures
+from psaq_mm.engine.checkpoint import interrupted_run
+from psaq_mm.engine.pipeline import RUN, explained_failures
 from psaq_mm.errors import UserError
 from psaq_mm.stanza import QuantizationConfig
 
@@ -28,7 +29,7 @@ EVERY = ['default_hooks.checkpoint.by_epoch=False', 'default_hooks.checkpoint.in
 
 
 def saved(work_dir):
-    return sorted(work_dir.glob('iter_*.pth'), key=lambda path: path.stat().st_mtime_ns)
+    return sorted((work_dir / RUN).glob('iter_*.pth'), key=lambda path: path.stat().st_mtime_ns)
 
 
 # -- kills -----------------------------------------------------------------------------------------------------------
@@ -52,11 +53,11 @@ def test_killed_again_and_again_the_run_ends_in_the_same_checkpoint(small_config
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
     assert killed >= 2  # the last ones may come when the run is over
-    for path in tmp_path.glob('*.pth'):
+    for path in tmp_path.rglob('*.pth'):
         torch.load(path, weights_only=True)  # none is half written
     run_tool(*command[1:])
     assert same(weights(tmp_path), weights(quantized_run[0]))
-    assert len(saved(tmp_path)) == 2 and not list(tmp_path.glob('*.tmp'))
+    assert len(saved(tmp_path)) == 2 and not list(tmp_path.rglob('*.tmp'))
 
 
 DAMAGES = dict(half=lambda content: content[:len(content) // 2], empty=lambda content: b'',
@@ -70,9 +71,10 @@ def test_a_damaged_checkpoint_is_passed_over(small_config, tmp_path, killed_at, 
     with pytest.raises(KeyboardInterrupt):
         run(config(small_config, tmp_path))
     killed_at(None)
-    bad = tmp_path / 'iter_7.pth'
-    bad.write_bytes(damage((tmp_path / 'iter_5.pth').read_bytes()))
-    assert interrupted_run(tmp_path) == str(tmp_path / 'iter_5.pth')
+    folder = tmp_path / RUN
+    bad = folder / 'iter_7.pth'
+    bad.write_bytes(damage((folder / 'iter_5.pth').read_bytes()))
+    assert interrupted_run(folder) == str(folder / 'iter_5.pth')
     printed = ''.join(capfd.readouterr())
     assert 'iter_7.pth' in printed and 'Looking for an earlier one' in printed
     run(config(small_config, tmp_path), resume=True)
@@ -107,24 +109,25 @@ def test_a_run_may_go_on_with_checkpointed_activations(small_config, tmp_path, k
 @pytest.mark.parametrize('step', ['fsync', 'replace'])
 def test_a_file_is_whole_or_the_old_one(tmp_path, monkeypatch, step):
     path = tmp_path / 'a.pth'
-    write_atomically(dict(a=torch.ones(1)), path)
-    write_atomically(dict(a=torch.zeros(1)), path)
+    files.write_atomically(dict(a=torch.ones(1)), path)
+    files.write_atomically(dict(a=torch.zeros(1)), path)
     with monkeypatch.context() as patch:
         patch.setattr(os, step, lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, 'No space left on device')))
         with pytest.raises(OSError, match='No space'):
-            write_atomically(dict(a=torch.ones(1)), path)
+            files.write_atomically(dict(a=torch.ones(1)), path)
     assert torch.load(path, weights_only=True)['a'] == 0 and os.listdir(tmp_path) == ['a.pth']
 
 
 def full_for(monkeypatch, name):
     """Lets the disk be full when a file of this name is written."""
-    original = checkpoint_module.write_atomically
+    original = files.write_atomically
 
     def write(content, path):
         if re.fullmatch(name, os.path.basename(path)):
             raise OSError(errno.ENOSPC, 'No space left on device', str(path))
         original(content, path)
 
+    monkeypatch.setattr(files, 'write_atomically', write)
     monkeypatch.setattr(checkpoint_module, 'write_atomically', write)
 
 
@@ -162,12 +165,12 @@ def test_a_real_limit_on_files_is_one_clear_error(small_config, tmp_path):
     assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
     assert re.search(r'error: a file cannot be read or written.*File too large', done.stderr)
     assert 'iter_10.pth cannot be written' in done.stdout + done.stderr
-    assert not list(tmp_path.glob('*.pth')) and not list(tmp_path.glob('*.tmp'))
+    assert not list(tmp_path.rglob('*.pth')) and not list(tmp_path.rglob('*.tmp'))
 
 
 def test_where_nothing_can_be_written_no_work_begins(small_config, tmp_path, monkeypatch):
     (tmp_path / 'file').write_text('')
-    with pytest.raises(UserError, match='cannot write to the work dir .*--work-dir'):
+    with pytest.raises(UserError, match='cannot write to .*--work-dir'):
         run(config(small_config, tmp_path / 'file' / 'out'))
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
     with pytest.raises(UserError, match='has 0 MB left, [1-9].* MB are needed'):
@@ -264,7 +267,7 @@ def test_an_evaluation_that_fails_loses_nothing(small_config, tmp_path, scenes):
 DYING = """
 import os, runpy, sys
 from psaq_mm.engine import DataFreeLoop
-from psaq_mm.engine.pipeline import explained_failures
+from psaq_mm.engine.pipeline import RUN, explained_failures
 from psaq_mm.errors import UserError
 from psaq_mm.stanza import QuantizationConfig
 original = DataFreeLoop.{step}

@@ -40,10 +40,10 @@ def test_what_is_written(quantized_run):
     assert meta['game']['best'] <= meta['game']['initial']
     for word in ('full precision', 'quantized W8A8 (backbone, neck)', 'box AP', 'mask AP', 'size, MB', 'minutes'):
         assert word in printed
-    log = ''.join(path.read_text() for path in work_dir.glob('*/*.log'))
+    log = ''.join(path.read_text() for path in work_dir.rglob('*.log'))
     for word in ('Stage 1/3', 'Stage 2/3', 'Stage 3/3', 'eta:', 'entropy:', 'discrepancy:', 'Game over'):
         assert word in log
-    assert list(work_dir.glob('*/vis_data/vis_image/synthetic_*.png'))  # through the Visualizer
+    assert list(work_dir.rglob('vis_data/vis_image/synthetic_*.png'))  # through the Visualizer
 
 
 @pytest.fixture(scope='module')
@@ -339,7 +339,7 @@ def test_real_weights_of_deit_tiny_keep_their_accuracy(tmp_path):
     assert f"W4A8_psaq_v1 | {fidelity['W4A8 psaq_v1']['agreement']:.1f} |" in shown and 'v2 |' not in shown
     assert fidelity['W4A8 psaq_v2']['kl'] < 0.9 * fidelity['W4A8 psaq_v1']['kl']
     assert fidelity['W4A8 psaq_v2']['agreement'] > fidelity['W4A8 psaq_v1']['agreement']
-    log = ''.join(file.read_text() for file in (tmp_path / 'W4A8_psaq_v2').glob('*/*.log'))
+    log = ''.join(file.read_text() for file in (tmp_path / 'W4A8_psaq_v2').rglob('*.log'))
     ranges = float(re.findall(r'squared error kept: discrepancy on held-back images \S+ -> (\S+)', log)[-1])
     played = float(re.findall(r'image updates: discrepancy on held-back images \S+ -> (\S+)', log)[-1])
     assert played < 0.9 * ranges  # what the game itself adds to the ranges it starts from

@@ -28,23 +28,34 @@ def parse_args():
 
 
 def analyze(args):
-    """Measures, suggests, compares, writes."""
+    """Measure, suggest, compare, write."""
+    from psaq_mm.engine.analysis import WRITTEN
+    from psaq_mm.files import OwnedFolder
+    cfg = load_config(args, f'work_dirs/{Path(args.config).stem}')
+    own = OwnedFolder(cfg.work_dir)
+    with own.lock():
+        own.claim(WRITTEN)
+        write(args, cfg, own)
+
+
+def write(args, cfg, own):
+    """Do the work in a folder that is locked."""
     from rich.console import Console
     from rich.table import Table
 
     from psaq_mm.engine import write_json
     from psaq_mm.engine.analysis import Analysis, calibration_images, sensitivity_table, suggestion
     from psaq_mm.engine.display import Display
+    from psaq_mm.files import as_json
     from psaq_mm.report.figures import sensitivity_bars
-    cfg = load_config(args, f'work_dirs/{Path(args.config).stem}')
-    folder, bits = Path(cfg.work_dir), sorted(set(args.bits))
+    folder, bits = own.path, sorted(set(args.bits))
     images, path = calibration_images(cfg, args.checkpoint, args.quiet)
     analysis = Analysis(cfg, images, args.checkpoint)
     stanza = analysis.quantization
     analysis.inspect(bits)
     analysis.check_budget(bits, args.size_mb, args.bops)
     with Display(args.quiet) as display:
-        analysis.measure(bits, display, folder / 'sensitivity_measured.json')
+        analysis.measure(bits, display, own)
     middle = bits[len(bits) // 2]
     uniform = {f'W{w}A{stanza.activation.bits if args.bops is None else w}':
                analysis.at(w, stanza.activation.bits if args.bops is None else w) for w in bits}
@@ -57,10 +68,13 @@ def analyze(args):
     rows = analysis.rows(bits)
     result = dict(images=path, bits=bits, size_mb=size, bops=args.bops, layers=rows, compared=compared,
                   overrides=overrides, suggestion=str(folder / 'mixed_precision.py'))
-    suggestion(cfg, args.checkpoint, overrides).dump(folder / 'mixed_precision.py')
-    sensitivity_bars(rows, bits).savefig(folder / 'sensitivity.png', dpi=120)
-    for target in filter(None, (folder / 'sensitivity.json', args.json)):
-        write_json(result, target)
+    with own.writing('mixed_precision.py') as path:
+        suggestion(cfg, args.checkpoint, overrides).dump(path)
+    with own.writing('sensitivity.png') as path:
+        sensitivity_bars(rows, bits).savefig(path, dpi=120)
+    own.write('sensitivity.json', as_json(result))
+    if args.json:
+        write_json(result, args.json)
     if args.quiet:
         return
     console = Console()

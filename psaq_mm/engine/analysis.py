@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..files import read_json, write_json
+from ..files import OwnedFolder, as_json, read_json
 from ..models import beyond_features, extract_features, quantize_model
 from ..quantization import (
     ACTIVATION,
@@ -33,12 +33,14 @@ from ..quantization import (
     sqnr,
 )
 from ..stanza import QuantizationConfig, reads_pixels
-from .checkpoint import load_float
+from .checkpoint import load_float, resumable_checkpoints
 from .display import Display
 from .loop import read_images
-from .pipeline import MEGABYTE, build_float, check, quantize, with_stanza
+from .pipeline import MEGABYTE, RUN, build_float, check, quantize, with_stanza
 
 IMAGES = 8  # that sensitivities are measured on, at most: each part of each layer is a pass of all. Our choice
+MEASURED = 'sensitivity_measured.json'
+WRITTEN = (MEASURED, 'mixed_precision.py', 'sensitivity.json', 'sensitivity.png')
 KEEP = 20  # seconds from one writing of what is measured to the next
 
 
@@ -55,8 +57,10 @@ def calibration_images(cfg: Config, checkpoint: str | None, quiet: bool = False)
             return read_images(str(path)), str(path)
     made = with_stanza(cfg, synthesis=dict(method='psaq_v1'), report=dict(images=0))
     made.work_dir = str(Path(cfg.work_dir) / 'images')
-    quantize(made, checkpoint, resume=True, eval_float=False, eval_quantized=False, quiet=quiet)
-    path = Path(made.work_dir) / 'synthetic.pt'
+    folder = Path(made.work_dir)
+    quantize(made, checkpoint, resume=bool(resumable_checkpoints(folder / RUN)), eval_float=False,
+             eval_quantized=False, quiet=quiet)
+    path = folder / 'synthetic.pt'
     return read_images(str(path)), str(path)
 
 
@@ -166,25 +170,27 @@ class Analysis:
             raise UserError(f'--bops {bops:g}: with {min(bits)} bits everywhere {share:.3f} of the bit operations with '
                             '8 remain. Allow more, or fewer bits with --bits')
 
-    def measure(self, bits: list[int], display: Display, cache: Path) -> None:
+    def measure(self, bits: list[int], display: Display, folder: OwnedFolder) -> None:
         """Fills ``errors``.
 
         Args:
             bits (list[int]): To measure at, each for weights and activations.
             display (Display): Shows how far it is.
-            cache (Path): Keeps what is measured, so that an interrupted analysis goes on and another budget is quick.
+            folder (OwnedFolder): Keeps what is measured, so that an interrupted analysis goes on and another budget is
+                quick.
         """
         stanza = self.quantization.to_dict()
         inputs = json.loads(json.dumps(dict(
             stanza={key: value for key, value in stanza.items() if key not in ('overrides', 'report')},
             model=self.cfg.model, weights=digest(self.content['state_dict'].values()), images=digest(self.batches))))
-        saved = read_json(cache)
+        saved = read_json(folder.path / MEASURED)
         known = saved['errors'] if saved.get('inputs') == inputs else []
         self.errors = {(name, side, width): error for name, side, width, error in known}
         written = time.monotonic()
 
         def keep():
-            write_json(dict(inputs=inputs, errors=[[*key, error] for key, error in self.errors.items()]), cache)
+            folder.write(MEASURED, as_json(dict(
+                inputs=inputs, errors=[[*key, error] for key, error in self.errors.items()])))
 
         for number, width in enumerate(bits):
             model = self.model(self.at(width, width))

@@ -5,18 +5,20 @@ import logging
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
 import torch
+from mmengine import dist
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import print_log
 from torch import nn
 
 from ..errors import UserError
-from ..files import write_atomically
+from ..files import OwnedFolder, write_atomically
 from ..models import PATCH_BIAS, convert_state, convert_swin, is_original_swin
 from ..quantization import quantizers
 from ..quantization.kernels import IS_COMPILED
@@ -91,13 +93,31 @@ def load_safely(path: Path):
                               'truncated, or hold objects other than weights, which psaq_mm does not load') from None
 
 
-def resumable_checkpoints(work_dir: Path) -> list[Path]:
-    """All ``iter_*.pth`` in a folder, the newest first."""
-    return sorted(Path(work_dir).glob('iter_*.pth'), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(Path(folder).glob('iter_*.pth'), key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
-def interrupted_run(work_dir: Path) -> str | None:
-    """The newest checkpoint from which the run in a work dir can go on; damaged ones are passed over.
+STATE = 'data_free'  # what a checkpoint of an interrupted run has and that of a training run has not
+
+
+def resumable_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of interrupted data-free runs in a folder, the newest first.
+
+    Files are told by what is in them: a training run names its checkpoints ``iter_*.pth``, too.
+    """
+    def is_one(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                name = next(name for name in archive.namelist() if name.endswith('/data.pkl'))
+                return STATE.encode() in archive.read(name)
+        except (OSError, zipfile.BadZipFile, StopIteration, zlib.error):
+            return False
+
+    return [path for path in _newest_first(folder) if is_one(path)]
+
+
+def interrupted_run(folder: Path) -> str | None:
+    """Return the newest checkpoint from which the run in a folder can go on; pass over damaged ones.
 
     Returns:
         str: Its path, or None if the run has left none.
@@ -105,18 +125,18 @@ def interrupted_run(work_dir: Path) -> str | None:
     Raises:
         CheckpointError: If it has left some, and none can be read.
     """
-    found = resumable_checkpoints(work_dir)
+    found = _newest_first(folder)
     for path in found:
         try:
             content = load_safely(path)
-            if isinstance(content, dict) and {'data_free', 'state_dict', 'meta'} <= content.keys():
+            if isinstance(content, dict) and {STATE, 'state_dict', 'meta'} <= content.keys():
                 return str(path)
             reason = f'{path} is no checkpoint of a data-free run'
         except CheckpointError as error:
             reason = str(error)
         print_log(f'{reason}. Looking for an earlier one', 'current', logging.WARNING)
     if found:
-        raise CheckpointError(f'--resume: none of the {len(found)} checkpoints iter_*.pth in {work_dir} can be read: '
+        raise CheckpointError(f'--resume: none of the {len(found)} checkpoints iter_*.pth in {folder} can be read: '
                               'start afresh without --resume')
     return None
 
@@ -183,19 +203,25 @@ def conversion_of(path: str) -> Iterator[None]:
                               f'({type(error).__name__}: {str(error).splitlines()[0]})') from None
 
 
-def in_own_layout(content: dict, folder: Path) -> str:
-    """Path of a file that mmengine loads into the model: the checkpoint itself, or what it was converted to.
+FULL_PRECISION, QUANTIZED = 'full_precision.pth', 'quantized.pth'
+
+
+def in_own_layout(content: dict, folder: OwnedFolder) -> str:
+    """Return the path of a file that mmengine loads into the model: the checkpoint itself, or what it was converted to.
 
     Args:
         content (dict): From :func:`float_checkpoint`.
-        folder (Path): Where ``full_precision.pth`` goes if one is needed.
+        folder (OwnedFolder): Where ``full_precision.pth`` goes if one is needed.
+
+    Raises:
+        UserError: If a file of that name is there that is not ours.
     """
     if content['layout'] is None:
         return content['path']
-    path = Path(folder) / 'full_precision.pth'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(dict(meta=plain(content['meta']), state_dict=content['state_dict']), path)
-    return str(path)
+    if dist.is_main_process():
+        folder.write(FULL_PRECISION, dict(meta=plain(content['meta']), state_dict=content['state_dict']))
+    dist.barrier()
+    return str(folder.path / FULL_PRECISION)
 
 
 def convert_file(source: str, target: str) -> int:
@@ -310,17 +336,20 @@ class AtomicBackend(LocalBackend):
         write_atomically(obj, filepath)
 
 
-def save_quantized(model: nn.Module, path: Path, quantization, dataset_meta: dict, **meta) -> None:
-    """Writes the quantized checkpoint: weights, scales, zero points, the stanza and versions.
+def save_quantized(model: nn.Module, folder: OwnedFolder, quantization, dataset_meta: dict, **meta) -> Path:
+    """Write the quantized checkpoint: weights, scales, zero points, the stanza and versions.
 
     Args:
         model (nn.Module): Converted and calibrated.
-        path (Path): Where to.
+        folder (OwnedFolder): Where ``quantized.pth`` goes.
         quantization (QuantizationConfig): The stanza.
         dataset_meta (dict): Classes and palette, as mm* checkpoints carry them.
         **meta: More entries for ``meta``.
+
+    Returns:
+        Path: The file.
     """
     meta = dict(quantization=quantization.to_dict(), versions=versions(), dataset_meta=dataset_meta,
                 mmengine_version=versions()['mmengine'], **meta)
     state = {k: v.detach().cpu() for k, v in model.state_dict().items()}
-    write_atomically(dict(meta=plain(meta), state_dict=state), Path(path))
+    return folder.write(QUANTIZED, dict(meta=plain(meta), state_dict=state))

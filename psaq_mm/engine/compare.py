@@ -10,12 +10,13 @@ from pathlib import Path
 from mmengine.config import Config
 
 from ..errors import UserError
-from ..files import read_json, write_json
+from ..files import OwnedFolder, as_json, read_json
+from ..report import WRITTEN
 from ..stanza import QuantizationConfig
-from .checkpoint import in_own_layout, versions
+from .checkpoint import FULL_PRECISION, in_own_layout, resumable_checkpoints, versions
 from .config import calibration_gap, evaluation_gap, float_config
 from .display import Display
-from .pipeline import check, evaluate, quantize, with_stanza
+from .pipeline import RUN, check, evaluate, quantize, with_stanza
 
 
 @functools.cache
@@ -28,28 +29,28 @@ def _software() -> dict:
     return dict(versions(), psaq_mm=code.hexdigest())
 
 
-def _done(folder: Path, inputs: dict, work: Callable[[bool], dict], files: Iterable[str] = ()) -> dict:
+def _done(folder: OwnedFolder, inputs: dict, work: Callable[[bool], dict], files: Iterable[str] = ()) -> dict:
     """The result of some work, from an earlier run if all of its inputs are the same.
 
     Args:
-        folder (Path): Where the work leaves its files.
+        folder (OwnedFolder): Where the work leaves its files.
         inputs (dict): Everything the result depends on.
         work (Callable): ``work(resume) -> result``; resume is whether an interrupted run had the same inputs.
         files (Iterable[str]): What it must have left there.
     """
     inputs = json.loads(json.dumps(inputs, default=str))
-    saved = read_json(folder / 'compared.json')
-    if saved.get('inputs') == inputs and 'result' in saved and all((folder / name).exists() for name in files):
+    saved = read_json(folder.path / 'compared.json')
+    if saved.get('inputs') == inputs and 'result' in saved and all((folder.path / name).exists() for name in files):
         return saved['result']
-    write_json(dict(inputs=inputs), folder / 'compared.json')
-    result = work(saved.get('inputs') == inputs)
-    write_json(dict(inputs=inputs, result=result), folder / 'compared.json')
+    folder.write('compared.json', as_json(dict(inputs=inputs)))
+    result = work(saved.get('inputs') == inputs and bool(resumable_checkpoints(folder.path / RUN)))
+    folder.write('compared.json', as_json(dict(inputs=inputs, result=result)))
     return result
 
 
 def _evaluate(cfg, weights, folder, quiet):
     with Display(quiet) as display:
-        return evaluate(float_config(cfg), weights, str(folder), 'full_precision', display)
+        return evaluate(float_config(cfg), weights, str(folder.own(RUN)), 'full_precision', display)
 
 
 def _quantize(cfg, weights, quiet, resume):
@@ -85,7 +86,13 @@ def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]]
     gap = calibration_gap(cfg) if 'real' in methods else None
     if gap:
         raise UserError(gap)
-    root = Path(work_dir)
+    root = OwnedFolder(work_dir)
+    with root.lock():
+        root.claim((FULL_PRECISION, *WRITTEN))
+        return _compare(cfg, methods, bits, root, checkpoint, quiet)
+
+
+def _compare(cfg, methods, bits, root, checkpoint, quiet):
     content = check(cfg, checkpoint)[1]
     weights = in_own_layout(content, root)
     source = Path(content['path'])  # or the name of timm's weights
@@ -93,20 +100,20 @@ def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]]
     common = dict(software=_software(), checkpoint=[str(source.absolute()), *stat], model=cfg.model,
                   test=cfg.test_dataloader, evaluator=cfg.test_evaluator,
                   seed=(cfg.get('randomness') or {}).get('seed'))
-    folder = root / 'full_precision'
+    folder = OwnedFolder(root.path / 'full_precision')
     full = _done(folder, common, lambda _: _evaluate(cfg, weights, folder, quiet))
     runs, images, fresh = {}, None, None
     for weight, activation in bits:
         for method in methods:
             name = f'W{weight}A{activation} {method}'
-            folder = root / name.replace(' ', '_')
+            folder = OwnedFolder(root.path / name.replace(' ', '_'))
             synthesis = dict(method=method)
             reused = images if method.startswith('psaq') else None
             if reused:
                 synthesis['reuse'] = reused['path']
             changed = with_stanza(cfg, weight=dict(bits=weight), activation=dict(bits=activation), synthesis=synthesis,
                                   report=dict(reuse=fresh) if fresh else {})
-            changed.work_dir = str(folder)
+            changed.work_dir = str(folder.path)
             stanza = QuantizationConfig.parse(changed.quantization).to_dict()
             del stanza['report']  # judges the model and does not change it
             if method != 'psaq_v2':
@@ -117,9 +124,9 @@ def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]]
             result = runs[name] = _done(folder, inputs, functools.partial(_quantize, changed, weights, quiet), files)
             if reused:  # V2's first stage counts, though it was done once for all
                 runs[name] = dict(result, minutes=round(result['minutes'] + reused['minutes'], 2))
-            if fresh is None and (folder / 'fresh.pt').exists():  # all are judged by the same
-                fresh = str(folder / 'fresh.pt')
+            if fresh is None and (folder.path / 'fresh.pt').exists():  # all are judged by the same
+                fresh = str(folder.path / 'fresh.pt')
             if method.startswith('psaq') and images is None:
-                path = folder / 'synthetic.pt'
+                path = folder.path / 'synthetic.pt'
                 images = dict(path=str(path), made=path.stat().st_mtime_ns, minutes=result['synthesis_minutes'])
     return dict(full_precision=full, runs=runs)

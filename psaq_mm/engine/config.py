@@ -154,7 +154,8 @@ def data_free_config(cfg: Config,
                      checkpoint: str,
                      meta: dict,
                      amp: bool = False,
-                     resume_from: str | None = None) -> Config:
+                     resume_from: str | None = None,
+                     folder: str | None = None) -> Config:
     """The config of the data-free run itself.
 
     Args:
@@ -164,6 +165,7 @@ def data_free_config(cfg: Config,
         meta (dict): Classes and palette.
         amp (bool): bfloat16 features. Defaults to False.
         resume_from (str, optional): Checkpoint of an interrupted run.
+        folder (str, optional): Where the Runner keeps its own files. Default: with the results, in ``work_dir``.
 
     Raises:
         UserError: If method 'real' has no ``calib_dataloader`` to take images from.
@@ -172,6 +174,7 @@ def data_free_config(cfg: Config,
     seed = (cfg.get('randomness') or {}).get('seed')
     seed = 0 if seed is None else seed
     run = copy.deepcopy(cfg)
+    run.work_dir = folder or cfg.work_dir
     for key in (*OWN_KEYS, *TRAINING_KEYS, *(f'{s}_{k}' for s in ('val', 'test')
                                              for k in ('dataloader', 'cfg', 'evaluator'))):
         run.pop(key, None)
@@ -202,8 +205,8 @@ def data_free_config(cfg: Config,
     run.default_hooks = hooks
     run.custom_hooks = [
         dict(type='psaq_mm.QuantizationHook', quantization=stanza),
-        dict(type='psaq_mm.SyntheticImageHook'),
-        dict(type='psaq_mm.QuantizedCheckpointHook', dataset_meta=meta)
+        dict(type='psaq_mm.SyntheticImageHook', folder=cfg.work_dir),
+        dict(type='psaq_mm.QuantizedCheckpointHook', dataset_meta=meta, folder=cfg.work_dir)
     ]
     run.model_wrapper_cfg = MODEL_WRAPPER
     run.log_processor = dict(type='LogProcessor', window_size=20, by_epoch=False)

@@ -102,6 +102,6 @@ class DisplayHook(Hook):
     def after_test_epoch(self, runner, metrics=None):
         self.display.stage = None  # another evaluation is another bar
 
-    def after_report_step(self, runner, done, total):
-        """See :func:`psaq_mm.engine.reporting.fresh_images`."""
-        self.display.show('report', done, total)
+    def after_stage_step(self, runner, stage, done, total):
+        """See :meth:`psaq_mm.engine.DataFreeLoop.progress`."""
+        self.display.show(stage, done, total)

@@ -13,12 +13,17 @@ from mmengine.model import is_model_wrapper
 from PIL import Image
 
 from ..errors import UserError
-from ..files import write_atomically, write_json
+from ..files import OwnedFolder, write_json
 from ..models import quantize_model
 from ..quantization import quantized_layers
 from ..registry import HOOKS
 from ..stanza import QuantizationConfig
 from .checkpoint import resumable_checkpoints, save_quantized
+
+
+def results_of(runner, folder: str | None) -> OwnedFolder:
+    """Return the folder that results go to: the given one, or the runner's work dir."""
+    return OwnedFolder(folder or runner.work_dir)
 
 
 def bare(model):
@@ -123,11 +128,12 @@ class SyntheticImageHook(Hook):
 
     Args:
         interval (int): Iterations between pictures. Defaults to 100.
+        folder (str, optional): Where to. Default: the runner's work dir.
     """
     priority = 'LOW'
 
-    def __init__(self, interval=100):
-        self.interval = interval
+    def __init__(self, interval=100, folder=None):
+        self.interval, self.folder = interval, folder
 
     @staticmethod
     def pictures(runner, batches):
@@ -165,31 +171,37 @@ class SyntheticImageHook(Hook):
 
     @master_only
     def write(self, runner, final, noise, before_game):
-        """Writes the pictures and tensors of all processes."""
-        loop, out = runner.train_loop, Path(runner.work_dir)
+        """Write the pictures and tensors of all processes."""
+        loop, out = runner.train_loop, results_of(runner, self.folder)
         pictures = self.pictures(runner, final)
-        write_atomically(dict(images=before_game), out / 'synthetic.pt')
-        folder = out / 'synthetic'
-        save_pictures(pictures, folder)
-        self.write_calibration_set(runner, before_game, out / 'calibration_set')
-        runner.visualizer.add_image('synthetic', grid(pictures), step=runner.iter)
+        out.write('synthetic.pt', dict(images=before_game))
+        with out.writing('synthetic') as folder:
+            save_pictures(pictures, folder)
+        with out.writing('calibration_set') as folder:
+            self.write_calibration_set(runner, before_game, folder)
         both = grid(pictures)
         if noise and loop.synthesized:
             both = np.concatenate([both, grid(self.pictures(runner, noise))])
-        Image.fromarray(both).save(out / 'synthetic.png')
-        runner.logger.info(f'{len(pictures)} images are in {folder}, all at a glance in {out / "synthetic.png"}')
+        with out.writing('synthetic.png') as path:
+            Image.fromarray(both).save(path)
+        runner.logger.info(f'{len(pictures)} images are in {out.path / "synthetic"}, all at a glance in '
+                           f'{out.path / "synthetic.png"}')
+        runner.visualizer.add_image('synthetic', grid(pictures), step=runner.iter)
 
     def write_calibration_set(self, runner, batches, folder):
-        """Writes the images that scales were calibrated on for quantizers of other tools: as files that are still to be
+        """Write the images that scales were calibrated on for quantizers of other tools: as files that are still to be
         preprocessed, and as arrays that are.
+
+        Args:
+            runner (Runner): The runner.
+            batches (list[Tensor]): (B, C, H, W) each, in the model's input space.
+            folder (Path): To make.
         """
         save_pictures(self.pictures(runner, batches), folder)
         preprocessor = runner.train_loop.student.data_preprocessor
         sizes = {}
         for batch in batches:
             sizes.setdefault(tuple(batch.shape[2:]), []).append(batch)
-        for old in folder.glob('images_*.npy'):
-            old.unlink()
         for (height, width), parts in sizes.items():
             np.save(folder / f'images_{height}x{width}.npy', torch.cat(parts).numpy())
         mean, std = (getattr(preprocessor, name).flatten().tolist() if hasattr(preprocessor, name) else None
@@ -202,10 +214,8 @@ class SyntheticImageHook(Hook):
 
 
 def save_pictures(pictures: list[np.ndarray], folder: Path) -> None:
-    """Writes 0000.png, 0001.png, ... and nothing else of such names is left in the folder."""
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob('[0-9][0-9][0-9][0-9].png'):
-        old.unlink()
+    """Write 0000.png, 0001.png, ... to a new folder."""
+    folder.mkdir()
     for index, picture in enumerate(pictures):
         Image.fromarray(picture).save(folder / f'{index:04d}.png')
 
@@ -216,16 +226,17 @@ class QuantizedCheckpointHook(Hook):
 
     Args:
         dataset_meta (dict): Classes and palette for the tools that load it.
+        folder (str, optional): Where to. Default: the runner's work dir.
     """
     priority = 'NORMAL'  # before anything that only looks nice
 
-    def __init__(self, dataset_meta):
-        self.dataset_meta = dataset_meta
+    def __init__(self, dataset_meta, folder=None):
+        self.dataset_meta, self.folder = dataset_meta, folder
 
     @master_only
     def after_train(self, runner):
         loop = runner.train_loop
-        path = Path(runner.work_dir) / 'quantized.pth'
         game = loop.game and dict(initial=loop.game.initial, best=loop.game.best, turns=loop.game.turns)
-        save_quantized(bare(runner.model), path, loop.quantization, self.dataset_meta, seed=runner.seed, game=game)
+        path = save_quantized(bare(runner.model), results_of(runner, self.folder), loop.quantization,
+                              self.dataset_meta, seed=runner.seed, game=game)
         runner.logger.info(f'The quantized checkpoint is {path}')

@@ -5,9 +5,11 @@ Read :meth:`DataFreeLoop.run` from top to bottom for the whole method.
 from __future__ import annotations
 
 import copy
+import datetime
 import math
 import random
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -32,7 +34,9 @@ from ..stanza import ROOT, QuantizationConfig, reads_pixels
 from ..synthesis import Game, ImageOptimizer, PatchSimilarityTap, learning_rate, objective, valid_range
 from .checkpoint import load_float, load_safely, read_checkpoint
 
+QUANTIZER_STATE = ('_quantizer.scale', '_quantizer.zero_point')  # ends of names
 OPERANDS = ('input_quantizer', 'a_quantizer', 'b_quantizer')  # whose ranges the game may learn
+SILENCE = 30  # seconds after which a line says how far a stage without iterations is; our choice
 PLATEAU = 0.01  # nats a block: a rise of the entropy that counts for synthesis.patience; our choice
 
 
@@ -164,6 +168,30 @@ class DataFreeLoop(BaseLoop):
         self.runner.call_hook('after_train_iter', batch_idx=self._iter, data_batch=None, outputs=outputs)
         self._iter += 1
 
+    def progress(self, stage: str, total: int) -> Callable[[], None]:
+        """Return a function to call after each of so many steps that are no iterations.
+
+        It moves the bar, and where there is none a line with the time left appears in the log every half a minute.
+
+        Args:
+            stage (str): What the bar and the line say.
+            total (int): Steps.
+        """
+        done, started = 0, time.monotonic()
+        said = started
+
+        def step():
+            nonlocal done, said
+            done += 1
+            self.runner.call_hook('after_stage_step', stage=stage, done=done, total=total)
+            now = time.monotonic()
+            if now - said > SILENCE:
+                said = now
+                left = datetime.timedelta(seconds=round((now - started) / done * (total - done)))
+                self.runner.logger.info(f'{stage}: {done} of {total}, eta: {left}')
+
+        return step
+
     def remember(self, stage, index, turn, numbers):
         """Adds an update to the history."""
         if numbers:
@@ -210,6 +238,22 @@ class DataFreeLoop(BaseLoop):
         if self.restored is not None:
             for image, saved in zip(self.images, self.restored['images']):
                 image.copy_(saved)
+        else:
+            self.compare_weights()
+
+    def compare_weights(self):
+        """Compare the student's weights with the teacher's, which psaq_mm itself has read, before the first step.
+
+        Raises:
+            UserError: If mmengine loaded anything else into the student.
+        """
+        theirs = self.teacher.state_dict()
+        other = [name for name, value in self.student.state_dict().items()
+                 if not name.endswith(QUANTIZER_STATE) and not torch.equal(value, theirs[name])]
+        if other:
+            raise UserError(f'{self.checkpoint}: the model to quantize did not get its weights ({other[0]} and '
+                            f'{len(other) - 1} more differ). Write them anew with torch.save(dict(state_dict=...), '
+                            'FILE) and pass that file with --checkpoint')
 
     def first_features(self):
         """Features of one image: whatever a model cannot do with images of this size shows here.
@@ -317,11 +361,13 @@ class DataFreeLoop(BaseLoop):
         return all(q.calibrated for q in quantizers(self.student).values())
 
     def calibrate(self):
-        """Chooses all scales from the images, as the float student sees them."""
+        """Choose all scales from the images, as the float student sees them."""
+        step = self.progress('calibration', len(self.images))
 
         def run():
             for batch in self.images:
                 extract_features(self.student, batch, self.heads)  # in float32 even with amp, as inference will be
+                step()
 
         started = time.perf_counter()
         calibrate(self.student, run, reduce_range)
@@ -353,12 +399,12 @@ class DataFreeLoop(BaseLoop):
         if self.restored is not None and self.restored['game'] is not None:
             self.game.load_state_dict(self.restored['game'])
         else:
-            self.game.start()
+            self.game.start(self.progress('comparison', len(evolving) + len(held)))
             if not math.isfinite(self.game.initial):
                 raise UserError('the teacher or the calibrated student gives features that are no finite numbers on '
                                 'the synthetic images. Try without --amp; check the checkpoint')
             if config.weight_ranges == 'mse':
-                restore = search_weight_ranges(self.student, compared)
+                restore = search_weight_ranges(self.student, compared, self.progress)
                 found = self.game.consider()
                 worse = found > self.game.best
                 if worse:

@@ -6,21 +6,31 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.dist import init_dist, is_distributed, is_main_process
+from mmengine.dist import barrier, init_dist, is_distributed, is_main_process
 from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import Runner
 
 from ..errors import UserError
-from ..files import write_json
+from ..files import OwnedFolder, as_json
 from ..models import quantize_model, scope
 from ..quantization import model_bits, quantizers
 from ..stanza import ROOT, QuantizationConfig
-from .checkpoint import CheckpointError, float_checkpoint, in_own_layout, interrupted_run, load_float, versions
+from .checkpoint import (
+    FULL_PRECISION,
+    QUANTIZED,
+    CheckpointError,
+    float_checkpoint,
+    in_own_layout,
+    interrupted_run,
+    load_float,
+    resumable_checkpoints,
+    versions,
+)
 from .config import (
     data_free_config,
     dataset_meta,
@@ -156,23 +166,16 @@ def check(cfg: Config, checkpoint: str | None = None, evaluated: bool = True):
     return quantization, content, float_size, model_bits(model) / MEGABYTE
 
 
-def check_folder(folder: Path, megabytes: float = 0) -> None:
-    """Makes a folder for results and finds out whether they can be written there.
+def check_space(folder: Path, megabytes: float) -> None:
+    """Find out whether results have room in a folder.
 
     Args:
         folder (Path): Where to.
-        megabytes (float): What will be written at least. Defaults to 0.
+        megabytes (float): What will be written at least.
 
     Raises:
         UserError: If not.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f'.probe.{os.getpid()}'
-        probe.write_bytes(b'.')
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f'cannot write to the work dir {folder} ({error}): choose another with --work-dir') from None
     free = shutil.disk_usage(folder).free / 1e6
     if free < megabytes:
         raise UserError(f'the work dir {folder} has {free:.0f} MB left, {megabytes:.0f} MB are needed: make room, or '
@@ -192,6 +195,35 @@ def build_runner(cfg: Config) -> DataFreeRunner:
     except Exception as error:  # of hooks and loggers, which may be the user's own
         raise UserError(f'no run can be set up from the config ({type(error).__name__}: {error}): check its '
                         'default_hooks, env_cfg and log settings') from error
+
+
+RUN = 'data_free'  # sub-folder for mmengine's Runner: logs, its copy of the config, iter_*.pth
+# All that a run writes to the work dir, which may be that of a training run as well.
+RESULTS = (QUANTIZED, FULL_PRECISION, 'test_config.py', 'metrics.json', 'report.html', 'fresh.pt', 'synthetic.png',
+           'synthetic.pt', 'synthetic', 'calibration_set', f'{RUN}/')
+
+
+def to_resume(folder: OwnedFolder) -> str | None:
+    """Return the checkpoint of the interrupted run in a work dir, or None if no run has left anything.
+
+    Raises:
+        UserError: If the run there is finished, and what it needed to go on is gone.
+    """
+    found = interrupted_run(folder.path / RUN)
+    if found is None and folder.is_ours(QUANTIZED):
+        raise UserError(f'--resume: {folder.path / QUANTIZED} is finished, nothing is left to resume. Without '
+                        '--resume the command makes it anew; another --work-dir keeps it')
+    return found
+
+
+def about_resumption(runner: Runner, folder: OwnedFolder, resume: bool, resume_from: str | None) -> None:
+    """Say what a user may not expect: a fresh start with --resume, or one without it beside an interrupted run."""
+    if resume and not resume_from:
+        runner.logger.warning(f'--resume: {folder.path} holds no interrupted run, this one starts afresh')
+    left, finished = resumable_checkpoints(folder.path / RUN), folder.path / QUANTIZED
+    if not resume and left and not (finished.exists() and finished.stat().st_mtime >= left[0].stat().st_mtime):
+        runner.logger.warning(f'{folder.path} holds an interrupted run, and this one starts afresh: with --resume the '
+                              f'command goes on from {left[0].name}')
 
 
 OUT_OF_MEMORY = ('out of memory', "can't allocate memory", 'not enough memory', 'failed to allocate')
@@ -254,20 +286,27 @@ def quantize(cfg: Config,
         UserError: Where something fails on the way, saying what is finished and how to go on.
     """
     init_distributed(cfg)
-    with Display(quiet) as display:
-        return _quantize(cfg, checkpoint, resume, amp, eval_float, eval_quantized, display)
+    folder = OwnedFolder(cfg.work_dir)
+    with folder.lock() if is_main_process() else nullcontext(), Display(quiet) as display:
+        return _quantize(cfg, folder, checkpoint, resume, amp, eval_float, eval_quantized, display)
 
 
-def _quantize(cfg, checkpoint, resume, amp, eval_float, eval_quantized, display):
-    work_dir = Path(cfg.work_dir)
+def _quantize(cfg, folder, checkpoint, resume, amp, eval_float, eval_quantized, display):
+    if is_main_process():
+        folder.claim(RESULTS)
     quantization, content, float_size, quantized_size = check(cfg, checkpoint, eval_float or eval_quantized)
     meta = dataset_meta(cfg, content['meta'])
-    check_folder(work_dir, 1.1 * float_size)  # quantized.pth simulates integers in float
-    resume_from = interrupted_run(work_dir) if resume else None
-    weights = in_own_layout(content, work_dir)
-    run = data_free_config(cfg, quantization, weights, meta, amp, resume_from)
-    test_path = work_dir / 'test_config.py'
+    check_space(folder.path, 1.1 * float_size)  # quantized.pth simulates integers in float
+    if is_main_process():
+        folder.own(RUN)
+    barrier()
+    run_dir = folder.path / RUN
+    resume_from = to_resume(folder) if resume else None
+    weights = in_own_layout(content, folder)
+    run = data_free_config(cfg, quantization, weights, meta, amp, resume_from, str(run_dir))
+    test_path = folder.path / 'test_config.py'
     tested = test_config(cfg, quantization)
+    tested.work_dir = str(run_dir)  # the library's test tool writes its copy of the config there
 
     name_visualizer(run, f'data_free_{time.time_ns()}')
     with explained_failures(cfg, quantization):
@@ -277,7 +316,9 @@ def _quantize(cfg, checkpoint, resume, amp, eval_float, eval_quantized, display)
         if content['layout']:
             runner.logger.info(f"{content['path']} has the layout of {content['layout']}: converted to {weights}")
         if is_main_process():
-            tested.dump(test_path)
+            with folder.writing(test_path.name) as path:
+                tested.dump(path)
+        about_resumption(runner, folder, resume, resume_from)
         runner.train()
     minutes = runner.train_loop.minutes  # over all sessions of a run that was interrupted
     logger = runner.logger
@@ -289,7 +330,7 @@ def _quantize(cfg, checkpoint, resume, amp, eval_float, eval_quantized, display)
         scope=scope(runner.train_loop.student, quantization), placement=quantization.placement,
         bits=dict(weight=quantization.weight.bits, activation=quantization.activation.bits),
         mixed=any('bits' in (side or {}) for o in quantization.overrides for side in (o.weight, o.activation)),
-        method=quantization.synthesis.method, seed=runner.seed, checkpoint=str(work_dir / 'quantized.pth'),
+        method=quantization.synthesis.method, seed=runner.seed, checkpoint=str(folder.path / QUANTIZED),
         test_config=str(test_path), versions=versions())
     gap = evaluation_gap(cfg)
     failure = None
@@ -299,10 +340,10 @@ def _quantize(cfg, checkpoint, resume, amp, eval_float, eval_quantized, display)
     else:
         try:
             if eval_float:
-                result['full_precision'] = evaluate(float_config(cfg), weights, str(work_dir), 'full_precision',
+                result['full_precision'] = evaluate(float_config(cfg), weights, str(run_dir), 'full_precision',
                                                     display)
             if eval_quantized:
-                result['quantized'] = evaluate(Config.fromfile(test_path), result['checkpoint'], str(work_dir),
+                result['quantized'] = evaluate(Config.fromfile(test_path), result['checkpoint'], str(run_dir),
                                                'quantized', display)
         except Exception as error:  # of data sets and metrics, which may be the user's own
             failure = error
@@ -310,26 +351,25 @@ def _quantize(cfg, checkpoint, resume, amp, eval_float, eval_quantized, display)
             logger.warning('The evaluation failed:', exc_info=True)
     if is_main_process():
         with explained_failures(cfg, quantization):
-            report(runner, cfg, result)
+            report(runner, cfg, folder, result)
     if failure:
         raise UserError(f"{result['checkpoint']} is written, but {result['not_evaluated']}. Mend the config's test "
                         "data and evaluate with the library's tools/test.py") from failure
     return result
 
 
-def report(runner: Runner, cfg: Config, result: dict) -> None:
+def report(runner: Runner, cfg: Config, folder: OwnedFolder, result: dict) -> None:
     """Measures what can be measured without data, adds it to the result, and writes ``metrics.json`` and
     ``report.html``. A report that fails is one warning: the model is finished by then.
     """
-    work_dir = Path(cfg.work_dir)
-    write_json(result, work_dir / 'metrics.json')
+    folder.write('metrics.json', as_json(result))
     started = time.perf_counter()
     try:
-        measured = measure(runner, work_dir)
+        measured = measure(runner, folder)
         result['fidelity'] = measured['fidelity']
         result['report_minutes'] = round((time.perf_counter() - started) / 60, 2)
         figures = draw_figures(runner, measured)
-        result['report'] = str(write_report(runner, cfg, result, measured, figures))
+        result['report'] = str(write_report(runner, cfg, folder, result, measured, figures))
     except Exception:
         runner.logger.warning('The report could not be made:', exc_info=True)
     else:
@@ -338,7 +378,7 @@ def report(runner: Runner, cfg: Config, result: dict) -> None:
             show_report(runner, result, figures)
         except Exception:  # of a Visualizer, which may be the user's own
             runner.logger.warning('The report could not be shown to the visualizer:', exc_info=True)
-    write_json(result, work_dir / 'metrics.json')
+    folder.write('metrics.json', as_json(result))
 
 
 def with_stanza(cfg: Config, **changes) -> Config:

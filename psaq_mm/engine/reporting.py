@@ -14,7 +14,7 @@ from mmengine.dist import get_world_size
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import write_atomically
+from ..files import OwnedFolder
 from ..models import backbone_of, extract_features, similarity_taps
 from ..quantization import layer_errors
 from ..report import figures, page
@@ -31,14 +31,14 @@ VIEWS = 4  # of each fresh image; our choice
 DENSITIES = 3  # blocks whose densities are drawn: the first, one in the middle, the last
 
 
-def fresh_images(loop: DataFreeLoop, folder: Path) -> list[Tensor]:
+def fresh_images(loop: DataFreeLoop, folder: OwnedFolder) -> list[Tensor]:
     """Images that nothing was calibrated on, by patch-similarity entropy whatever the method; also in ``fresh.pt``.
 
     Settings as those of the run, each from its own noise and for all steps.
 
     Args:
         loop (DataFreeLoop): Done.
-        folder (Path): For ``fresh.pt``.
+        folder (OwnedFolder): For ``fresh.pt``.
 
     Returns:
         list[Tensor]: Batches (B, C, H, W) on the model's device.
@@ -54,18 +54,12 @@ def fresh_images(loop: DataFreeLoop, folder: Path) -> list[Tensor]:
             for index in range(first, min(first + config.batch_size, report.images))]).to(loop.device))
     tap = loop.tap or PatchSimilarityTap(*similarity_taps(backbone_of(loop.teacher)))
     run = functools.partial(loop.run_teacher, tap=tap)
-    done, total, images = 0, len(batches) * config.steps, []
-
-    def progress():
-        nonlocal done
-        done += 1
-        loop.runner.call_hook('after_report_step', done=done, total=total)
-
+    progress, images = loop.progress('report', len(batches) * config.steps), []
     for number, batch in enumerate(batches):
         images.append(synthesize(batch, run, tap, config, loop.low, loop.high, f'{seed}-fresh-{number}', progress))
     if loop.tap is None:
         tap.remove()
-    write_atomically(dict(images=[batch.cpu() for batch in images]), folder / 'fresh.pt')
+    folder.write('fresh.pt', dict(images=[batch.cpu() for batch in images]))
     return images
 
 
@@ -104,12 +98,12 @@ def densities(loop: DataFreeLoop) -> list[dict]:
     return result
 
 
-def measure(runner, folder: Path) -> dict:
+def measure(runner, folder: OwnedFolder) -> dict:
     """Everything the report says that takes computing: on fresh images, or without those on the run's own.
 
     Args:
         runner (Runner): Its loop is done.
-        folder (Path): The work dir.
+        folder (OwnedFolder): The work dir.
 
     Returns:
         dict: ``fidelity`` (see :func:`psaq_mm.report.fidelity.fidelity`, and ``images``, how many were synthesised for
@@ -177,12 +171,13 @@ def draw_figures(runner, measured: dict) -> dict:
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def write_report(runner, cfg: Config, result: dict, measured: dict, drawn: dict) -> Path:
+def write_report(runner, cfg: Config, folder: OwnedFolder, result: dict, measured: dict, drawn: dict) -> Path:
     """Write ``report.html``.
 
     Args:
         runner (Runner): Its loop is done.
         cfg (Config): The user's.
+        folder (OwnedFolder): The work dir.
         result (dict): What ``metrics.json`` holds.
         measured (dict): From :func:`measure`.
         drawn (dict): From :func:`draw_figures`.
@@ -190,16 +185,14 @@ def write_report(runner, cfg: Config, result: dict, measured: dict, drawn: dict)
     Returns:
         Path: The file.
     """
-    loop, folder = runner.train_loop, Path(cfg.work_dir)
+    loop = runner.train_loop
     content = dict(result=result, layers=measured['layers'], gallery=gallery(runner), figures={
         name: figures.svg(figure) for name, figure in drawn.items()}, stanza=loop.quantization.to_dict(),
         game=loop.game and dict(initial=loop.game.initial, best=loop.game.best, turns=loop.game.turns,
                                 student=loop.game.student_updates, images=loop.game.image_updates),
         command=command(), config=str(cfg.filename or ''), title=Path(
-            cfg.filename or folder).stem)
-    path = folder / 'report.html'
-    write_atomically(page.render(content).encode(), path)
-    return path
+            cfg.filename or folder.path).stem)
+    return folder.write('report.html', page.render(content).encode())
 
 
 def show_report(runner, result: dict, drawn: dict) -> None:

@@ -213,24 +213,29 @@ def calibrate(model: nn.Module, run: Callable[[], None], reduce=None) -> None:
 
 
 @torch.no_grad()
-def search_weight_ranges(model: nn.Module, weights: Collection[Tensor]) -> Callable[[], None]:
-    """Gives weights that were calibrated by min-max the ranges of least squared error, see :class:`MSEObserver`.
+def search_weight_ranges(model: nn.Module, weights: Collection[Tensor],
+                         progress: Callable[[str, int], Callable[[], None]] | None = None) -> Callable[[], None]:
+    """Give weights that were calibrated by min-max the ranges of least squared error, see :class:`MSEObserver`.
 
     Args:
         model (nn.Module): Calibrated.
         weights (Collection[Tensor]): The parameters that are meant.
+        progress (Callable, optional): Gets a title and the number of weights; returns what is called after each.
 
     Returns:
         Callable: Puts the ranges back as they were.
     """
     before, wanted = {}, {id(weight) for weight in weights}
-    for layer in quantized_layers(model).values():
-        quantizer = getattr(layer, 'weight_quantizer', None)
-        if quantizer is not None and quantizer.config.observer == 'minmax' and \
-                id(layer.weight) in wanted:
-            before[quantizer] = quantizer.scale.clone(), quantizer.zero_point.clone()
-            quantizer.observe(layer.weight, 'mse')
-            quantizer.calibrate()
+    layers = [layer for layer in quantized_layers(model).values()
+              if getattr(layer, 'weight_quantizer', None) is not None and id(layer.weight) in wanted
+              and layer.weight_quantizer.config.observer == 'minmax']
+    step = progress('weight ranges', len(layers)) if progress else lambda: None
+    for layer in layers:
+        quantizer = layer.weight_quantizer
+        before[quantizer] = quantizer.scale.clone(), quantizer.zero_point.clone()
+        quantizer.observe(layer.weight, 'mse')
+        quantizer.calibrate()
+        step()
 
     def restore():
         for quantizer, (scale, zero_point) in before.items():

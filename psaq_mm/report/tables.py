@@ -1,11 +1,9 @@
 """Results for people and programs: tables for the terminal and for Markdown, a plot, JSON."""
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.table import Table
 
-from ..files import write_json
+from ..files import OwnedFolder, as_json, write_json
 
 # Metrics that people know: their name, and what makes a percentage of them.
 METRICS = {
@@ -143,8 +141,11 @@ def markdown(header, rows) -> str:
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines) + '\n'
 
 
+WRITTEN = ('table.md', 'grid.png', 'metrics.json')  # by write_comparison
+
+
 def write_comparison(results: dict, folder, title: str, json_path: str | None = None) -> Table:
-    """Writes ``table.md``, ``grid.png`` and ``metrics.json``.
+    """Write ``table.md``, ``grid.png`` and ``metrics.json``.
 
     The same results give the same table: how long a run took is in the JSON and on the terminal only.
 
@@ -157,12 +158,14 @@ def write_comparison(results: dict, folder, title: str, json_path: str | None = 
     Returns:
         Table: For the terminal.
     """
-    folder = Path(folder)
+    own = OwnedFolder(folder)
     text = markdown(*comparison_rows(results, minutes=False))
-    (folder / 'table.md').write_text(f'{title}: {scope_of(results)}\n\n{text}')
-    plot_comparison(results, title).savefig(folder / 'grid.png', dpi=120)
-    for path in filter(None, (folder / 'metrics.json', json_path)):
-        write_json(results, path)
+    own.write('table.md', f'{title}: {scope_of(results)}\n\n{text}'.encode())
+    with own.writing('grid.png') as path:
+        plot_comparison(results, title).savefig(path, dpi=120)
+    own.write('metrics.json', as_json(results))
+    if json_path:
+        write_json(results, json_path)
     table = comparison_table(results, title)
     table.caption = f'{folder}/table.md, {folder}/grid.png'
     return table

@@ -127,24 +127,30 @@ class Game:
         self.lesson = self.seed = None
         self.lessons = self.uses = 0  # lessons begun; uses of the present one
 
-    def start(self) -> None:
-        """Measures the plainly calibrated student: the reference of the game and the first candidate for the best."""
+    def start(self, progress: Callable[[], None] = lambda: None) -> None:
+        """Measure the plainly calibrated student: the reference of the game and the first candidate for the best.
+
+        Args:
+            progress (Callable): Called after each batch of images, evolving and held back.
+        """
         self.reference = self.mean(
-            sum(self.measure(o.images) for o in self.optimizers) / len(self.optimizers)) or 1e-12
-        self.best = self.initial = self.evaluate()
+            sum(self.measure(o.images, progress) for o in self.optimizers) / len(self.optimizers)) or 1e-12
+        self.best = self.initial = self.evaluate(progress)
         self.best_parameters = self._copy()
 
     def _copy(self):
         return {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
-    def measure(self, images: Tensor) -> float:
-        """Mean discrepancy on a batch."""
-        return discrepancy(self.teacher(images), self.student(images), len(images)).mean().item()
+    def measure(self, images: Tensor, progress: Callable[[], None] = lambda: None) -> float:
+        """Return the mean discrepancy on a batch (B, C, H, W); call ``progress`` when it is known."""
+        found = discrepancy(self.teacher(images), self.student(images), len(images)).mean().item()
+        progress()
+        return found
 
-    def evaluate(self) -> float:
-        """Mean discrepancy on the held-back images."""
-        return self.mean(sum(self.measure(batch) for batch in self.holdout) / len(self.holdout))
+    def evaluate(self, progress: Callable[[], None] = lambda: None) -> float:
+        """Return the mean discrepancy on the held-back images; call ``progress`` after each batch."""
+        return self.mean(sum(self.measure(batch, progress) for batch in self.holdout) / len(self.holdout))
 
     def step(self, rng: random.Random) -> dict:
         """One update of the side whose turn it is; then decides whose turn is next.

@@ -20,6 +20,7 @@ from ..engine.checkpoint import in_own_layout
 from ..engine.config import data_free_config, dataset_meta, default_scope, test_config
 from ..engine.pipeline import build_float, check
 from ..errors import UserError
+from ..files import OwnedFolder
 from ..models import scope
 from ..quantization import SCORES, QuantizedMatMul, quantized_layers
 from .standins import without_language
@@ -191,7 +192,7 @@ def check_config(path, work_dir, size: int = SIZE, stanza: dict | None = None) -
     cfg.quantization = dict(stanza or {}, targets=targets,
                             synthesis=dict(num_images=2, batch_size=1, size=(size, size), steps=2), game=dict(steps=2))
     quantization, content, *_ = check(cfg, str(weights), False)
-    run = data_free_config(cfg, quantization, in_own_layout(content, Path(work_dir)), dataset_meta(cfg, {}))
+    run = data_free_config(cfg, quantization, in_own_layout(content, OwnedFolder(work_dir)), dataset_meta(cfg, {}))
     run.experiment_name = f'zoo_{time.time_ns()}'
     run.log_level = 'ERROR'
     runner = Runner.from_cfg(run)
