@@ -327,7 +327,8 @@ def test_an_experiment_logger_is_set_up_once_and_told_everything(small_config, t
     result = tracked_run(small_config, tmp_path)
     assert (experiment.begun, experiment.ended) == (1, 1)
     assert 'report' in result and 0 < result['full_precision']['coco/bbox_mAP']
-    assert {'synthetic', 'report/layers', 'full_precision/coco/bbox_mAP', 'quantized/coco/segm_mAP'} <= set(experiment.told)
+    shown = {'synthetic', 'report/layers', 'full_precision/coco/bbox_mAP', 'quantized/coco/segm_mAP'}
+    assert shown <= set(experiment.told)
 
 
 @pytest.mark.parametrize('broken', ['login', 'package', 'type'])
