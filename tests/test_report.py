@@ -249,7 +249,7 @@ def test_a_terminal_shows_a_bar_with_entropy_and_discrepancy(small_config, tmp_p
     assert process.wait() == 0, shown[-2000:]
     shown = re.sub(r'\x1b\[[\d;?]*[a-zA-Z]', '', shown.decode())
     for stage, number in (('synthesis', 'entropy'), ('game', 'discrepancy'), ('report', ''), ('evaluation', '')):
-        assert re.search(rf'{stage} +━+ *\d+/\d+ [\d:]+ eta [\d:]+ +{number}', shown), stage
+        assert re.search(rf'{stage} +━+ *\d+/\d+ +[\d:]+ eta [\d:]+ +{number}', shown), stage
     assert 'Iter(train)' not in shown and 'Stage 1/3' in shown
     assert any('Iter(train)' in path.read_text() for path in tmp_path.rglob('*.log'))
 

@@ -229,7 +229,7 @@ def search_weight_ranges(model: nn.Module, weights: Collection[Tensor],
     layers = [layer for layer in quantized_layers(model).values()
               if getattr(layer, 'weight_quantizer', None) is not None and id(layer.weight) in wanted
               and layer.weight_quantizer.config.observer == 'minmax']
-    step = progress('weight ranges', len(layers)) if progress else lambda: None
+    step = progress('weights', len(layers)) if progress else lambda: None
     for layer in layers:
         quantizer = layer.weight_quantizer
         before[quantizer] = quantizer.scale.clone(), quantizer.zero_point.clone()
