@@ -178,14 +178,25 @@ def test_the_work_dir_of_a_training_run_keeps_everything(small_config, tmp_path,
     assert (folder / 'quantized.pth').read_bytes() == mine
 
 
-@pytest.mark.parametrize('name', ['quantized.pth', 'full_precision.pth', 'test_config.py', 'synthetic/0000.png',
-                                  'calibration_set/notes.txt', 'data_free/iter_1.pth', 'metrics.json'])
+@pytest.mark.parametrize('name', ['quantized.pth', 'test_config.py', 'synthetic/0000.png', 'calibration_set/notes.txt',
+                                  'data_free/iter_1.pth', 'metrics.json'])
 def test_files_of_the_user_that_are_named_as_ours_end_the_run_early(small_config, tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text('mine')
     with pytest.raises(UserError, match=f'{name.partition("/")[0]}.* was not written by psaq_mm'):
         run(config(small_config, tmp_path))
     assert (tmp_path / name).read_text() == 'mine'
+
+
+def test_a_checkpoint_named_as_ours_is_read_and_stays(small_config, tmp_path):
+    from psaq_mm.engine.checkpoint import in_own_layout
+    path = tmp_path / 'full_precision.pth'
+    torch.save(torch.load(DEMO_CHECKPOINT, weights_only=True), path)
+    before = path.read_bytes()
+    run(config(small_config, tmp_path, **{'synthesis.method': 'noise'}), checkpoint=str(path))
+    with pytest.raises(UserError, match='full_precision.pth was not written by psaq_mm'):
+        in_own_layout(dict(layout='timm', path=str(path), meta={}, state_dict={}), OwnedFolder(tmp_path))
+    assert path.read_bytes() == before
 
 
 def test_a_second_run_in_the_same_work_dir_is_refused(small_config, tmp_path):

@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..files import OwnedFolder, as_json, read_json
 from ..report import WRITTEN
 from ..stanza import QuantizationConfig
-from .checkpoint import FULL_PRECISION, in_own_layout, resumable_checkpoints, versions
+from .checkpoint import in_own_layout, resumable_checkpoints, versions
 from .config import calibration_gap, evaluation_gap, float_config
 from .display import Display
 from .pipeline import RUN, check, evaluate, quantize, with_stanza
@@ -88,7 +88,7 @@ def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]]
         raise UserError(gap)
     root = OwnedFolder(work_dir)
     with root.lock():
-        root.claim((FULL_PRECISION, *WRITTEN))
+        root.claim(WRITTEN)
         return _compare(cfg, methods, bits, root, checkpoint, quiet)
 
 

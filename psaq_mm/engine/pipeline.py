@@ -21,7 +21,6 @@ from ..models import quantize_model, scope
 from ..quantization import model_bits, quantizers
 from ..stanza import ROOT, QuantizationConfig
 from .checkpoint import (
-    FULL_PRECISION,
     QUANTIZED,
     CheckpointError,
     float_checkpoint,
@@ -198,8 +197,8 @@ def build_runner(cfg: Config) -> DataFreeRunner:
 
 
 RUN = 'data_free'  # sub-folder for mmengine's Runner: logs, its copy of the config, iter_*.pth
-# All that a run writes to the work dir, which may be that of a training run as well.
-RESULTS = (QUANTIZED, FULL_PRECISION, 'test_config.py', 'metrics.json', 'report.html', 'fresh.pt', 'synthetic.png',
+# All that a run writes to the work dir at its end; the folder may be that of a training run as well.
+RESULTS = (QUANTIZED, 'test_config.py', 'metrics.json', 'report.html', 'fresh.pt', 'synthetic.png',
            'synthetic.pt', 'synthetic', 'calibration_set', f'{RUN}/')
 
 
