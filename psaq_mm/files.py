@@ -234,7 +234,7 @@ class OwnedFolder:
         Raises:
             UserError: If another process has it, or nothing can be written there.
         """
-        holder = self.state / 'holder.json'
+        holder, new = self.state / 'holder.json', not self.path.exists()
         try:
             self.state.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.state / 'lock', timeout=0)
@@ -254,4 +254,6 @@ class OwnedFolder:
             yield
         finally:
             holder.unlink(missing_ok=True)
+            if new and [path.name for path in self.path.rglob('*')] == [self.STATE, 'lock']:  # nothing came of it
+                shutil.rmtree(self.path)
             lock.release()

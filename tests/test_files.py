@@ -139,6 +139,16 @@ def test_one_command_at_a_time_and_a_dead_one_holds_nothing(tmp_path):
         pass
 
 
+def test_a_folder_in_which_nothing_was_written_goes_away(tmp_path):
+    for name, content, stays in (('new', None, False), ('new', 'a.bin', True), ('old', None, True)):
+        (tmp_path / 'old').mkdir(exist_ok=True)
+        own = OwnedFolder(tmp_path / name)
+        with own.lock():
+            if content:
+                own.write(content, b'1')
+        assert own.path.exists() == stays
+
+
 # -- the whole run ---------------------------------------------------------------------------------------------------
 
 
