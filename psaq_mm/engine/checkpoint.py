@@ -233,7 +233,7 @@ def in_own_layout(content: dict, folder: OwnedFolder) -> str:
     if dist.is_main_process():
         noted = dict(source=content['path'], why=content['why'], weights=content.get('weights'))
         state = {key: value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
-                 for key, value in content['state_dict'].items()}  # a part of a larger storage is written with all of it
+                 for key, value in content['state_dict'].items()}  # torch.save writes the whole storage of a view
         folder.write(FULL_PRECISION, dict(meta=plain(dict(content['meta'], full_precision=noted)), state_dict=state))
     dist.barrier()
     return str(folder.path / FULL_PRECISION)
