@@ -18,8 +18,10 @@ def _kind(annotation) -> str:
              'NoneType': 'None', 'tuple': 'list'}
     parts = [a for a in typing.get_args(annotation)] if typing.get_origin(annotation) in (
         typing.Union, types.UnionType) else [annotation]
-    names = [(typing.get_origin(part) or part).__name__ for part in parts]
-    return ' or '.join(words.get(name, name) for name in names)
+    if len(parts) > 1:
+        return ' or '.join(_kind(part) for part in parts)
+    name = (typing.get_origin(parts[0]) or parts[0]).__name__
+    return words.get(name, name)
 
 
 def _limits(field) -> str:

@@ -49,6 +49,9 @@ class QuantizationConfig(FrozenConfig):
         "classifier's logits): two more of the places where V1's code quantizes")
     keep_float: tuple[str, ...] = Field((), strict=False, description='name patterns of layers left in float')
     overrides: tuple[LayerOverride, ...] = Field((), strict=False, description='later ones win')
+    load_weights: Literal['ema', 'plain'] | None = Field(
+        None, description="of a checkpoint that holds two sets: 'ema', averaged over training, or 'plain'. None: what "
+        "the library's own test tool loads")
     synthesis: SynthesisConfig = SynthesisConfig()
     game: GameConfig = GameConfig()
     report: ReportConfig = ReportConfig()

@@ -9,4 +9,5 @@ REQUIRES = {
     'mmsegmentation': '>=1.2.0,<1.3',
     'timm': '>=1.0.9',
     'pydantic': '>=2.7',
+    'safetensors': '>=0.4',
 }

@@ -354,7 +354,7 @@ def build():
     (lambda s: s.pop('backbone.patch_embed.projection.weight'), 'lacks backbone.patch_embed.projection.weight'),
     (lambda s: s.update({'roi_head.bbox_head.fc_cls.weight': torch.zeros(81, 256)}),
      r'fc_cls.weight is \(81, 256\).*\(7, 256\).*number of classes'),
-    (lambda s: s.update({'rpn_head.rpn_cls.weight': torch.zeros(3, 128, 1, 1)}), 'another architecture'),
+    (lambda s: s.update({'rpn_head.rpn_cls.weight': torch.zeros(3, 128, 1, 1)}), 'heads are set otherwise'),
     (lambda s: s.update({'backbone.stages.2.blocks.9.norm1.weight': torch.zeros(4)}), 'deeper'),
     (lambda s: s['neck.fpn_convs.0.conv.bias'].fill_(float('nan')), 'NaN or infinite.*neck.fpn_convs.0.conv.bias'),
     (lambda s: s.update({'backbone.x.weight_quantizer.scale': torch.ones(1)}), 'quantized already'),

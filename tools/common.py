@@ -9,6 +9,8 @@ def config_arguments(parser):
     """Arguments that say what to quantize, with which settings, on what."""
     parser.add_argument('config', help='config file with quantization = dict(...)')
     parser.add_argument('--checkpoint', metavar='FILE', help='full-precision weights instead of load_from')
+    parser.add_argument('--weights', choices=['ema', 'plain'], help='which set of a checkpoint that holds two, one '
+                        "averaged over training (default: what the library's own test tool loads)")
     parser.add_argument('--work-dir', metavar='DIR', help='where results go (default: work_dirs/<config name>)')
     parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override settings of the config, '
                         "e.g. quantization.weight.bits=4 quantization.synthesis.size='(256,256)'")
@@ -54,6 +56,8 @@ def load_config(args, work_dir):
         except Exception as error:
             raise UserError(f'--cfg-options {" ".join(args.cfg_options)}: must be KEY=VALUE with keys of the config '
                             f'({type(error).__name__}: {error})') from None
+    if getattr(args, 'weights', None) and isinstance(cfg.get('quantization'), dict):
+        cfg.quantization['load_weights'] = args.weights
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or work_dir
     if args.seed is not None:
         cfg.randomness = dict(cfg.get('randomness') or {}, seed=args.seed)

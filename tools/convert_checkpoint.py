@@ -13,6 +13,8 @@ def parse_args():
     parser = argparse.ArgumentParser(description='Converts a mmdet 2 / mmseg 0 Swin checkpoint for mmdet 3 / mmseg 1.')
     parser.add_argument('source', help='checkpoint: path or http(s) address')
     parser.add_argument('target', help='file to write')
+    parser.add_argument('--weights', choices=['ema', 'plain'], help='which set of a file that holds two, one averaged '
+                        "over training (default: what the library's own test tool loads)")
     parser.add_argument('--overwrite', action='store_true', help='replace the target if it exists')
     return parser.parse_args()
 
@@ -24,7 +26,8 @@ def main():
     try:
         if Path(args.target).exists() and not args.overwrite:
             raise UserError(f'{args.target} exists: give another target, or --overwrite')
-        print(f'{args.target}: {convert_file(args.source, args.target)} tensors in the layout of mmdet 3 and mmseg 1')
+        count = convert_file(args.source, args.target, args.weights)
+        print(f'{args.target}: {count} tensors in the layout of mmdet 3 and mmseg 1')
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2

@@ -69,6 +69,7 @@ class TimmClassifier(Classifier):
         if not isinstance(self.head, nn.Linear):
             raise UserError(f"model.model = '{model}': its classifier is a {type(self.head).__name__}, only a single "
                             'Linear layer is supported (distilled models have two heads)')
+        self.num_classes = self.head.out_features
         self.backbone.reset_classifier(0)
 
     def extract_feat(self, inputs: Tensor) -> tuple[Tensor]:

@@ -2,10 +2,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import zipfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -17,80 +17,23 @@ from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import print_log
 from torch import nn
 
-from ..errors import UserError
 from ..files import OwnedFolder, write_atomically
-from ..models import PATCH_BIAS, convert_state, convert_swin, is_original_swin
-from ..quantization import quantizers
+from ..models import explain_classes
+from ..models.converters import (
+    DERIVED,
+    ORIGINAL_SWIN,
+    PATCH_BIAS,
+    WeightSet,
+    convert_state,
+    convert_swin,
+    sets_for,
+    weight_sets,
+)
+from ..quantization import FakeQuantizer
 from ..quantization.kernels import IS_COMPILED
+from ..stanza import ROOT
 from ..version import __version__
-
-
-class CheckpointError(UserError):
-    """A checkpoint is missing, damaged, or not the model's."""
-
-
-def local_path(source: str) -> Path:
-    """A file for a path or an http(s) address; the address is fetched into torch's hub folder, once.
-
-    Raises:
-        CheckpointError: If it isn't there.
-    """
-    if re.match(r'https?://', source):
-        path = Path(torch.hub.get_dir()) / 'checkpoints' / os.path.basename(source)
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            print(f'fetching {source} to {path}')
-            try:
-                torch.hub.download_url_to_file(source, str(path))
-            except Exception as error:
-                raise CheckpointError(
-                    f'cannot fetch the checkpoint {source} ({error}). Download it elsewhere and pass it with '
-                    f'--checkpoint FILE, or place it at {path}') from None
-        return path
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise CheckpointError(f'the checkpoint {source} does not exist: correct load_from in the config, '
-                              'or pass --checkpoint FILE')
-    return path
-
-
-def check_archive(path: Path) -> None:
-    """Refuses a zip that would become larger than it is: torch stores tensors as they are, bombs are compressed.
-
-    Raises:
-        CheckpointError: Before anything is unpacked.
-    """
-    if not zipfile.is_zipfile(path):
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-    except Exception as error:  # a damaged archive is what torch.load complains of, too
-        raise CheckpointError(f'{path} is no readable checkpoint ({type(error).__name__}: {error}). It may be truncated'
-                              ) from None
-    if unpacked > path.stat().st_size:
-        raise CheckpointError(f'{path} has {path.stat().st_size / 1e6:.1f} MB and would unpack to {unpacked / 1e6:.1f} '
-                              'MB: torch.save compresses nothing, so this is no checkpoint of its making')
-
-
-def load_safely(path: Path):
-    """``torch.load``, onto the CPU, of what may come from anywhere: runs no code, unpacks no bomb.
-
-    Args:
-        path (Path): A file.
-
-    Raises:
-        CheckpointError: If it is damaged or holds anything but data.
-    """
-    try:
-        check_archive(path)
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip() or 'no reason given').splitlines()[0]
-        raise CheckpointError(f'{path} is no readable checkpoint ({type(error).__name__}: {reason}). It may be '
-                              'truncated, or hold objects other than weights, which psaq_mm does not load') from None
+from .reading import CheckpointError, load_plainly, load_safely, local_path
 
 
 def _newest_first(folder: Path) -> list[Path]:
@@ -142,26 +85,43 @@ def interrupted_run(folder: Path) -> str | None:
 
 
 def read_checkpoint(source: str) -> dict:
-    """Loads a checkpoint safely (``weights_only=True``) onto the CPU.
+    """Return a checkpoint whose names are the model's already, as ``quantized.pth`` and ``full_precision.pth`` are.
 
     Args:
         source (str): Path or http(s) address.
 
     Returns:
-        dict: ``state_dict`` without 'module.' prefixes, ``meta``, ``path``; ``layout`` None, see
-        :func:`float_checkpoint`.
+        dict: ``state_dict`` without 'module.' prefixes, ``meta``, ``path``.
 
     Raises:
         CheckpointError: If it is missing, damaged, holds code, or holds no weights.
     """
-    path = local_path(source)
-    content = load_safely(path)
-    if not isinstance(content, dict):
-        raise CheckpointError(f'{path} holds a {type(content).__name__}, not a dict of weights')
+    path, content, _ = _read(source)
     state = content.get('state_dict', content.get('model', content))
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: 'state_dict' is a {type(state).__name__}, not a dict of weights")
     state = {re.sub(r'^module\.', '', str(k)): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    return dict(state_dict=_checked(state, path), meta=_meta(content), path=path)
+
+
+def _read(source):
+    path = local_path(source)
+    content, foreign = load_plainly(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f'{path} holds a {type(content).__name__}, not a dict of weights')
+    return str(path), content, foreign
+
+
+def _meta(content):
+    return content['meta'] if isinstance(content.get('meta'), dict) else {}
+
+
+def _checked(state, path):
+    """The state.
+
+    Raises:
+        CheckpointError: If it is empty, or holds tensors of a kind that no model in full precision has.
+    """
     if not state:
         raise CheckpointError(f'{path} holds no weights')
     odd = sorted(k for k, v in state.items()
@@ -169,28 +129,80 @@ def read_checkpoint(source: str) -> dict:
     if odd:
         raise CheckpointError(f'{path} holds sparse, quantized, complex or empty tensors in {_listing(odd)}: none that '
                               'a full-precision model has')
-    meta = content.get('meta')
-    return dict(state_dict=state, meta=meta if isinstance(meta, dict) else {}, path=str(path), layout=None)
+    return state
 
 
-def float_checkpoint(model: nn.Module, source: str) -> dict:
-    """:func:`read_checkpoint`, in the layout of the model whatever layout the file has.
+def float_checkpoint(model: nn.Module, source: str, weights: str | None = None) -> dict:
+    """Return the weights that a file holds for a model, by the model's names, whatever names and place the file has.
 
     Args:
         model (nn.Module): Float.
         source (str): Path or http(s) address.
+        weights (str, optional): 'ema' or 'plain', of a file that holds both. Default: what the library's own test
+            tool would load.
 
     Returns:
-        dict: ``layout`` names what it was converted from, if it was.
+        dict: ``state_dict``; ``meta``; ``path``; ``keys``, the names in the file; ``layout``, what the weights were
+        converted from, or None; ``weights``, 'ema', 'plain', or None where that is unknown; ``why``, for what reason
+        mmengine would not load just these from the file, or None where it would.
 
     Raises:
-        CheckpointError: If it cannot be read or converted.
+        CheckpointError: If it cannot be read or converted, or lacks the wanted set of weights.
     """
-    content = read_checkpoint(source)
-    content['keys'] = sorted(content['state_dict'])  # as the file has them, for errors
-    with conversion_of(content['path']):
-        content['state_dict'], content['layout'] = convert_state(content['state_dict'], model)
-    return content
+    path, content, foreign = _read(source)
+    with conversion_of(path):
+        sets = weight_sets(content, model)
+    if not sets:  # another architecture's, which load_float explains
+        sets = [WeightSet('', read_checkpoint(source)['state_dict'])]
+    chosen = _choose(sets, weights, content, path)
+    state = _checked(chosen.state, path)
+    with conversion_of(path):
+        state, layout = convert_state(state, model)
+    kind = {True: 'ema', False: 'plain', None: _own(content).get('weights')}[chosen.ema]
+    return dict(state_dict=state, meta=_meta(content), path=path, layout=layout, weights=kind,
+                keys=sorted(chosen.keys or chosen.state), why=foreign or _difference(content, state, layout, chosen))
+
+
+def _own(content):
+    """What :func:`in_own_layout` noted in a file that it wrote, or nothing."""
+    noted = _meta(content).get('full_precision')
+    return noted if isinstance(noted, dict) else {}
+
+
+def _choose(sets, weights, content, path):
+    """The set of weights to use.
+
+    Raises:
+        CheckpointError: If the wanted one isn't there.
+    """
+    words = {True: 'averaged over training', False: 'not averaged', None: 'of unknown kind'}
+    listing = ', '.join(f"'{found.name or 'the file itself'}' ({words[found.ema]})" for found in sets)
+    wanted = sets
+    if weights:
+        wanted = [found for found in sets if found.ema is (weights == 'ema')]
+        if not wanted and len(sets) == 1 and sets[0].ema is None and (
+                weights == 'plain' or _own(content).get('weights') == 'ema'):
+            wanted = sets
+    if not wanted:
+        raise CheckpointError(f"{ROOT}.load_weights = '{weights}' (--weights): {path} holds no such weights for this "
+                              f'model, only {listing}. Leave the setting out')
+    if len(sets) > 1:
+        print_log(f"{path} holds {len(sets)} sets of weights: {listing}. Used: '{wanted[0].name or 'the file itself'}'"
+                  + ('' if weights else '. --weights ema or plain chooses'), 'current',
+                  logging.INFO if weights else logging.WARNING)
+    return wanted[0]
+
+
+def _difference(content, state, layout, chosen) -> str | None:
+    """Why mmengine's ``load_checkpoint`` would not load exactly these weights from this file, or None if it would."""
+    if layout:
+        return f'has the layout of {layout}'
+    theirs = content.get('state_dict', content)
+    if isinstance(theirs, dict) and theirs.keys() == state.keys() and not any(
+            key.startswith('module') for key in theirs) and all(theirs[key] is state[key] for key in state):
+        return None
+    return f"holds the weights at '{chosen.name}'" if chosen.name not in ('', 'state_dict') else \
+        'has more, or other names, than the model'
 
 
 @contextmanager
@@ -207,7 +219,7 @@ FULL_PRECISION, QUANTIZED = 'full_precision.pth', 'quantized.pth'
 
 
 def in_own_layout(content: dict, folder: OwnedFolder) -> str:
-    """Return the path of a file that mmengine loads into the model: the checkpoint itself, or what it was converted to.
+    """Return the path of a file from which mmengine loads just what was read: the checkpoint itself, or a copy.
 
     Args:
         content (dict): From :func:`float_checkpoint`.
@@ -216,16 +228,24 @@ def in_own_layout(content: dict, folder: OwnedFolder) -> str:
     Raises:
         UserError: If a file of that name is there that is not ours.
     """
-    if content['layout'] is None:
+    if content['why'] is None:
         return content['path']
     if dist.is_main_process():
-        folder.write(FULL_PRECISION, dict(meta=plain(content['meta']), state_dict=content['state_dict']))
+        noted = dict(source=content['path'], why=content['why'], weights=content.get('weights'))
+        state = {key: value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
+                 for key, value in content['state_dict'].items()}  # torch.save writes the whole storage of a view
+        folder.write(FULL_PRECISION, dict(meta=plain(dict(content['meta'], full_precision=noted)), state_dict=state))
     dist.barrier()
     return str(folder.path / FULL_PRECISION)
 
 
-def convert_file(source: str, target: str) -> int:
+def convert_file(source: str, target: str, weights: str | None = None) -> int:
     """Writes a checkpoint of the original Swin detectors or segmentors in the layout of mmdet 3 and mmseg 1.
+
+    Args:
+        source (str): Path or http(s) address.
+        target (str): File to write.
+        weights (str, optional): 'ema' or 'plain', of a file that holds both.
 
     Returns:
         int: Number of tensors written.
@@ -233,38 +253,39 @@ def convert_file(source: str, target: str) -> int:
     Raises:
         CheckpointError: If the checkpoint cannot be read, has another layout, or the target cannot be written.
     """
-    content = read_checkpoint(source)
-    state = content['state_dict']
-    if not is_original_swin(state):
+    path, content, _ = _read(source)
+    if Path(target).exists() and Path(target).samefile(path):
+        raise CheckpointError(f'{target} is the file to convert: give another target')
+    sets = sets_for(content, {ORIGINAL_SWIN})
+    if not sets:
+        state = read_checkpoint(source)['state_dict']
         has = 'is in the layout of mmdet 3 and mmseg 1 already' if any(
-            key.startswith('backbone.stages.') for key in state) else f'has keys like {_listing(sorted(state))}'
-        raise CheckpointError(f"{content['path']} {has}; what can be converted are Swin detectors and segmentors with "
-                              "keys like 'backbone.layers.0.blocks.0.attn.qkv.weight'")
-    with conversion_of(content['path']):
+            'backbone.stages.' in key for key in state) else f'has keys like {_listing(sorted(state))}'
+        raise CheckpointError(f'{path} {has}; what can be converted are Swin detectors and segmentors with '
+                              f"keys like '{ORIGINAL_SWIN}'")
+    state = _checked(_choose(sets, weights, content, path).state, path)
+    with conversion_of(path):
         state = convert_swin(state)
     try:
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(dict(meta=plain(content['meta']), state_dict=state), Path(target))
+        write_atomically(dict(meta=plain(_meta(content)), state_dict=state), Path(target))
     except (OSError, RuntimeError) as error:  # torch reports some of what the system refuses as RuntimeError
         raise CheckpointError(f'cannot write {target} ({error})') from None
     return len(state)
-
-
-# Buffers that follow from the architecture; some versions store them, some don't.
-DERIVED = ('num_batches_tracked', 'relative_position_index', 'attn_mask')
 
 
 def _listing(items):
     return ', '.join(items[:3]) + (f' and {len(items) - 3} more' if len(items) > 3 else '')
 
 
-def load_float(model: nn.Module, checkpoint: dict, targets=('backbone', 'neck')) -> None:
+def load_float(model: nn.Module, checkpoint: dict, targets=('backbone', 'neck'), config=None) -> None:
     """Loads full-precision weights into a float or a converted model, or says why they don't fit.
 
     Args:
         model (nn.Module): The model.
-        checkpoint (dict): From :func:`read_checkpoint`.
+        checkpoint (dict): From :func:`float_checkpoint` or :func:`read_checkpoint`.
         targets (Sequence[str]): Submodules in which the checkpoint may hold nothing the model lacks.
+        config (dict, optional): The model's, to name the keys in it that errors are about.
 
     Raises:
         CheckpointError: If parameters are missing, have other shapes, are not finite, or the checkpoint belongs to
@@ -273,22 +294,22 @@ def load_float(model: nn.Module, checkpoint: dict, targets=('backbone', 'neck'))
     state, path = checkpoint['state_dict'], checkpoint['path']
     if any(key.endswith('_quantizer.scale') for key in state):
         raise CheckpointError(f'{path} is quantized already: pass the full-precision checkpoint')
-    quantizer_keys = tuple(f'{name}.' for name in quantizers(model))
+    quantizer_keys = tuple(f'{name}.' for name, module in model.named_modules(remove_duplicate=False)
+                           if isinstance(module, FakeQuantizer))
     own = {k: v for k, v in model.state_dict().items() if not (quantizer_keys and k.startswith(quantizer_keys))}
-    shapes = [
-        f'{k} is {tuple(state[k].shape)} in the checkpoint, {tuple(v.shape)} in the model' for k, v in own.items()
-        if k in state and state[k].shape != v.shape
-    ]
+    missing = sorted(k for k in own if k not in state and not k.endswith(DERIVED))
+    shapes = {k: (tuple(state[k].shape), tuple(v.shape)) for k, v in own.items()
+              if k in state and state[k].shape != v.shape}
     if shapes:
-        classes = all(re.match(r'(\S*(fc_cls|fc_reg|conv_logits|conv_seg)|head)\.', text) for text in shapes)
-        hint = ('The number of classes differs: set num_classes in the model config to the checkpoint\'s.'
-                if classes else 'The checkpoint belongs to another architecture.')
-        raise CheckpointError(f'{path} does not fit the model: {_listing(shapes)}. {hint}')
+        listed = _listing([f'{k} is {theirs} in the checkpoint, {ours} in the model'
+                           for k, (theirs, ours) in shapes.items()])
+        hint = (not missing and explain_classes(shapes, model, config, targets)
+                or 'The checkpoint belongs to another architecture.')
+        raise CheckpointError(f'{path} does not fit the model: {listed}. {hint}')
     kinds = [f'{k} is {state[k].dtype} in the checkpoint, {v.dtype} in the model' for k, v in own.items()
              if k in state and v.is_floating_point() and not state[k].is_floating_point()]
     if kinds:
         raise CheckpointError(f'{path} does not fit the model: {_listing(kinds)}. It may be quantized already')
-    missing = sorted(k for k in own if k not in state and not k.endswith(DERIVED))
     if missing:
         raise CheckpointError(f'{path} does not fit the model: it lacks {_listing(missing)} ({len(missing)} of '
                               f'{len(own)} tensors). The checkpoint belongs to another architecture; its keys are like '
@@ -303,7 +324,9 @@ def load_float(model: nn.Module, checkpoint: dict, targets=('backbone', 'neck'))
     broken = sorted(k for k in own if k in state and not torch.isfinite(state[k].float()).all())
     if broken:
         raise CheckpointError(f'{path} holds NaN or infinite values in {_listing(broken)}')
-    model.load_state_dict({k: state[k] for k in own if k in state}, strict=False)
+    fitting = OrderedDict((k, state[k]) for k in own if k in state)
+    fitting._metadata = model.state_dict()._metadata  # the names are the present version's
+    model.load_state_dict(fitting, strict=False)
 
 
 def plain(value):

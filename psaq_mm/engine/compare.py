@@ -97,8 +97,8 @@ def _compare(cfg, methods, bits, root, checkpoint, quiet):
     weights = in_own_layout(content, root)
     source = Path(content['path'])  # or the name of timm's weights
     stat = [source.stat().st_size, source.stat().st_mtime_ns] if source.exists() else []
-    common = dict(software=_software(), checkpoint=[str(source.absolute()), *stat], model=cfg.model,
-                  test=cfg.test_dataloader, evaluator=cfg.test_evaluator,
+    common = dict(software=_software(), checkpoint=[str(source.absolute()), *stat], weights=content.get('weights'),
+                  model=cfg.model, test=cfg.test_dataloader, evaluator=cfg.test_evaluator,
                   seed=(cfg.get('randomness') or {}).get('seed'))
     folder = OwnedFolder(root.path / 'full_precision')
     full = _done(folder, common, lambda _: _evaluate(cfg, weights, folder, quiet))

@@ -2,10 +2,13 @@
 from __future__ import annotations
 
 import copy
+import logging
+from collections.abc import Collection
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import get_world_size
+from mmengine.logging import print_log
 from mmengine.registry import DATASETS, DefaultScope
 
 from ..errors import UserError
@@ -68,12 +71,41 @@ def test_config(cfg: Config, quantization: QuantizationConfig) -> Config:
     return cfg
 
 
-def dataset_meta(cfg: Config, checkpoint_meta: dict) -> dict:
-    """Classes and palette: the checkpoint's if it has them, otherwise those of the test data set."""
-    if checkpoint_meta.get('dataset_meta'):
-        return dict(checkpoint_meta['dataset_meta'])
-    if checkpoint_meta.get('CLASSES'):
-        return dict(classes=checkpoint_meta['CLASSES'], **(
+def dataset_meta(cfg: Config, checkpoint_meta: dict, counts: Collection[int] = ()) -> dict:
+    """Classes and palette: the checkpoint's if it has them, otherwise those of the test data set.
+
+    Names are taken only where there are as many as the model has classes: a data set without ``metainfo`` has those of
+    COCO or ADE20K.
+
+    Args:
+        cfg (Config): The user's.
+        checkpoint_meta (dict): ``meta`` of the checkpoint.
+        counts (Collection[int]): Numbers of classes that the model may have; empty: whatever there is.
+
+    Returns:
+        dict: Empty, after a warning, where no names fit.
+    """
+    refused = []
+    for source, meta in _dataset_metas(cfg, checkpoint_meta):
+        names = meta.get('classes')
+        if not counts or names is not None and len(names) in counts:
+            return meta
+        if names is not None:
+            refused.append(f'{source} has {len(names)}')
+    if refused:
+        print_log(f'The model has {" or ".join(map(str, sorted(counts)))} classes, {", ".join(refused)} names: '
+                  "quantized.pth gets none. Name them in test_dataloader.dataset.metainfo = dict(classes=(...))",
+                  'current', logging.WARNING)
+    return {}
+
+
+def _dataset_metas(cfg, checkpoint_meta):
+    """Where classes and palette may come from, in words, and these, the best first."""
+    known = checkpoint_meta.get('dataset_meta')
+    if known and isinstance(known, dict):
+        yield 'the checkpoint', {str(key).lower(): value for key, value in known.items()}
+    if isinstance(checkpoint_meta.get('CLASSES'), (list, tuple)):
+        yield 'the checkpoint', dict(classes=checkpoint_meta['CLASSES'], **(
             dict(palette=checkpoint_meta['PALETTE']) if checkpoint_meta.get('PALETTE') else {}))
     for key in ('test_dataloader', 'val_dataloader'):
         if cfg.get(key):
@@ -81,8 +113,10 @@ def dataset_meta(cfg: Config, checkpoint_meta: dict) -> dict:
             dataset['lazy_init'] = True
             if 'pipeline' in dataset:  # of no use here, and it may need what is not installed
                 dataset['pipeline'] = []
-            return dict(DATASETS.build(dataset).metainfo)
-    return dict(cfg.get('metainfo') or {})
+            yield f"{key}'s {dataset['type']}", dict(DATASETS.build(dataset).metainfo)
+            break
+    if cfg.get('metainfo'):
+        yield 'metainfo', dict(cfg['metainfo'])
 
 
 def _paths(dataset):

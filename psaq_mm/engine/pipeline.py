@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 
 from ..errors import UserError
 from ..files import OwnedFolder, as_json
-from ..models import quantize_model, scope
+from ..models import class_counts, quantize_model, scope
 from ..quantization import model_bits, quantizers
 from ..stanza import ROOT, QuantizationConfig
 from .checkpoint import (
@@ -154,14 +154,15 @@ def check(cfg: Config, checkpoint: str | None = None, evaluated: bool = True):
     float_size = model_bits(model) / MEGABYTE
     if fetched:
         content = dict(state_dict={k: v.clone() for k, v in model.state_dict().items()}, meta={}, layout='timm',
-                       path=f'timm {cfg.model.model}')
+                       path=f'timm {cfg.model.model}', why='are no file of mmengine')
     else:
-        content = float_checkpoint(model, source)
+        content = float_checkpoint(model, source, quantization.load_weights)
+    content['class_counts'] = class_counts(model, cfg.model)
     quantize_model(model, quantization)
     if not quantizers(model):
         raise UserError(f"nothing to quantize: targets {', '.join(quantization.targets)} hold no linear layer, "
                         'convolution or attention, less what keep_float names')
-    load_float(model, content, quantization.targets)
+    load_float(model, content, quantization.targets, cfg.model)
     return quantization, content, float_size, model_bits(model) / MEGABYTE
 
 
@@ -294,7 +295,7 @@ def _quantize(cfg, folder, checkpoint, resume, amp, eval_float, eval_quantized, 
     if is_main_process():
         folder.claim(RESULTS)
     quantization, content, float_size, quantized_size = check(cfg, checkpoint, eval_float or eval_quantized)
-    meta = dataset_meta(cfg, content['meta'])
+    meta = dataset_meta(cfg, content['meta'], content['class_counts'])
     check_space(folder.path, 1.1 * float_size)  # quantized.pth simulates integers in float
     if is_main_process():
         folder.own(RUN)
@@ -312,8 +313,8 @@ def _quantize(cfg, folder, checkpoint, resume, amp, eval_float, eval_quantized, 
         runner = build_runner(run)
         display.stack.callback(runner.close_visualizer)  # the report is shown to it first
         display.attach(runner)
-        if content['layout']:
-            runner.logger.info(f"{content['path']} has the layout of {content['layout']}: converted to {weights}")
+        if content['why']:
+            runner.logger.info(f"{content['path']} {content['why']}: all models of the run load the copy {weights}")
         if is_main_process():
             with folder.writing(test_path.name) as path:
                 tested.dump(path)
