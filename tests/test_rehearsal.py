@@ -14,6 +14,7 @@ from psaq_mm.engine import evaluation_gap, quantize
 from psaq_mm.engine.config import calibration_gap, metainfo_of
 from psaq_mm.engine.rehearsal import rehearse_calibration, rehearse_evaluation
 from psaq_mm.errors import UserError
+from psaq_mm.models import copy_model
 
 CLASSES = ('disk', 'square', 'triangle', 'star', 'ring', 'cross')
 
@@ -222,3 +223,23 @@ def test_without_an_evaluation_test_data_is_not_touched(classification_config, t
     cfg.test_dataloader.dataset = dataset
     quantize(cfg, eval_float=False, eval_quantized=False)
     assert (tmp_path / 'quantized.pth').exists()
+
+
+class Session:
+    """As a runtime's: of it there is one."""
+
+    def __deepcopy__(self, memo):
+        raise TypeError('cannot pickle a session')
+
+    __reduce_ex__ = None
+
+
+def test_a_model_that_holds_what_cannot_be_copied():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    model[1].runtime = dict(session=Session())
+    model[0].called = model[1].forward  # a method of a module that holds a session
+    other = copy_model(model)
+    assert other[1].runtime is model[1].runtime and other[0].called.__self__ is other[1]
+    with torch.no_grad():
+        other[0].weight.zero_()
+    assert model[0].weight.abs().sum() > 0 and other[0].bias is not model[0].bias
