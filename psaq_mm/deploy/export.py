@@ -15,7 +15,7 @@ from ..engine.config import default_scope, test_config
 from ..engine.loop import read_images
 from ..errors import UserError
 from ..files import write_atomically, write_json
-from ..models import quantize_model_config
+from ..models import own_size, quantize_model_config, resolved
 from ..models.features import FEATURE_PARTS, tensors
 from ..stanza import QuantizationConfig
 from .graph import Features, check_calibrated, export_graph, float_layers
@@ -76,7 +76,7 @@ def exported_config(cfg: Config, model, runtime: str, graph: str, heads: dict[st
     """
     cfg = copy.deepcopy(cfg)
     old = cfg.model
-    stanza = QuantizationConfig.parse(old.pop('quantization'))
+    stanza = resolved(QuantizationConfig.parse(old.pop('quantization')), model)
     old.type = old.pop('float_type')
     exported = dict(graph='{{ fileDirname }}/' + graph, runtime=runtime)
     if isinstance(model, Classifier):
@@ -145,13 +145,6 @@ def agreement(model, graph: Graph, images: torch.Tensor) -> float:
     return min(sqnr(ours, theirs) for ours, theirs in zip(Features(model)(images), graph.run(images)))
 
 
-def own_size(model) -> tuple[int, int] | None:
-    """The only image size that a model takes, (H, W), or None."""
-    embed = getattr(model.backbone, 'patch_embed', None)
-    size = getattr(embed, 'img_size', None) if isinstance(model, Classifier) else None
-    return tuple(size) if size else None
-
-
 def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | None = None, runtime: str = 'openvino',
            preset: str = 'asymmetric') -> dict:
     """Writes ``features.onnx``, a graph for each quantized head, ``int8_config.py``, ``int8.pth`` and ``export.json``.
@@ -176,7 +169,7 @@ def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | 
     cfg = quantized_config(cfg)
     content = read_checkpoint(checkpoint)
     model = build(cfg, content['state_dict'], checkpoint)
-    stanza = QuantizationConfig.parse(cfg.model.quantization)
+    stanza = resolved(QuantizationConfig.parse(cfg.model.quantization), model)
     fixed = size or own_size(model)
     traced = fixed or stanza.synthesis.size[0]
     folder = Path(work_dir)

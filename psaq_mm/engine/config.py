@@ -15,7 +15,7 @@ from mmengine.registry import DATASETS, DefaultScope
 from mmengine.utils import is_abs
 
 from ..errors import UserError
-from ..models import quantize_model_config
+from ..models import DEFAULT_SIZE, quantize_model_config, without_pretrained
 from ..stanza import QuantizationConfig
 
 # Default hooks of mmdet and mmseg that make sense without data.
@@ -27,29 +27,6 @@ LOCAL_BACKENDS = ('local', 'disk', 'hard_disk')
 NESTED = ('dataset', 'datasets', 'metrics')  # of wrappers: what they wrap
 # mmengine's default names a GPU for each process; without device_ids the same wrapper serves GPU and CPU.
 MODEL_WRAPPER = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
-
-
-def _names_a_file(init):
-    """Whether an ``init_cfg`` is one that loads weights."""
-    return isinstance(init, dict) and ('checkpoint' in init or init.get('type') == 'Pretrained')
-
-
-def without_pretrained(model):
-    """A model config that fetches nothing: no ``init_cfg`` that names a checkpoint, no ``pretrained``."""
-    if isinstance(model, dict):
-        for key, value in model.items():
-            if key == 'pretrained':
-                model[key] = False if isinstance(value, bool) else None
-            elif key == 'init_cfg' and isinstance(value, (list, tuple)):
-                model[key] = [init for init in value if not _names_a_file(init)]
-            elif key == 'init_cfg' and _names_a_file(value):
-                model[key] = None
-            else:
-                without_pretrained(value)
-    elif isinstance(model, (list, tuple)):
-        for item in model:
-            without_pretrained(item)
-    return model
 
 
 def float_config(cfg: Config) -> Config:
@@ -271,8 +248,8 @@ def data_free_config(cfg: Config,
         run.train_dataloader = dict(
             batch_size=batch, num_workers=0, persistent_workers=False, drop_last=False,
             sampler=dict(type='DefaultSampler', shuffle=False), collate_fn=dict(type='default_collate'),
-            dataset=dict(type='psaq_mm.NoiseDataset', num_images=shard * world, sizes=synthesis.size,
-                         batch_size=batch, world_size=world, seed=seed, metainfo=meta))
+            dataset=dict(type='psaq_mm.NoiseDataset', num_images=shard * world, batch_size=batch, world_size=world,
+                         sizes=synthesis.size or (DEFAULT_SIZE, ), seed=seed, metainfo=meta))
     run.train_cfg = dict(type='psaq_mm.DataFreeLoop', quantization=stanza, checkpoint=checkpoint, amp=amp)
     run.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(
         type='Adam', lr=quantization.student_lr, fused=True))
