@@ -273,7 +273,7 @@ def load_float(model: nn.Module, checkpoint: dict, targets=('backbone', 'neck'))
     state, path = checkpoint['state_dict'], checkpoint['path']
     if any(key.endswith('_quantizer.scale') for key in state):
         raise CheckpointError(f'{path} is quantized already: pass the full-precision checkpoint')
-    quantizer_keys = tuple(f'{name}.' for name in quantizers(model))
+    quantizer_keys = tuple(f'{name}.' for name in quantizers(model, every_name=True))
     own = {k: v for k, v in model.state_dict().items() if not (quantizer_keys and k.startswith(quantizer_keys))}
     shapes = [
         f'{k} is {tuple(state[k].shape)} in the checkpoint, {tuple(v.shape)} in the model' for k, v in own.items()
