@@ -187,10 +187,37 @@ class OwnedFolder:
         finally:
             shutil.rmtree(temporary.parent, ignore_errors=True)
 
+    def write_all(self, source: Path) -> None:
+        """Copy all files of another folder, none or all, and leave ours of other names.
+
+        Args:
+            source (Path): The folder.
+
+        Raises:
+            UserError: If a file of the user's is in the way.
+        """
+        temporary = self.state / 'tmp' / secrets.token_hex(8)
+        try:
+            shutil.copytree(source, temporary)
+            self._replace({path.name: path for path in sorted(temporary.iterdir())})
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
     def _place(self, name: str, temporary: Path) -> None:
-        folder = temporary.is_dir()
+        if not temporary.is_dir():
+            self._replace({name: temporary})
+            return
         new = {f'{name}/{path.relative_to(temporary)}': path for path in sorted(temporary.rglob('*'))
-               if not path.is_dir()} if folder else {name: temporary}
+               if not path.is_dir()}
+        gone = {key: None for key in self.manifest() if key.startswith(f'{name}/') and key not in new}
+        self._replace(new)
+        for key in gone:
+            if self.is_ours(key):
+                (self.path / key).unlink()
+        self._record(gone)
+
+    def _replace(self, new: dict[str, Path]) -> None:
+        """Move files to their places, by name."""
         for path in new.values():
             with open(path, 'rb') as stream:
                 os.fsync(stream.fileno())
@@ -201,11 +228,7 @@ class OwnedFolder:
         for key, path in new.items():
             (self.path / key).parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, self.path / key)
-        gone = {key: None for key in old if folder and key.startswith(f'{name}/') and key not in new}
-        for key in gone:
-            if self.is_ours(key):
-                (self.path / key).unlink()
-        self._record({**{key: [value] for key, value in digests.items()}, **gone})
+        self._record({key: [value] for key, value in digests.items()})
 
     def write(self, name: str, content) -> Path:
         """Write a file, whole or not at all.

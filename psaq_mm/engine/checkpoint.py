@@ -29,7 +29,7 @@ from ..models.converters import (
     sets_for,
     weight_sets,
 )
-from ..quantization import FakeQuantizer
+from ..quantization import quantizers
 from ..quantization.kernels import IS_COMPILED
 from ..stanza import ROOT
 from ..version import __version__
@@ -294,8 +294,7 @@ def load_float(model: nn.Module, checkpoint: dict, targets=('backbone', 'neck'),
     state, path = checkpoint['state_dict'], checkpoint['path']
     if any(key.endswith('_quantizer.scale') for key in state):
         raise CheckpointError(f'{path} is quantized already: pass the full-precision checkpoint')
-    quantizer_keys = tuple(f'{name}.' for name, module in model.named_modules(remove_duplicate=False)
-                           if isinstance(module, FakeQuantizer))
+    quantizer_keys = tuple(f'{name}.' for name in quantizers(model, every_name=True))
     own = {k: v for k, v in model.state_dict().items() if not (quantizer_keys and k.startswith(quantizer_keys))}
     missing = sorted(k for k in own if k not in state and not k.endswith(DERIVED))
     shapes = {k: (tuple(state[k].shape), tuple(v.shape)) for k, v in own.items()
