@@ -10,13 +10,13 @@ allocated at the peak beyond weights, images and optimiser state, from torch's o
 """
 import argparse
 import random
+import runpy
 import statistics
 import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'tools'))
-from common import parse_options  # noqa: E402
+parse_options = runpy.run_path(str(Path(__file__).resolve().parents[1] / 'tools' / 'common.py'))['parse_options']
 
 CASES = {
     'deit_t': ('DeiT-Tiny, batch 8, 224 x 224', 'configs/deit_t_w8a8.py', 8, (224, 224)),

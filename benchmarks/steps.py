@@ -13,14 +13,15 @@ finished runs are not done again.
 """
 import argparse
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / 'demo'), str(ROOT / 'tools'), str(ROOT / 'benchmarks')]
-from common import parse_options  # noqa: E402
-from grid import bits  # noqa: E402
+sys.path[:0] = [str(ROOT / 'demo'), str(ROOT / 'benchmarks')]
+parse_options = runpy.run_path(str(ROOT / 'tools' / 'common.py'))['parse_options']
+bits = runpy.run_path(str(ROOT / 'tools' / 'grid.py'))['bits']
 from run import CONFIGS as DEMOS  # noqa: E402
 
 STEPS = dict(synthesis=[0, 10, 25, 50, 100, 200], game=[0, 50, 100, 200, 400])

@@ -8,12 +8,13 @@ tables go to work_dirs/demo. Parts that are finished are not done again: delete 
 """
 import argparse
 import os
+import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / 'tools')]
-from grid import METHODS, bits  # noqa: E402
+grid = SimpleNamespace(**runpy.run_path(str(HERE.parent / 'tools' / 'grid.py')))
 
 CONFIGS = dict(detection='dfq_w8a8.py', segmentation='dfq_segmentation_w8a8.py',
                classification='dfq_classification_w8a8.py')
@@ -25,8 +26,8 @@ TITLES = dict(
 def parse_args():
     parser = argparse.ArgumentParser(description='The embedded demos.')
     parser.add_argument('tasks', nargs='*', metavar='TASK', help=f'of {", ".join(CONFIGS)} (default: all)')
-    parser.add_argument('--methods', nargs='+', choices=METHODS, default=METHODS)
-    parser.add_argument('--bits', nargs='+', type=bits, metavar='WxAy', default=[(8, 8)], help='default: W8A8')
+    parser.add_argument('--methods', nargs='+', choices=grid.METHODS, default=grid.METHODS)
+    parser.add_argument('--bits', nargs='+', type=grid.bits, metavar='WxAy', default=[(8, 8)], help='default: W8A8')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo'))
     parser.add_argument('--json', metavar='FILE', help='also write the numbers of all tasks to this file')
     args = parser.parse_args()

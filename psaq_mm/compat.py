@@ -4,6 +4,9 @@ Checkpoints: since torch 2.6 ``torch.load`` refuses everything but plain data un
 pickles its ``HistoryBuffer`` (log history) and NumPy values into every checkpoint. The types below are data containers;
 none of them runs code from the file. ``weights_only`` stays on.
 
+Configs: mmengine's Runner prints the whole config, and fails with a SyntaxError where the config holds a
+``pathlib.Path``, a class, an array. Such a config is printed by :mod:`psaq_mm.python_text` instead.
+
 Versions: those of torch and OpenMMLab that psaq_mm works with, checked before anything of theirs fails in its own way.
 
 torchvision: timm imports it, and mmengine's Runner does where it is installed. Its compiled part is built for one
@@ -106,3 +109,25 @@ def complete_torchvision() -> None:
         library.define('nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
         library.define('qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
         _declared.append(library)
+
+
+def complete_pretty_text() -> None:
+    """Lets ``Config.pretty_text`` print every value; what mmengine prints itself stays as it is.
+
+    mmengine turns whatever happens while it formats a config into a SyntaxError, Ctrl-C included: that is undone.
+    """
+    from mmengine.config import Config
+    original = Config.pretty_text.fget
+    if original.__module__ == __name__:
+        return
+
+    def pretty_text(self) -> str:
+        try:
+            return original(self)
+        except (SyntaxError, ValueError) as error:  # of very long integers
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None
+            from .python_text import statements
+            return statements(self.to_dict())
+
+    Config.pretty_text = property(pretty_text, doc=Config.pretty_text.__doc__)

@@ -273,7 +273,7 @@ def test_comparison_is_not_done_twice(small_config, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / 'W8A8_noise')
     assert compare(cfg, ['noise'], [(8, 8)], tmp_path)['runs'].keys() == {'W8A8 noise'}
     stamp = (tmp_path / 'W8A8_noise' / 'quantized.pth').stat().st_mtime_ns
-    monkeypatch.setattr(sys.modules['psaq_mm.engine.compare'], '_software', lambda: dict(torch='another'))
+    monkeypatch.setattr(sys.modules['psaq_mm.engine.compare'], '_software', lambda cfg: dict(torch='another'))
     compare(cfg, ['noise'], [(8, 8)], tmp_path)
     assert (tmp_path / 'W8A8_noise' / 'quantized.pth').stat().st_mtime_ns > stamp
 

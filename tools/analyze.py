@@ -8,15 +8,18 @@ mixed_precision.py, sensitivity.json and sensitivity.png. What was measured is k
 and another budget takes seconds.
 """
 import argparse
+import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-from common import config_arguments, load_config, run
+# By path: as a module of this name it would hide one of the user's.
+common = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name('common.py'))))
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description='Layer sensitivity and mixed precision, without data.')
-    config_arguments(parser)
+    common.config_arguments(parser)
     parser.add_argument('--bits', nargs='+', type=int, choices=range(2, 9), default=[4, 6, 8], metavar='BITS',
                         help='to measure and choose from (default: 4 6 8)')
     budget = parser.add_mutually_exclusive_group()
@@ -31,7 +34,7 @@ def analyze(args):
     """Measure, suggest, compare, write."""
     from psaq_mm.engine.analysis import WRITTEN
     from psaq_mm.files import OwnedFolder
-    cfg = load_config(args, f'work_dirs/{Path(args.config).stem}')
+    cfg = common.load_config(args, f'work_dirs/{Path(args.config).stem}')
     own = OwnedFolder(cfg.work_dir)
     with own.lock():
         own.claim(WRITTEN)
@@ -45,6 +48,7 @@ def write(args, cfg, own):
 
     from psaq_mm.engine import write_json
     from psaq_mm.engine.analysis import Analysis, calibration_images, sensitivity_table, suggestion
+    from psaq_mm.engine.config_file import config_text
     from psaq_mm.engine.display import Display
     from psaq_mm.files import as_json
     from psaq_mm.report.figures import sensitivity_bars
@@ -68,8 +72,7 @@ def write(args, cfg, own):
     rows = analysis.rows(bits)
     result = dict(images=path, bits=bits, size_mb=size, bops=args.bops, layers=rows, compared=compared,
                   overrides=overrides, suggestion=str(folder / 'mixed_precision.py'))
-    with own.writing('mixed_precision.py') as path:
-        suggestion(cfg, args.checkpoint, overrides).dump(path)
+    own.write('mixed_precision.py', config_text(suggestion(cfg, args.checkpoint, overrides)).encode())
     with own.writing('sensitivity.png') as path:
         sensitivity_bars(rows, bits).savefig(path, dpi=120)
     own.write('sensitivity.json', as_json(result))
@@ -89,4 +92,4 @@ def write(args, cfg, own):
 
 
 if __name__ == '__main__':
-    sys.exit(run(parse_args(), analyze))
+    sys.exit(common.run(parse_args(), analyze))

@@ -8,10 +8,15 @@ import argparse
 import importlib.util
 import json
 import re
+import runpy
 import sys
 import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
+
+# By path: as a module of this name it would hide one of the user's.
+common = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name('common.py'))))
 
 # What the names of configs that cannot be read say, as those of mmpretrain's models.
 NAMES = re.compile('swin|vit|former|beit|mae|twins|pvt|detr|dino')
@@ -28,23 +33,23 @@ def parse_args():
     parser.add_argument('--markdown', type=Path, metavar='FILE', help='write the table here')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the results here; those of configs that are '
                         'not checked this time stay')
+    common.debug_argument(parser)
     return parser.parse_args()
 
 
 def wanted(args):
     """Names and files of the configs to check, and of those that cannot be read, with the reason."""
-    from mmengine.config import Config
-
+    from psaq_mm.engine import read_config
+    from psaq_mm.errors import UserError
     from psaq_mm.zoo import is_transformer, zoo_configs
     for name, path in [(str(path), path) for path in args.configs] or zoo_configs():
         if args.match and not any(fnmatch(name, f'*{text}*') for text in args.match):
             continue
         try:
-            model = Config.fromfile(path).get('model') or {}
-        except Exception as error:  # whatever a config file may raise
+            model = read_config(path).get('model') or {}
+        except UserError as error:
             if args.configs or args.all or NAMES.search(name):
-                reason = str(error).splitlines()[0]
-                yield name, path, f'the config cannot be read here ({type(error).__name__}: {reason})'
+                yield name, path, str(error).splitlines()[0]
             continue
         if args.configs or args.all or is_transformer(model):
             yield name, path, None
@@ -71,6 +76,7 @@ def write_markdown(results, path):
         reason = f": {result['reason']}".replace('|', '\\|').replace('\n', ' ')[:300] if result.get('reason') else ''
         lines.append(f"| {name} | {result['result']}{reason} | {', '.join(result.get('scope', []))} | "
                      f"{result.get('layers', '')} | {result.get('attentions', '')} |")
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text('\n'.join(lines) + '\n', encoding='utf-8')
 
 
@@ -81,8 +87,8 @@ def without_folders(reason):
     return reason
 
 
-def main():
-    args = parse_args()
+def coverage(args):
+    """Check each config, write and print what came out. Return 1 if one does not pass."""
     import warnings
     warnings.simplefilter('ignore')
     import logging
@@ -92,7 +98,7 @@ def main():
     from psaq_mm.engine import write_json
     from psaq_mm.zoo import check_apart
     logging.disable(logging.WARNING)
-    logs = args.logs or Path(tempfile.mkdtemp(prefix='coverage_'))
+    logs = args.logs = args.logs or Path(tempfile.mkdtemp(prefix='coverage_'))
     logs.mkdir(parents=True, exist_ok=True)
     print(f'logs: {logs}', flush=True)
     results = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
@@ -117,4 +123,4 @@ def main():
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(common.run(parse_args(), coverage))

@@ -4,16 +4,19 @@
 """
 import argparse
 import os
+import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-from common import config_arguments, load_config, run
+# By path: as a module of this name it would hide one of the user's.
+common = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name('common.py'))))
 
 
 def parse_args():
     parser = argparse.ArgumentParser(
         description='Data-free quantization of the model of a config that has a quantization stanza.')
-    config_arguments(parser)
+    common.config_arguments(parser)
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
     parser.add_argument('--resume', action='store_true', help='go on where an interrupted run in the work dir stopped')
     parser.add_argument('--amp', action='store_true', help='compute features in bfloat16')
@@ -28,7 +31,7 @@ def quantize(args):
     from rich.console import Console
 
     from psaq_mm.engine import quantize, result_table, write_json
-    cfg = load_config(args, f'work_dirs/{Path(args.config).stem}')
+    cfg = common.load_config(args, f'work_dirs/{Path(args.config).stem}')
     cfg.launcher = args.launcher
     result = quantize(cfg, args.checkpoint, args.resume, args.amp, not args.no_eval, not args.no_eval,
                       args.quiet)
@@ -40,4 +43,4 @@ def quantize(args):
 
 
 if __name__ == '__main__':
-    sys.exit(run(parse_args(), quantize))
+    sys.exit(common.run(parse_args(), quantize))

@@ -3,10 +3,13 @@
     python tools/export.py work_dirs/NAME/test_config.py work_dirs/NAME/quantized.pth
 """
 import argparse
+import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-from common import load_config, run
+# By path: as a module of this name it would hide one of the user's.
+common = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name('common.py'))))
 
 
 def parse_args():
@@ -24,6 +27,7 @@ def parse_args():
                         "'symmetric': signed without (TensorRT), of a model quantized like that")
     parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override settings of the config')
     parser.add_argument('--json', metavar='FILE', help='also write the numbers to this file')
+    common.debug_argument(parser)
     parser.set_defaults(device='cpu', seed=None)
     return parser.parse_args()
 
@@ -35,9 +39,11 @@ def export(args):
 
     from psaq_mm.deploy import export
     from psaq_mm.engine import write_json
-    work_dir = args.work_dir or str(Path(args.checkpoint).parent / 'int8')
-    result = export(load_config(args, work_dir), args.checkpoint, work_dir, args.size and tuple(args.size),
-                    args.runtime, args.preset)
+    from psaq_mm.errors import doing
+    args.work_dir = args.work_dir or str(Path(args.checkpoint).parent / 'int8')
+    cfg = common.load_config(args, args.work_dir)
+    with doing(f'exporting {args.checkpoint}'):
+        result = export(cfg, args.checkpoint, args.work_dir, args.size and tuple(args.size), args.runtime, args.preset)
     table = Table('exported', '', show_header=False)
     sizes = result['size_mb']
     heads = ' and of heads' if result['heads'] else ''
@@ -64,4 +70,4 @@ def export(args):
 
 
 if __name__ == '__main__':
-    sys.exit(run(parse_args(), export))
+    sys.exit(common.run(parse_args(), export))

@@ -7,10 +7,13 @@ goes on. Writes table.md, grid.png and metrics.json.
 """
 import argparse
 import re
+import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-from common import config_arguments, load_config, run
+# By path: as a module of this name it would hide one of the user's.
+common = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name('common.py'))))
 
 METHODS = ('noise', 'psaq_v1', 'psaq_v2', 'real')
 
@@ -25,7 +28,7 @@ def bits(text):
 
 def parse_args():
     parser = argparse.ArgumentParser(description='Calibration methods x bit-widths on one config.')
-    config_arguments(parser)
+    common.config_arguments(parser)
     parser.add_argument('--methods', nargs='+', choices=METHODS, metavar='METHOD',
                         help=f'of {", ".join(METHODS)} (default: all; real only where there is a calib_dataloader)')
     parser.add_argument('--bits', nargs='+', type=bits, metavar='WxAy', default=[(8, 8), (6, 6), (4, 8), (4, 4)],
@@ -39,7 +42,7 @@ def grid(args):
     from rich.console import Console
 
     from psaq_mm.engine import compare, write_comparison
-    cfg = load_config(args, f'work_dirs/{Path(args.config).stem}_grid')
+    cfg = common.load_config(args, f'work_dirs/{Path(args.config).stem}_grid')
     methods = args.methods or [m for m in METHODS if m != 'real' or cfg.get('calib_dataloader')]
     if not args.methods and 'real' not in methods:
         print("method 'real' is left out: the config has no calib_dataloader (a data loader of images that are not "
@@ -51,4 +54,4 @@ def grid(args):
 
 
 if __name__ == '__main__':
-    sys.exit(run(parse_args(), grid))
+    sys.exit(common.run(parse_args(), grid))

@@ -4,6 +4,7 @@ from ..report import comparison_table, markdown, result_table, write_comparison
 from .checkpoint import CheckpointError, convert_file, read_checkpoint, save_quantized, versions
 from .compare import compare
 from .config import data_free_config, evaluation_gap, float_config, test_config
+from .config_file import read_config, write_config
 from .hooks import QuantizationHook, QuantizedCheckpointHook, SyntheticImageHook
 from .loop import DataFreeLoop
 from .noise_dataset import NoiseDataset
@@ -13,6 +14,7 @@ from .runner import QuantizationRunner
 __all__ = [
     'CheckpointError', 'DataFreeLoop', 'NoiseDataset', 'QuantizationHook', 'QuantizationRunner',
     'QuantizedCheckpointHook', 'SyntheticImageHook', 'compare', 'comparison_table', 'convert_file', 'data_free_config',
-    'evaluate', 'evaluation_gap', 'float_config', 'markdown', 'quantize', 'read_checkpoint', 'result_table',
-    'save_quantized', 'test_config', 'versions', 'with_stanza', 'write_comparison', 'write_json'
+    'evaluate', 'evaluation_gap', 'float_config', 'markdown', 'quantize', 'read_checkpoint', 'read_config',
+    'result_table', 'save_quantized', 'test_config', 'versions', 'with_stanza', 'write_comparison', 'write_config',
+    'write_json'
 ]

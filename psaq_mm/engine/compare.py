@@ -4,6 +4,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import sys
+import sysconfig
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -18,15 +20,44 @@ from .config import calibration_gap, evaluation_gap, float_config
 from .display import Display
 from .pipeline import RUN, check, evaluate, quantize, with_stanza
 
+LIBRARIES = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'timm', 'torch', 'torchvision', 'psaq_mm')
 
-@functools.cache
-def _software() -> dict:
-    """Everything installed that results depend on: versions, and a digest of this package's own code."""
+
+def _digest(paths: Iterable[Path]) -> str:
+    """Return a fingerprint of the content of files, in order of their names."""
     code = hashlib.sha256()
-    package = Path(__file__).parents[1]
-    for path in sorted([*package.rglob('*.py'), *package.rglob('*.cpp')]):
+    for path in sorted(set(paths)):
         code.update(path.read_bytes())
-    return dict(versions(), psaq_mm=code.hexdigest())
+    return code.hexdigest()
+
+
+def own_modules(cfg: Config) -> list[Path]:
+    """Return the files of the modules that the config brought in, and of what these import of the user's.
+
+    Args:
+        cfg (Config): Its modules are imported and its model has been built, so that late imports have happened.
+    """
+    named = {name.partition('.')[0] for name in (cfg.get('custom_imports') or {}).get('imports') or []}
+    named -= {*LIBRARIES, *sys.stdlib_module_names}
+    installed = [str(Path(folder).resolve()) for folder in sysconfig.get_paths().values()]
+    files = []
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, '__file__', None)
+        top = name.partition('.')[0]
+        if not isinstance(file, str) or top in (*LIBRARIES, '__main__') or not Path(file).is_file():
+            continue
+        if top in named or not str(Path(file).resolve()).startswith(tuple(installed)):
+            files.append(Path(file).resolve())
+    return files
+
+
+def _software(cfg: Config) -> dict:
+    """Return everything that results depend on besides the config's values: versions, digests of this package's code
+    and kernels, and of the user's modules.
+    """
+    package = Path(__file__).parents[1]
+    files = (path for kind in ('py', 'cpp', 'so') for path in package.rglob(f'*.{kind}'))
+    return dict(versions(), psaq_mm=_digest(files), own_modules=_digest(own_modules(cfg)))
 
 
 def _done(folder: OwnedFolder, inputs: dict, work: Callable[[bool], dict], files: Iterable[str] = ()) -> dict:
@@ -97,7 +128,7 @@ def _compare(cfg, methods, bits, root, checkpoint, quiet):
     weights = in_own_layout(content, root)
     source = Path(content['path'])  # or the name of timm's weights
     stat = [source.stat().st_size, source.stat().st_mtime_ns] if source.exists() else []
-    common = dict(software=_software(), checkpoint=[str(source.absolute()), *stat], weights=content.get('weights'),
+    common = dict(software=_software(cfg), checkpoint=[str(source.absolute()), *stat], weights=content.get('weights'),
                   model=cfg.model, test=cfg.test_dataloader, evaluator=cfg.test_evaluator,
                   seed=(cfg.get('randomness') or {}).get('seed'))
     folder = OwnedFolder(root.path / 'full_precision')

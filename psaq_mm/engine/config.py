@@ -63,10 +63,11 @@ def test_config(cfg: Config, quantization: QuantizationConfig) -> Config:
     """The config with which the ecosystem's own tools build, load and evaluate the quantized model."""
     cfg = float_config(cfg)
     cfg.model = ConfigDict(quantize_model_config(cfg.model, quantization))
-    imports = cfg.get('custom_imports') or dict(imports=[], allow_failed_imports=False)
-    if 'psaq_mm' not in imports['imports']:
-        imports = dict(imports, imports=[*imports['imports'], 'psaq_mm'])
-    cfg.custom_imports = imports
+    imports = cfg.get('custom_imports') or dict(allow_failed_imports=False)
+    named = imports.get('imports') or []
+    named = [named] if isinstance(named, str) else named
+    # In front: it mends what a module of the user's may import, such as torchvision.
+    cfg.custom_imports = dict(imports, imports=['psaq_mm', *(name for name in named if name != 'psaq_mm')])
     cfg.load_from = None
     return cfg
 
@@ -250,8 +251,8 @@ def data_free_config(cfg: Config,
 
 
 def default_scope(cfg: Config) -> None:
-    """Makes the config's scope the current one, as the ecosystem's tools do."""
+    """Make the config's scope the current one, as the ecosystem's tools do."""
     from mmengine.registry import init_default_scope
-    if DefaultScope.get_current_instance() is None or \
-            DefaultScope.get_current_instance().scope_name != cfg.get('default_scope', 'mmdet'):
-        init_default_scope(cfg.get('default_scope', 'mmdet'))
+    current, wanted = DefaultScope.get_current_instance(), cfg.get('default_scope') or 'mmdet'
+    if current is None or current.scope_name != wanted:
+        init_default_scope(wanted)

@@ -31,6 +31,22 @@ def bare(model):
     return model.module if is_model_wrapper(model) else model
 
 
+def wrapped(model, quantization):
+    """Return the model that has the targets: inside any wrapper, as for test-time augmentation, or the model itself.
+
+    A wrapper has no submodule named like a target, and one child that leads to a model that has.
+    """
+    names = {target.partition('.')[0] for target in quantization.targets}
+
+    def inside(module):
+        if any(hasattr(module, name) for name in names):
+            return module
+        found = [part for part in map(inside, module.children()) if part is not None]
+        return found[0] if len(found) == 1 else None
+
+    return inside(model) or model
+
+
 @HOOKS.register_module()
 class QuantizationHook(Hook):
     """Converts the runner's model before the run, so that checkpoints load into quantized layers.
@@ -46,7 +62,7 @@ class QuantizationHook(Hook):
     def before_run(self, runner):
         if self.quantization is None:
             self.quantization = QuantizationConfig.parse(runner.cfg['quantization'])
-        model = quantize_model(bare(runner.model), self.quantization)
+        model = quantize_model(wrapped(bare(runner.model), self.quantization), self.quantization)
         # A checkpoint follows: initialising weights would cost time and print that training starts from scratch.
         model._is_init = True
         config = self.quantization

@@ -15,7 +15,7 @@ from mmengine.dist import barrier, init_dist, is_distributed, is_main_process
 from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import Runner
 
-from ..errors import UserError
+from ..errors import UserError, doing
 from ..files import OwnedFolder, as_json
 from ..models import class_counts, quantize_model, scope
 from ..quantization import model_bits, quantizers
@@ -41,6 +41,7 @@ from .config import (
     test_config,
     without_pretrained,
 )
+from .config_file import config_text
 from .display import Display
 from .loop import read_images
 from .reporting import draw_figures, measure, show_report, write_report
@@ -67,6 +68,7 @@ def init_distributed(cfg: Config) -> None:
                         'tools/dfq.py CONFIG --launcher pytorch')
 
 
+@doing("evaluating on the config's test data (test_dataloader, test_evaluator)")
 def evaluate(cfg: Config, checkpoint: str, work_dir: str, name: str,
              display: Display | None = None) -> dict[str, float]:
     """Metrics of a model on the config's test data, by mmengine's own test loop.
@@ -123,6 +125,7 @@ def build_float(cfg: Config, fetched: bool = False):
                         ) from error
 
 
+@doing('checking the config and its checkpoint (model, load_from)')
 def check(cfg: Config, checkpoint: str | None = None, evaluated: bool = True):
     """Everything that can be wrong with a config and its checkpoint, found before any work.
 
@@ -182,6 +185,7 @@ def check_space(folder: Path, megabytes: float) -> None:
                         'choose another with --work-dir')
 
 
+@doing('setting up the run (default_hooks, visualizer, env_cfg)')
 def build_runner(cfg: Config) -> DataFreeRunner:
     """Build the Runner of the data-free run; its experiment loggers have started then.
 
@@ -291,6 +295,7 @@ def quantize(cfg: Config,
         return _quantize(cfg, folder, checkpoint, resume, amp, eval_float, eval_quantized, display)
 
 
+@doing('quantizing')
 def _quantize(cfg, folder, checkpoint, resume, amp, eval_float, eval_quantized, display):
     if is_main_process():
         folder.claim(RESULTS)
@@ -307,6 +312,7 @@ def _quantize(cfg, folder, checkpoint, resume, amp, eval_float, eval_quantized, 
     test_path = folder.path / 'test_config.py'
     tested = test_config(cfg, quantization)
     tested.work_dir = str(run_dir)  # the library's test tool writes its copy of the config there
+    tested = config_text(tested)  # it comes back: known before the work
 
     name_visualizer(run, f'data_free_{time.time_ns()}')
     with explained_failures(cfg, quantization):
@@ -316,8 +322,7 @@ def _quantize(cfg, folder, checkpoint, resume, amp, eval_float, eval_quantized, 
         if content['why']:
             runner.logger.info(f"{content['path']} {content['why']}: all models of the run load the copy {weights}")
         if is_main_process():
-            with folder.writing(test_path.name) as path:
-                tested.dump(path)
+            folder.write(test_path.name, tested.encode())
         about_resumption(runner, folder, resume, resume_from)
         runner.train()
     minutes = runner.train_loop.minutes  # over all sessions of a run that was interrupted

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..engine.checkpoint import in_own_layout
 from ..engine.config import data_free_config, dataset_meta, default_scope, test_config
+from ..engine.config_file import folder_of, read_config, zoo_message
 from ..engine.pipeline import build_float, check
 from ..errors import UserError
 from ..files import OwnedFolder
@@ -35,10 +36,16 @@ TARGETS = ('backbone', 'image_encoder', 'neck', 'encoder', 'decode_head.pixel_de
 
 
 def zoo_configs(zoos=ZOOS) -> Iterator[tuple[str, Path]]:
-    """All configs that the installed zoos' model index names, ``('mmdet::swin/...', path)``, once each."""
+    """All configs that the installed zoos' model index names, ``('mmdet::swin/...', path)``, once each.
+
+    Raises:
+        UserError: Where a zoo is installed without its configs.
+    """
     import yaml
     for zoo in zoos:
-        root = Path(importlib.util.find_spec(zoo).origin).parent / '.mim'
+        root = folder_of(zoo, '.mim')
+        if not (root / 'model-index.yml').is_file():
+            raise UserError(zoo_message(zoo))
         found = {}
         for metafile in yaml.safe_load((root / 'model-index.yml').read_text(encoding='utf-8'))['Import']:
             if (root / metafile).is_file():
@@ -175,7 +182,7 @@ def check_config(path, work_dir, size: int = SIZE, stanza: dict | None = None) -
         UserError: Where psaq_mm or the library says no.
         AssertionError: If the reloaded model has other weights or scales, or predicts anything else.
     """
-    cfg = Config.fromfile(path)
+    cfg = read_config(path)
     cfg.model = without_language(shrink(copy.deepcopy(cfg.model), size))
     cfg.work_dir, cfg.log_level = str(work_dir), 'ERROR'
     default_scope(cfg)
