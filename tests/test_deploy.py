@@ -14,10 +14,10 @@ from torch import nn
 
 from psaq_mm.deploy import RUNTIMES, Graph, HeadGraph, export_graph, export_head, head_inputs, head_names
 from psaq_mm.deploy.adapters import ADAPTERS, shifted_window_mask, traceable
-from psaq_mm.deploy.export import export_heads, exported_config, quantized_config, sqnr
+from psaq_mm.deploy.agreement import eight_bits, sqnr
+from psaq_mm.deploy.export import config_text, export_features, export_heads, exported_config, quantized_config
 from psaq_mm.deploy.extras import need
-from psaq_mm.deploy.graph import Features
-from psaq_mm.deploy.heads import nesting
+from psaq_mm.deploy.graph import Features, nesting
 from psaq_mm.engine.config import default_scope
 from psaq_mm.errors import UserError
 from psaq_mm.models import extract_features, quantize_model, quantize_model_config
@@ -279,7 +279,7 @@ def test_heads_that_are_quantized_stay_so_in_the_exported_config(tmp_path):
     quantized = quantized_config(Config(dict(model=quantize_model_config(cfg.model, stanza))))
     exported = exported_config(quantized, MODELS.build(copy.deepcopy(quantized.model)), 'onnxruntime', 'g.onnx').model
     assert exported.type == 'psaq_mm.QuantizedModel' and exported.float_type == cfg.model.type
-    assert exported.backbone.type == 'psaq_mm.ExportedFeatures' and 'neck' not in exported
+    assert exported.backbone.type == 'psaq_mm.ExportedFeatures' and exported.neck == dict(type='psaq_mm.ExportedNeck')
     found = exported.quantization
     assert found['targets'] == ['rpn_head'] and found['keep_float'] == ['rpn_head.rpn_reg']
     assert [o['pattern'] for o in found['overrides']] == ['*']
@@ -369,13 +369,13 @@ def test_a_head_that_cannot_be_exported_stays_fake_quantized(with_heads, tmp_pat
         return export_head(model, name, inputs, path, *args)
 
     monkeypatch.setattr(sys.modules['psaq_mm.deploy.export'], 'export_head', fails)
-    heads, failed = export_heads(model, tmp_path, images, 'openvino', True, 'asymmetric')
-    assert failed == {names[-1]: 'ValueError: '} and list(heads) == names[:-1]
+    heads, failed = export_heads(model, tmp_path, {'64 x 96': images}, ['openvino'], True, 'asymmetric')
+    assert failed == {names[-1]: 'ValueError'} and list(heads) == names[:-1]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f'{name}.onnx' for name in names[:-1])
     export_graph(model, tmp_path / 'features.onnx', (64, 96))
     written = tmp_path / 'config.py'
     written.write_text(exported_config(cfg, model, 'openvino', 'features.onnx', {
-        name: head['file'] for name, head in heads.items()}).pretty_text)
+        name: part.file.name for name, part in heads.items()}).pretty_text)
     exported = MODELS.build(Config.fromfile(written).model)
     state = {k: v for k, v in model.state_dict().items() if k.startswith(f'{names[-1]}.')}
     kept = {k: v for k, v in exported.state_dict().items() if k.startswith(f'{names[-1]}.')}

@@ -18,10 +18,11 @@ def parse_args():
     parser.add_argument('checkpoint', help='quantized.pth')
     parser.add_argument('--work-dir', metavar='DIR', help='where results go (default: int8/ beside the checkpoint)')
     parser.add_argument('--size', nargs=2, type=int, metavar=('H', 'W'),
-                        help='a graph for images of this size only, faster (default: for every size; of classifiers: '
-                        'their own)')
+                        help='a graph for images of this size only, faster (default: for every size where that is '
+                        'right; of classifiers: their own)')
     parser.add_argument('--runtime', choices=['openvino', 'onnxruntime'], default='openvino',
-                        help='what the written config runs the graph with (default: openvino); the graph is the same')
+                        help='what the written config runs the graph with, and must compute it rightly (default: '
+                        'openvino); the other one is measured as well where it is installed')
     parser.add_argument('--preset', choices=['asymmetric', 'symmetric'], default='asymmetric',
                         help="'asymmetric': unsigned activations with a zero point (OpenVINO, ONNX Runtime); "
                         "'symmetric': signed without (TensorRT), of a model quantized like that")
@@ -33,7 +34,7 @@ def parse_args():
 
 
 def export(args):
-    """Exports, prints what came out."""
+    """Export, and print what came out."""
     from rich.console import Console
     from rich.table import Table
 
@@ -50,9 +51,15 @@ def export(args):
     table.add_row('graph', f"{result['graph']}{heads}, {sizes['graph']} MB (weights in float32: {sizes['float']} MB)")
     if result['heads']:
         table.add_row('heads', ', '.join(result['heads']))
-    table.add_row('image sizes', 'any' if result['size'] is None else ' x '.join(map(str, result['size'])))
-    table.add_row('SQNR to the quantized model', ', '.join(
-        f'{v} dB {"in" if k in result["heads"] else "at"} {k}' for k, v in result['sqnr_db'].items()))
+    unit = f", multiples of {result['multiple_of']}" if result['multiple_of'] > 1 else ''
+    table.add_row('image sizes', ' x '.join(map(str, result['size'])) if result['size'] else
+                  f"any from {result['at_least']} pixels a side{unit}")
+    for runtime in dict.fromkeys(item['runtime'] for item in result['measured']):
+        lines = [f"{item['place']}: {item['error'] or str(item['sqnr']) + ' dB'}, needs {item['required']}"
+                 f"{'' if item['passed'] else '  WRONG'}" for item in result['measured']
+                 if item['runtime'] == runtime and item['graph'] == 'int8']
+        chosen = ' (chosen)' if runtime == result['runtime'] else ''
+        table.add_row(f'SQNR to the quantized model,\n{runtime}{chosen}', '\n'.join(lines))
     table.add_row(f"products in int8, {result['runtime']}",
                   f"{result['int8']} of {result['int8'] + len(result['float'])}")
     if result['heads_not_exported']:
@@ -64,6 +71,8 @@ def export(args):
             more = f' and {len(names) - 5} more, see export.json' if len(names) > 5 else ''
             table.add_row(title, '\n'.join(names[:5]) + more)
     Console().print(table)
+    for warning in result['warnings']:
+        print(f'WARNING: {warning}', file=sys.stderr)
     print(f"test it with tools/test.py {result['config']} {result['checkpoint']}")
     if args.json:
         write_json(result, args.json)

@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..quantization import CONTEXT, SCORES, QuantizedLinear
 from ..quantization.layers import QuantizedAttention
@@ -52,6 +53,35 @@ def traceable(model: nn.Module) -> Iterator[None]:
     finally:
         for module, method in patched:
             delattr(module, method)
+
+
+class ConstantResizing(TorchFunctionMode):
+    """Makes what antialiased resizing yields a constant of a trace, where it depends on no image: ONNX has no such
+    operator in our opset, and position embeddings need it once for each size.
+
+    Run the model within it on two images, then trace it.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.runs = []
+
+    def __enter__(self):
+        self.runs.append([])
+        return super().__enter__()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not F.interpolate or not kwargs.get('antialias'):
+            return func(*args, **kwargs)
+        *earlier, now = self.runs
+        values = [run[len(now)] for run in earlier if len(run) > len(now)]
+        if len(values) > 1 and all(torch.equal(values[0], value) for value in values[1:]):
+            result = values[0].clone()
+        else:
+            result = func(*args, **kwargs)
+        now.append(result.detach().clone())
+        return result
 
 
 def _computed(module):

@@ -1,13 +1,21 @@
-"""The whole export, for scripts: graph, config and remaining weights; held against the quantized model."""
+"""The whole export, for scripts: graphs, config and remaining weights, each measured before it is delivered."""
 from __future__ import annotations
 
 import copy
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS
+from torch import Tensor, nn
 
 from ..classification import Classifier
 from ..engine.checkpoint import read_checkpoint
@@ -15,18 +23,24 @@ from ..engine.config import default_scope, test_config
 from ..engine.loop import read_images
 from ..errors import UserError
 from ..files import write_atomically, write_json
-from ..models import quantize_model_config
-from ..models.features import FEATURE_PARTS, tensors
+from ..models import backbone_of, quantize_model_config
+from ..models.attention import BACKBONES
+from ..models.features import FEATURE_PARTS, image_features, tensors
+from ..quantization import Mode, quantizer_mode
 from ..stanza import QuantizationConfig
-from .graph import Features, check_calibrated, export_graph, float_layers
+from .agreement import SAME_DB, Finding, Reference, compare, eight_bits, first_line, packed, probes, reference
+from .extras import need
+from .graph import Features, annotate, check_calibrated, check_preset, export_graph, float_layers, nesting
 from .heads import export_head, head_inputs, head_names
-from .runtime import RUNTIMES, Graph, HeadGraph
+from .provisional import image_channels, own_size
+from .runtime import RUNTIMES, Graph, HeadGraph, host
 
 QUANTIZED = 'psaq_mm.QuantizedModel'
+CHECK_SIDE = 256  # the check image is stored in this size at most, and enlarged
 
 
 def quantized_config(cfg: Config) -> Config:
-    """The test config of a quantized model, from itself or from a config with a stanza.
+    """Return the test config of a quantized model, from itself or from a config with a stanza.
 
     Raises:
         UserError: If it is neither.
@@ -40,7 +54,7 @@ def quantized_config(cfg: Config) -> Config:
 
 
 def build(cfg: Config, state: dict, checkpoint: str):
-    """The quantized model, calibrated, on CPU.
+    """Build the quantized model, calibrated, on CPU.
 
     Args:
         cfg (Config): Of the quantized model.
@@ -64,8 +78,268 @@ def build(cfg: Config, state: dict, checkpoint: str):
     return model.eval()
 
 
+# -- what is measured --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Part:
+    """A graph that was written.
+
+    Args:
+        file (Path): The graph.
+        findings (list[Finding]): All comparisons that were made.
+        products (dict[str, bool]): Products in the chosen runtime, and whether they run in int8.
+    """
+    file: Path
+    findings: list[Finding]
+    products: dict[str, bool] = field(default_factory=dict)
+
+    def failures(self, runtime: str) -> list[Finding]:
+        """Return what did not pass in a runtime, the worst first."""
+        failed = [item for item in self.findings if item.runtime == runtime and not item.passed]
+        return sorted(failed, key=lambda item: (item.graph == 'int8', item.sqnr - item.required))
+
+    def passed(self, runtime: str) -> bool:
+        """Whether the graph was measured in a runtime and found right."""
+        return any(item.runtime == runtime for item in self.findings) and not self.failures(runtime)
+
+    def note(self, references: dict[str, Reference], **claims: str) -> None:
+        """Write into the graph what was measured, and what to repeat that with."""
+        runtimes = {item.runtime for item in self.findings}
+        annotate(self.file, dict(claims, probes=packed(probes(references)), measured=json.dumps({
+            name: dict(host=host(name), wrong=str(self.failures(name)[0]) if self.failures(name) else None)
+            for name in runtimes})))
+
+
+def installed(runtime: str) -> list[str]:
+    """Return the runtimes to measure in: the chosen one, and the other where it is there.
+
+    Raises:
+        UserError: If the chosen one is not installed, or too old.
+    """
+    need(runtime)
+    found = [runtime]
+    for other in RUNTIMES:
+        if other != runtime:
+            try:
+                need(other)
+                found.append(other)
+            except UserError:
+                pass
+    return found
+
+
+@torch.no_grad()
+def write_part(file: Path, write: Callable, kind: type[Graph], references: dict[str, Reference],
+               runtimes: list[str]) -> Part:
+    """Write a graph in int8 and in float, hold both against the model, and keep the one in int8.
+
+    Args:
+        file (Path): The graph.
+        write (Callable): Takes a path and ``integers``, as :func:`export_graph` does.
+        kind (type[Graph]): What runs it.
+        references (dict[str, Reference]): By place, e.g. '64 x 96'.
+        runtimes (list[str]): To measure in; the first one is the chosen.
+    """
+    part = Part(file, [])
+    for graph, path in (('float', file.with_suffix('.float.onnx')), ('int8', file)):
+        write(path, integers=graph == 'int8')
+        for runtime in runtimes:
+            try:
+                session = kind(str(path), runtime)
+            except UserError as error:
+                part.findings.append(Finding(next(iter(references)), graph, runtime, 0.0, SAME_DB, str(error)))
+                continue
+            for place, item in references.items():
+                expected, marks = (item.full, [SAME_DB] * len(item.full)) if graph == 'float' else (
+                    item.quantized, item.required)
+                part.findings.append(compare(session.compute, tuple(tensors(item.inputs)), expected, marks, place=place,
+                                             graph=graph, runtime=runtime))
+            if path == file and runtime == runtimes[0]:
+                part.products = session.session.products()
+            del session
+        if path != file:
+            path.unlink()
+    return part
+
+
+def check_image(folder: Path, channels: int, size: tuple[int, int]) -> Tensor:
+    """Return one of a run's synthetic images, or noise where there are none, (1, C, H, W), on an 8-bit grid."""
+    source = folder / 'synthetic.pt'
+    image = read_images(str(source))[0][:1].float() if source.is_file() else None
+    if image is None or image.shape[1] != channels:
+        image = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0))
+    scale = CHECK_SIDE / max(image.shape[-2:])
+    if scale < 1:
+        image = resized(image, [max(round(side * scale), 1) for side in image.shape[-2:]])
+    return eight_bits(image)
+
+
+def resized(image: Tensor, size) -> Tensor:
+    """Return an image in another size, (1, C, H, W)."""
+    return eight_bits(nn.functional.interpolate(image, tuple(size), mode='bilinear', align_corners=False))
+
+
+def place_of(size) -> str:
+    """Name a size."""
+    return f'{size[0]} x {size[1]}'
+
+
+@torch.no_grad()
+def refusal(model: nn.Module, image: Tensor) -> str | None:
+    """Return why a model itself cannot take an image, or None."""
+    try:
+        with quantizer_mode(model, Mode.FLOAT):
+            Features(model)(image)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a forward raises at a size that it was not made for
+        return first_line(error)
+    return None
+
+
+def sizes_to_measure(model: nn.Module, image: Tensor, traced: tuple[int, int]) -> tuple[list, int, str | None]:
+    """Choose sizes that stand for all: small with narrow maps, large, flat and tall, not of even strides.
+
+    Args:
+        model (nn.Module): Quantized.
+        image (Tensor): To be enlarged and reduced.
+        traced (tuple[int, int]): (H, W) of the trace.
+
+    Returns:
+        tuple[list[tuple[int, int]], int, str | None]: The sizes, the traced one first; what the model wants sides to be
+        multiples of; if it takes no other size, why.
+    """
+    height, width = traced
+    kinds = (((130, 70), (height // 2 + 1, width // 2 + 3), (height - 7, width - 9)),  # the first that it takes counts
+             ((height + 24, width + 72), ), ((height * 5 // 4, width), ), ((height + 104, width - width // 4), ))
+    reason = None
+    for unit in (1, 2, 4, 8, 16, 32, 64, 128):
+        found = [traced]
+        if any(side % unit for side in traced):
+            break
+        for choices in kinds:
+            for size in choices:
+                size = tuple(max(side // unit, 1) // 2 * 2 * unit + unit for side in size)  # odd multiples
+                why = None if size in found else refusal(model, resized(image, size))
+                reason = reason or why
+                if why is None:
+                    found.append(size)
+                    break
+            else:
+                break
+        else:
+            return list(dict.fromkeys(found)), unit, None
+    return [traced], 1, reason
+
+
+def export_features(model, folder: Path, image: Tensor, traced: tuple[int, int], fixed: bool, runtimes: list[str],
+                    preset: str) -> dict:
+    """Write ``features.onnx``: for every size if that is right in the chosen runtime, otherwise for the traced one.
+
+    Args:
+        model (nn.Module): Quantized.
+        folder (Path): Where to.
+        image (Tensor): To check with, (1, C, H, W).
+        traced (tuple[int, int]): (H, W).
+        fixed (bool): Whether a graph for the traced size is wanted.
+        runtimes (list[str]): To measure in, the chosen one first.
+        preset (str): As of :func:`export_graph`.
+
+    Returns:
+        dict: ``part``, ``sizes``, ``size`` (None for every size), ``multiple_of``, ``at_least``, and ``reason``: why the
+        graph is for one size though every size was wanted, or None.
+
+    Raises:
+        UserError: If no graph is right in the chosen runtime.
+    """
+    why = refusal(model, resized(image, traced))
+    if why is not None:
+        raise UserError(f'{type(backbone_of(model)).__name__} cannot take images of {place_of(traced)} ({why}): give '
+                        'a size that it takes with --size H W')
+    sizes, unit, reason = ([traced], 1, None) if fixed else sizes_to_measure(model, image, traced)
+    reason = reason and f'the model itself takes no other size ({reason})'
+    for dynamic in (True, False):
+        if dynamic and len(sizes) == 1:
+            continue
+        sizes = sizes if dynamic else [traced]
+        references = {place_of(size): reference(model, Features(model), (resized(image, size), )) for size in sizes}
+        try:
+            part = write_part(folder / 'features.onnx', lambda path, integers, dynamic=dynamic: export_graph(
+                model, path, traced, dynamic, preset, integers), Graph, references, runtimes)
+        except Exception as error:  # the exporter's or the model's, which traces what it never did
+            if isinstance(error, UserError) and not dynamic:
+                raise
+            failure = f'it cannot be traced ({first_line(error)})'
+        else:
+            failed = part.failures(runtimes[0])
+            failure = str(failed[0]) if failed else None
+        if failure is None:
+            least = min(min(size) for size in sizes)
+            part.note(references, multiple_of=str(unit), at_least=str(least))
+            return dict(part=part, sizes=sizes, size=None if dynamic else traced, multiple_of=unit, at_least=least,
+                        reason=reason)
+        if dynamic:
+            reason = f'no graph for every size is right: {failure}'
+    hint = ''.join(f'; {name} computes it rightly, use --runtime {name}' for name in runtimes[1:]
+                   if 'cannot be traced' not in failure and part.passed(name))
+    raise UserError(f'{type(backbone_of(model)).__name__} cannot be exported for images of {place_of(traced)}: '
+                    f'{failure}{hint or ". Try another --size H W"}')
+
+
+@torch.no_grad()
+def export_heads(model, folder: Path, images: dict[str, Tensor], runtimes: list[str], dynamic: bool, preset: str):
+    """Write the heads whose graphs are right in the chosen runtime.
+
+    Args:
+        model (nn.Module): Quantized.
+        folder (Path): Where to.
+        images (dict[str, Tensor]): By place, that of the trace first, (1, C, H, W).
+        runtimes (list[str]): To measure in, the chosen one first.
+        dynamic (bool): Whether heads shall take maps of every size.
+        preset (str): As of :func:`export_graph`.
+
+    Returns:
+        tuple[dict[str, Part], dict[str, str]]: By name of the head; of those that stay fake-quantized, why.
+    """
+    done, failed = {}, {}
+    names = head_names(model)
+    seen = {place: head_inputs(model, names, image) for place, image in images.items()} if names else {}
+    for name in names:
+        inputs = {place: tuple_of_bytes(found[name]) for place, found in seen.items() if name in found}
+        if not inputs:
+            failed[name] = 'is not run in prediction, or not by positional arguments'
+            continue
+        path = folder / f'{name}.onnx'
+        try:
+            references = {f'{name}, {place}': reference(model, model.get_submodule(name), value)
+                          for place, value in inputs.items() if all(x.numel() for x in tensors(value))}
+            traced = next(iter(references.values())).inputs
+            part = write_part(path, lambda file, integers, name=name, traced=traced: export_head(
+                model, name, traced, file, dynamic, preset, integers), HeadGraph, references, runtimes)
+            if part.failures(runtimes[0]):
+                raise UserError(str(part.failures(runtimes[0])[0]))
+            part.note(references)
+            done[name] = part
+        except Exception as error:  # the exporter's, the runtime's or the head's own: there is a way on without it
+            path.unlink(missing_ok=True)
+            path.with_suffix('.float.onnx').unlink(missing_ok=True)
+            failed[name] = str(error) if isinstance(error, UserError) else first_line(error)
+    return done, failed
+
+
+def tuple_of_bytes(nested):
+    """Return nested tensors with each on an 8-bit grid, so that they can be stored."""
+    if isinstance(nested, Tensor):
+        return eight_bits(nested) if nested.numel() else nested
+    return type(nested)(tuple_of_bytes(item) for item in nested)
+
+
+# -- what is delivered -------------------------------------------------------------------------------------------------
+
+
 def exported_config(cfg: Config, model, runtime: str, graph: str, heads: dict[str, str] | None = None) -> Config:
-    """The config with which the ecosystem's tools build the exported model.
+    """Return the config with which the ecosystem's tools build the exported model.
 
     Args:
         cfg (Config): Of the quantized model.
@@ -80,13 +354,16 @@ def exported_config(cfg: Config, model, runtime: str, graph: str, heads: dict[st
     old.type = old.pop('float_type')
     exported = dict(graph='{{ fileDirname }}/' + graph, runtime=runtime)
     if isinstance(model, Classifier):
-        preprocessor = dict(type='mmengine.ImgDataPreprocessor', bgr_to_rgb=True, **{
-            key: getattr(model.data_preprocessor, key).flatten().tolist() for key in ('mean', 'std')})
+        own = model.data_preprocessor
+        preprocessor = dict(
+            type='mmengine.ImgDataPreprocessor', bgr_to_rgb=getattr(own, '_channel_conversion', True),
+            **{key: getattr(own, key).flatten().tolist() for key in ('mean', 'std')})
         cfg.model = ConfigDict(type='psaq_mm.ExportedClassifier', data_preprocessor=old.get(
             'data_preprocessor') or preprocessor, **exported)
         return cfg
-    old.backbone = ConfigDict(type='psaq_mm.ExportedFeatures', **exported)
-    old.pop('neck', None)
+    old[next(name for name in BACKBONES if old.get(name))] = ConfigDict(type='psaq_mm.ExportedFeatures', **exported)
+    if old.get('neck'):
+        old.neck = ConfigDict(type='psaq_mm.ExportedNeck')
     left = [name for name in head_names(model) if name not in (heads or {})]
     if left:  # they stay fake-quantized
         targets = []
@@ -105,123 +382,148 @@ def exported_config(cfg: Config, model, runtime: str, graph: str, heads: dict[st
     return cfg
 
 
-def sqnr(reference, other) -> float:
-    """Signal to noise, dB."""
-    noise = (reference - other).square().sum()
-    return float(10 * torch.log10(reference.square().sum() / noise.clamp(min=1e-30)))
+def config_text(cfg: Config) -> str:
+    """Return a config as Python, safe against quotes in the name of the folder that mmengine puts into it."""
+    return re.sub(r"'(\{\{ fileDirname \}\}/[^'\n]*)'", r'r"""\1"""', cfg.pretty_text)
 
 
 @torch.no_grad()
-def export_heads(model, folder: Path, images: torch.Tensor, runtime: str, dynamic: bool, preset: str):
-    """Writes the heads that can be exported.
+def check_delivery(model, folder: Path, image: Tensor, marks: list[float], runtime: str) -> None:
+    """Build what was written as the ecosystem's tools will, run it once, and hold it against the quantized model.
 
-    Returns:
-        tuple[dict, dict]: By name of the head: its file, its SQNR against the quantized model (dB) and its products;
-        of those that cannot be exported, why.
+    Args:
+        model (nn.Module): Quantized.
+        folder (Path): With ``int8_config.py`` and ``int8.pth``.
+        image (Tensor): (1, C, H, W).
+        marks (list[float]): What each feature map must reach, dB.
+        runtime (str): For errors.
+
+    Raises:
+        UserError: If it cannot be built or loaded, or computes something else.
     """
-    done, failed = {}, {}
-    names = head_names(model)
-    found = head_inputs(model, names, images)
-    for name in names:
-        if name not in found:
-            failed[name] = 'is not run in prediction, or not by positional arguments'
-            continue
-        inputs, path = found[name], folder / f'{name}.onnx'
-        try:
-            export_head(model, name, inputs, path, dynamic, preset)
-            graph = HeadGraph(str(path), runtime)
-            outputs = zip(tensors(model.get_submodule(name)(*inputs)), tensors(graph(*inputs)))
-            done[name] = dict(file=path.name, products=graph.session.products(),
-                              sqnr=min(sqnr(ours, theirs) for ours, theirs in outputs))
-        except Exception as error:  # the exporter's, the runtime's or the head's own: there is a way on without it
-            path.unlink(missing_ok=True)
-            failed[name] = f'{type(error).__name__}: {error}'.splitlines()[0]
-    return done, failed
+    try:
+        cfg = Config.fromfile(folder / 'int8_config.py')
+        delivered = MODELS.build(copy.deepcopy(cfg.model)).eval()
+        lost = delivered.load_state_dict(torch.load(folder / 'int8.pth', weights_only=True)['state_dict'], strict=False)
+        run = delivered.logits if isinstance(model, Classifier) else lambda images: image_features(delivered, images)
+        ours = model.logits(image) if isinstance(model, Classifier) else image_features(model, image)
+        found = run(image)
+    except Exception as error:
+        raise UserError(f'{type(model).__name__} cannot be built around an exported graph ({first_line(error)}): '
+                        'please report it. The graph alone is what export_graph of psaq_mm.deploy writes') from error
+    if any(lost):
+        names = [name for keys in lost for name in keys]
+        raise UserError(f"{type(model).__name__} around an exported graph has other weights than int8.pth "
+                        f"('{names[0]}' and {len(names) - 1} more): please report it")
+    finding = compare(lambda _: found, (image, ), list(tensors(ours)), marks, place=place_of(image.shape[-2:]),
+                      graph='int8', runtime=runtime)
+    if nesting(found) != nesting(ours) or not finding.passed:
+        raise UserError(f'{type(model).__name__} around an exported graph computes other features than the quantized '
+                        f'model: {finding}. Please report it')
 
 
-@torch.no_grad()
-def agreement(model, graph: Graph, images: torch.Tensor) -> float:
-    """Lowest SQNR of the graph's outputs, against the quantized model's, dB."""
-    return min(sqnr(ours, theirs) for ours, theirs in zip(Features(model)(images), graph.run(images)))
-
-
-def own_size(model) -> tuple[int, int] | None:
-    """The only image size that a model takes, (H, W), or None."""
-    embed = getattr(model.backbone, 'patch_embed', None)
-    size = getattr(embed, 'img_size', None) if isinstance(model, Classifier) else None
-    return tuple(size) if size else None
+@contextmanager
+def draft(folder: Path) -> Iterator[Path]:
+    """Give a folder to write to; what is in it goes to the given one when all is done, and is removed otherwise."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix='.export-', dir=folder))
+    try:
+        yield work
+        for path in sorted(work.iterdir()):
+            path.replace(folder / path.name)
+    except BaseException:
+        shutil.rmtree(work)
+        for path in made:
+            try:
+                path.rmdir()
+            except OSError:  # somebody else's files are in it
+                break
+        raise
+    work.rmdir()
 
 
 def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | None = None, runtime: str = 'openvino',
            preset: str = 'asymmetric') -> dict:
-    """Writes ``features.onnx``, a graph for each quantized head, ``int8_config.py``, ``int8.pth`` and ``export.json``.
+    """Write ``features.onnx``, a graph for each quantized head, ``int8_config.py``, ``int8.pth`` and ``export.json``.
+
+    Each graph is measured in every runtime that is installed, at sizes that stand for all that it is said to take, see
+    :mod:`psaq_mm.deploy.agreement`; what the config builds is run once. Files appear only if all is right in the chosen
+    runtime.
 
     Args:
         cfg (Config): Of the quantized model, or with a stanza.
         checkpoint (str): What tools/dfq.py wrote.
         work_dir (str): Where to.
         size (tuple[int, int], optional): (H, W): a graph for this size only. Default: for every size, except of
-            classifiers, which have their own.
+            classifiers, which have their own, and of models whose graph is right at one size only.
         runtime (str): What the config runs the graph with. Defaults to 'openvino'.
         preset (str): 'asymmetric' or 'symmetric'.
 
     Returns:
-        dict: Sizes, layers in int8 and in float, SQNR against the quantized model.
+        dict: Sizes, layers in int8 and in float, SQNR against the quantized model, warnings.
 
     Raises:
         UserError: If it cannot be exported like that.
     """
     if runtime not in RUNTIMES:
         raise UserError(f"--runtime {runtime}: must be one of {', '.join(RUNTIMES)}")
+    need('onnx')
+    runtimes = installed(runtime)
     cfg = quantized_config(cfg)
     content = read_checkpoint(checkpoint)
     model = build(cfg, content['state_dict'], checkpoint)
-    stanza = QuantizationConfig.parse(cfg.model.quantization)
-    fixed = size or own_size(model)
-    traced = fixed or stanza.synthesis.size[0]
+    check_preset(model, preset)
+    used = QuantizationConfig.parse(cfg.model.quantization).synthesis.size[0]
+    image = check_image(Path(checkpoint).parent, image_channels(model), used)
+    own = own_size(model)
+    traced = size or (own if own and refusal(model, resized(image, used)) else tuple(used))
     folder = Path(work_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / 'features.onnx'
-    try:
-        export_graph(model, path, traced, dynamic=not fixed, preset=preset)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f'{type(model.backbone).__name__} cannot be exported for images of {traced[0]} x {traced[1]} '
-                        f'({type(error).__name__}: {str(error).splitlines()[0]}): give another --size H W') from None
-    graph = Graph(str(path), runtime)
-    images = calibration_images(Path(checkpoint).parent, traced)
-    found = {f'{traced[0]} x {traced[1]}': agreement(model, graph, images)}
-    if not fixed:
-        other = traced[0] + 24, traced[1] + 72  # neither a multiple of windows nor of strides
-        found[f'{other[0]} x {other[1]}'] = agreement(model, graph, torch.nn.functional.interpolate(
-            images, other, mode='bilinear'))
-    heads, not_exported = export_heads(model, folder, images, runtime, not fixed, preset)
-    exported = exported_config(cfg, model, runtime, path.name, {name: head['file'] for name, head in heads.items()})
-    (folder / 'int8_config.py').write_text(exported.pretty_text)
-    exported_parts = () if isinstance(model, Classifier) else (*FEATURE_PARTS, *heads)
-    parts = tuple(f'{name}.' for name in exported_parts) or ''  # of a classifier all: every name begins like that
-    state = {key: value for key, value in model.state_dict().items() if not key.startswith(parts)}
-    write_atomically(dict(state_dict=state, meta=content.get('meta', {})), folder / 'int8.pth')
-    files = {name: folder / head['file'] for name, head in heads.items()}
-    products = graph.session.products()
-    for name, head in heads.items():
-        products.update({f'{name}: {product}': integer for product, integer in head['products'].items()})
-        found[name] = head['sqnr']
-    result = dict(
-        graph=str(path), config=str(folder / 'int8_config.py'), checkpoint=str(folder / 'int8.pth'), runtime=runtime,
-        size=list(fixed) if fixed else None, preset=preset, sqnr_db={k: round(v, 1) for k, v in found.items()},
-        heads={name: str(file) for name, file in files.items()}, heads_not_exported=not_exported,
-        size_mb=dict(graph=round(sum(file.stat().st_size for file in (path, *files.values())) / 1e6, 2), float=round(
-            4e-6 * sum(p.numel() for name, p in model.named_parameters() if name.startswith(parts)), 2)),
-        int8=sum(products.values()), float=[name for name, integer in products.items() if not integer],
-        kept_float=float_layers(model))
-    write_json(result, folder / 'export.json')
+    with draft(folder) as work:
+        features = export_features(model, work, image, traced, bool(size) or isinstance(model, Classifier), runtimes,
+                                   preset)
+        fixed, graph = features['size'], features['part']
+        images = {place_of(item): resized(image, item) for item in features['sizes']}
+        heads, not_exported = export_heads(model, work, images, runtimes, not fixed, preset)
+        exported = exported_config(cfg, model, runtime, 'features.onnx',
+                                   {name: part.file.name for name, part in heads.items()})
+        (work / 'int8_config.py').write_text(config_text(exported), encoding='utf-8')
+        exported_parts = () if isinstance(model, Classifier) else (*FEATURE_PARTS, *heads)
+        parts = tuple(f'{name}.' for name in exported_parts) or ''  # of a classifier all: every name begins like that
+        state = {key: value for key, value in model.state_dict().items() if not key.startswith(parts)}
+        write_atomically(dict(state_dict=state, meta=content.get('meta', {})), work / 'int8.pth')
+        first = images[place_of(traced)]
+        check_delivery(model, work, first, reference(model, Features(model), (first, )).required, runtime)
+        written = {'features.onnx': graph, **{part.file.name: part for part in heads.values()}}
+        findings = [item for part in written.values() for item in part.findings]
+        products = dict(graph.products)
+        for name, part in heads.items():
+            products.update({f'{name}: {product}': integer for product, integer in part.products.items()})
+        floats = sum(p.numel() for name, p in model.named_parameters() if name.startswith(parts))
+        result = dict(
+            graph=str(folder / 'features.onnx'), config=str(folder / 'int8_config.py'),
+            checkpoint=str(folder / 'int8.pth'), runtime=runtime, preset=preset, size=list(fixed) if fixed else None,
+            multiple_of=features['multiple_of'], at_least=features['at_least'], one_size_because=features['reason'],
+            sqnr_db={item.place: round(item.sqnr, 1) for item in findings
+                     if item.graph == 'int8' and item.runtime == runtime},
+            measured=[dict(item._asdict(), sqnr=round(item.sqnr, 1), required=round(item.required, 1),
+                           passed=item.passed) for item in findings],
+            warnings=warnings_of(written, runtimes, features['reason']),
+            heads={name: str(folder / part.file.name) for name, part in heads.items()}, heads_not_exported=not_exported,
+            size_mb=dict(graph=round(sum(part.file.stat().st_size for part in written.values()) / 1e6, 2),
+                         float=round(4e-6 * floats, 2)),
+            int8=sum(products.values()), float=[name for name, integer in products.items() if not integer],
+            kept_float=float_layers(model))
+        write_json(result, work / 'export.json')
     return result
 
 
-def calibration_images(folder: Path, size) -> torch.Tensor:
-    """One of the run's synthetic images in a size, (1, 3, H, W), or noise where there are none."""
-    source = folder / 'synthetic.pt'
-    if source.is_file():
-        images = read_images(str(source))[0][:1]
-        return torch.nn.functional.interpolate(images, tuple(size), mode='bilinear', align_corners=False)
-    return torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+def warnings_of(parts: dict[str, Part], runtimes: list[str], reason: str | None) -> list[str]:
+    """Say what a user must know: a graph for one size that was not asked for, a runtime that computes it wrongly."""
+    found = [f'the graph takes one image size: {reason}'] if reason else []
+    for runtime in runtimes[1:]:
+        for name, part in parts.items():
+            if part.failures(runtime):
+                found.append(f'{name} must not be used with {runtime}: {part.failures(runtime)[0]}')
+    return found + [f'{runtime} is not installed: nothing was measured in it' for runtime in RUNTIMES
+                    if runtime not in runtimes]

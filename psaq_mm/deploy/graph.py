@@ -1,26 +1,33 @@
 """Parts of a quantized model - backbone and neck as one, each head - as ONNX in QDQ form, weights stored as int8."""
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import nn
 
 from ..classification import Classifier
 from ..errors import UserError
+from ..files import write_atomically
+from ..models import backbone_of
 from ..models.features import FEATURE_PARTS, image_features, tensors
-from ..quantization import QuantizedLinear, quantized_layers, quantizers
+from ..quantization import QuantizedLinear, quantized_layers, quantizer_mode, quantizers
 from ..quantization.layers import QuantizedLayer
 from ..quantization.quantizer import Mode, UncalibratedError
 from ..version import __version__
-from .adapters import traceable
+from .adapters import ConstantResizing, traceable
 from .extras import need
 from .operators import Dequantize, Linear, activation, integers_of
+from .provisional import image_channels
 
 OPSET = 17  # the first with LayerNormalization; QuantizeLinear has had an axis since 13
 INPUT = 'images'
@@ -28,8 +35,13 @@ PRESETS = ('asymmetric', 'symmetric')
 
 
 @contextmanager
-def exportable(model: nn.Module) -> Iterator[None]:
-    """Within it, quantized layers compute on stored integers, and quantizers become QuantizeLinear in a graph."""
+def exportable(model: nn.Module, preset: str = 'asymmetric') -> Iterator[None]:
+    """Within it, quantized layers compute on stored integers, and quantizers become QuantizeLinear in a graph.
+
+    Args:
+        model (nn.Module): Quantized and calibrated.
+        preset (str): With 'symmetric' biases stay in float: TensorRT's parser takes no DequantizeLinear of int32.
+    """
     changed = []
 
     def shadow(module, name, function):
@@ -50,7 +62,8 @@ def exportable(model: nn.Module) -> Iterator[None]:
         scale = quantizer.scale.expand(layer.weight.shape[axis])
         transposed = isinstance(layer, QuantizedLinear)  # stored as the product takes it
         inputs = layer.input_quantizer
-        if transposed and layer.bias is not None and inputs is not None and inputs.scale.numel() == 1:
+        if transposed and preset != 'symmetric' and layer.bias is not None and inputs is not None and \
+                inputs.scale.numel() == 1:
             # ONNX Runtime has no int8 kernel for a bias in float: int32, in units of both scales
             units = inputs.scale * quantizer.scale
             values = (layer.bias.detach() / units).round()
@@ -84,16 +97,44 @@ def exportable(model: nn.Module) -> Iterator[None]:
 
 
 class Features(nn.Module):
-    """What is exported first: images to feature maps of backbone and neck; of a classifier, to logits."""
+    """What is exported first: images to feature maps of backbone and neck; of a classifier, to logits.
+
+    Its outputs are flat; ``outputs`` tells how they were nested, once it has run.
+    """
 
     def __init__(self, model):
         super().__init__()
-        self.model = model
+        self.model, self.outputs = model, None
 
     def forward(self, images):
-        if isinstance(self.model, Classifier):
-            return (self.model.logits(images), )
-        return tuple(tensors(image_features(self.model, images)))
+        found = (self.model.logits(images), ) if isinstance(self.model, Classifier) else image_features(
+            self.model, images)
+        self.outputs = nesting(found)
+        return tuple(tensors(found))
+
+
+def nesting(value, number=None):
+    """Return how tensors are nested: their numbers in lists that begin with 'tuple' or 'list'.
+
+    Raises:
+        UserError: If there is anything but tensors and None in them.
+    """
+    number = itertools.count() if number is None else number
+    if isinstance(value, torch.Tensor):
+        return next(number)
+    if isinstance(value, (tuple, list)):
+        return ['tuple' if isinstance(value, tuple) else 'list', *(nesting(item, number) for item in value)]
+    if value is None:
+        return None
+    raise UserError(f'{type(value).__name__} is neither a tensor nor a list of them')
+
+
+def nested(form, flat):
+    """Return the tensors of a flat list as :func:`nesting` found them."""
+    if isinstance(form, list):
+        items = [nested(item, flat) for item in form[1:]]
+        return tuple(items) if form[0] == 'tuple' else items
+    return None if form is None else flat[form]
 
 
 def check_calibrated(model: nn.Module) -> None:
@@ -130,30 +171,45 @@ def check_preset(model: nn.Module, preset: str) -> None:
 
 
 def write(network: nn.Module, inputs: tuple, path, input_names, output_names, axes, notes: dict, name: str) -> None:
-    """Traces a network and writes the graph, BatchNorm folded.
+    """Trace a network and write the graph, BatchNorm folded.
 
     Raises:
         UserError: If there is something that ONNX does not know.
     """
     onnx = need('onnx')
-    with warnings.catch_warnings():
+    stream = io.BytesIO()
+    with warnings.catch_warnings(), mock.patch.object(torch._C, '_jit_onnx_log', print_nothing, create=True):
         warnings.simplefilter('ignore')  # the tracer's, about Python numbers that are the same at every size
         try:
-            torch.onnx.export(network, inputs, str(path), dynamo=False, opset_version=OPSET, input_names=input_names,
+            torch.onnx.export(network, inputs, stream, dynamo=False, opset_version=OPSET, input_names=input_names,
                               output_names=output_names, dynamic_axes=axes)
         except torch.onnx.errors.OnnxExporterError as error:
-            raise UserError(f'{name} cannot be exported to ONNX: {error}') from None
-    graph = onnx.load(str(path))
+            raise UserError(f'{name} cannot be exported to ONNX: {str(error).splitlines()[0]}') from None
+    graph = onnx.load_model_from_string(stream.getvalue())
     onnx.helper.set_model_props(graph, dict(psaq_mm=__version__, **notes))
     fold_batch_norm(graph)
+    if axes:
+        separate_readers(graph)
     onnx.checker.check_model(graph)
-    onnx.save(graph, str(path))
+    write_atomically(graph.SerializeToString(), Path(path))
+
+
+def print_nothing(*text) -> None:
+    """Take the place of the exporter's log: it prints the whole graph that it fails on, thousands of lines."""
+
+
+def annotate(path, notes: dict[str, str]) -> None:
+    """Add notes to a graph that was written, in place."""
+    onnx = need('onnx')
+    graph = onnx.load_model_from_string(Path(path).read_bytes())
+    onnx.helper.set_model_props(graph, {**{item.key: item.value for item in graph.metadata_props}, **notes})
+    write_atomically(graph.SerializeToString(), Path(path))
 
 
 @torch.no_grad()
 def export_graph(model: nn.Module, path, size: tuple[int, int], dynamic: bool = False, preset: str = 'asymmetric',
                  integers: bool = True) -> None:
-    """Writes backbone and neck as ONNX.
+    """Write backbone and neck as ONNX.
 
     Args:
         model (nn.Module): Quantized and calibrated, on CPU; or any float model with ``integers=False``.
@@ -170,18 +226,23 @@ def export_graph(model: nn.Module, path, size: tuple[int, int], dynamic: bool = 
         check_calibrated(model)
         check_preset(model, preset)
     model.eval()
-    images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(1, image_channels(model), *size, generator=torch.Generator().manual_seed(0))
     features = Features(model).eval()  # the exporter brings the wrapper's mode to all of the model
-    names = [f'feature_{i}' for i in range(len(features(images)))]
-    axes = {INPUT: {2: 'height', 3: 'width'}, **{n: {2: f'{n}_height', 3: f'{n}_width'} for n in names}}
-    with traceable(model), exportable(model) if integers else nullcontext():
-        notes = dict(preset=preset, dynamic=str(dynamic), size=json.dumps(list(size)))
-        kind = type(model.backbone).__name__
-        write(features, (images, ), path, [INPUT], names, axes if dynamic else None, notes, kind)
+    resizing = nullcontext() if dynamic else ConstantResizing()
+    for image in (images.flip(-1), images):
+        with resizing:
+            found = features(image)
+    names = [f'feature_{i}' for i in range(len(found))]
+    axes = {INPUT: {2: 'height', 3: 'width'},
+            **{n: {2: f'{n}_height', 3: f'{n}_width'} for n, value in zip(names, found) if value.dim() == 4}}
+    notes = dict(preset=preset, dynamic=str(dynamic), size=json.dumps(list(size)), outputs=json.dumps(features.outputs))
+    with traceable(model), resizing, exportable(model, preset) if integers else quantizer_mode(model, Mode.FLOAT):
+        write(features, (images, ), path, [INPUT], names, axes if dynamic else None, notes,
+              type(backbone_of(model)).__name__)
 
 
 def fold_batch_norm(graph) -> int:
-    """Multiplies each BatchNormalization behind a convolution with stored integers into scales and bias; in place.
+    """Multiply each BatchNormalization behind a convolution with stored integers into scales and bias, in place.
 
     Exact, as weights have a scale for each output channel; where the factor is negative the integers change sign.
 
@@ -211,7 +272,7 @@ def fold_batch_norm(graph) -> int:
         graph.initializer.append(helper.from_array(array, name))
         return name
 
-    folded = []
+    folded, weights = [], {}
     for norm in [node for node in graph.node if node.op_type == 'BatchNormalization']:
         convolution = makers.get(norm.input[0])
         if convolution is None or convolution.op_type not in ('Conv', 'ConvTranspose') or readers[norm.input[0]] > 1:
@@ -228,16 +289,27 @@ def fold_batch_norm(graph) -> int:
         factor = gamma / np.sqrt(variance + epsilon)
         shape = [-1 if i == axis else 1 for i in range(integers.ndim)]
         bias = value(convolution.input[2]) if len(convolution.input) > 2 else np.zeros_like(beta)
-        prefix = f'{weight.input[0]}_folded'
-        weight.input[0] = new(prefix, np.where(factor.reshape(shape) < 0, np.maximum(integers, -127) * -1, integers
-                                               ).astype(np.int8))
-        weight.input[1] = new(f'{prefix}_scale', np.maximum(scale * np.abs(factor), 1e-30).astype(np.float32))
+        if bias is None:  # computed, not stored
+            continue
+        # A convolution may stand before several BatchNorms, as in heads that share it between levels: each gets scales
+        # of its own, and integers of its own where signs change.
+        prefix = f'{weight.input[0]}_folded_{len(folded)}'
+        stored, negative = weight.input[0], factor.reshape(shape) < 0
+        if negative.any():
+            stored = new(prefix, np.where(negative, np.maximum(integers, -127) * -1, integers).astype(np.int8))
+        scale = new(f'{prefix}_scale', np.maximum(scale * np.abs(factor), 1e-30).astype(np.float32))
+        weights[norm.output[0]] = onnx.helper.make_node(
+            'DequantizeLinear', [stored, scale, *weight.input[2:]], [f'{prefix}_weight'], name=prefix, axis=axis)
+        convolution.input[1] = f'{prefix}_weight'
         del convolution.input[2:]
         convolution.input.append(new(f'{prefix}_bias', ((bias - mean) * factor + beta).astype(np.float32)))
         convolution.output[0] = norm.output[0]
         folded.append(norm)
     for norm in folded:
         graph.node.remove(norm)
+    nodes = [node for old in graph.node for node in (weights.get(old.output[0]), old) if node is not None]
+    del graph.node[:]
+    graph.node.extend(nodes)  # a weight before its convolution
     while True:  # what only they read
         used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
         idle = [node for node in graph.node if not any(output in used for output in node.output)]
@@ -248,6 +320,39 @@ def fold_batch_norm(graph) -> int:
     for item in [item for item in graph.initializer if item.name not in used]:
         graph.initializer.remove(item)
     return len(folded)
+
+
+def separate_readers(graph) -> int:
+    """Put an operator that changes nothing behind each convolution with several readers, in place.
+
+    OpenVINO 2026.4.1 moves the bias of such a convolution into its readers, and where shapes are dynamic some of them
+    then put out zeros: a quantizer beside the resizing of a feature pyramid, pooling beside an output. No bias moves
+    through a maximum.
+
+    Args:
+        graph (onnx.ModelProto): The model, with dynamic shapes.
+
+    Returns:
+        int: How many there were.
+    """
+    import numpy as np
+    onnx = need('onnx')
+    graph, lowest = graph.graph, 'lowest_float'
+    readers = Counter(name for node in graph.node for name in node.input)
+    readers.update(output.name for output in graph.output)
+    nodes, count = [], 0
+    for node in graph.node:
+        nodes.append(node)
+        if node.op_type in ('Conv', 'ConvTranspose') and readers[node.output[0]] > 1:
+            name = node.output[0]
+            node.output[0] = f'{name}_alone'
+            nodes.append(onnx.helper.make_node('Max', [node.output[0], lowest], [name], name=f'{name}_separated'))
+            count += 1
+    if count:
+        graph.initializer.append(onnx.numpy_helper.from_array(np.finfo(np.float32).min.reshape(1), lowest))
+        del graph.node[:]
+        graph.node.extend(nodes)
+    return count
 
 
 def float_layers(model: nn.Module) -> list[str]:

@@ -1,7 +1,6 @@
 """Quantized heads as graphs of their own: each maps tensors to tensors, what lies between them stays the library's."""
 from __future__ import annotations
 
-import itertools
 import json
 from functools import partial
 
@@ -9,11 +8,10 @@ import torch
 from torch import nn
 
 from ..classification import Classifier
-from ..errors import UserError
 from ..models.features import FEATURE_PARTS, data_samples, tensors
-from ..quantization import quantized_layers
+from ..quantization import Mode, quantized_layers, quantizer_mode
 from .adapters import traceable
-from .graph import check_preset, exportable, write
+from .graph import check_preset, exportable, nested, nesting, write
 
 
 class Head(nn.Module):
@@ -34,29 +32,9 @@ class Head(nn.Module):
         return tuple(tensors(found))
 
 
-def nesting(value, number=None):
-    """How tensors are nested: their numbers in lists that begin with 'tuple' or 'list'."""
-    number = itertools.count() if number is None else number
-    if isinstance(value, torch.Tensor):
-        return next(number)
-    if isinstance(value, (tuple, list)):
-        return ['tuple' if isinstance(value, tuple) else 'list', *(nesting(item, number) for item in value)]
-    if value is None:
-        return None
-    raise UserError(f'{type(value).__name__} is neither a tensor nor a list of them')
-
-
-def nested(form, flat):
-    """The tensors of a flat list as :func:`nesting` found them."""
-    if isinstance(form, list):
-        items = [nested(item, flat) for item in form[1:]]
-        return tuple(items) if form[0] == 'tuple' else items
-    return None if form is None else flat[form]
-
-
 def head_names(model: nn.Module) -> list[str]:
-    """Names of the heads that hold quantized layers and map tensors to tensors; of a two-stage detector's second stage
-    those for boxes, masks and the like, each of a cascade's.
+    """Return names of the heads that hold quantized layers and map tensors to tensors; of a two-stage detector's second
+    stage those for boxes, masks and the like, each of a cascade's.
     """
     found = {}
     for name, child in model.named_children():
@@ -72,12 +50,12 @@ def head_names(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def head_inputs(model: nn.Module, names: list[str], images: torch.Tensor) -> dict[str, tuple]:
-    """What each head gets when a model predicts; those that are not run, or with named arguments, are left out.
+    """Return what each head gets when a model predicts; those that are not run, or with named arguments, are left out.
 
     Args:
         model (nn.Module): Quantized.
         names (list[str]): Of the heads.
-        images (Tensor): (1, 3, H, W).
+        images (Tensor): (1, C, H, W).
     """
     seen = {}
 
@@ -99,8 +77,8 @@ def head_inputs(model: nn.Module, names: list[str], images: torch.Tensor) -> dic
 
 @torch.no_grad()
 def export_head(model: nn.Module, name: str, inputs: tuple, path, dynamic: bool = False,
-                preset: str = 'asymmetric') -> None:
-    """Writes a head as ONNX. Those of a second stage, whose names have a dot, take any number of proposals.
+                preset: str = 'asymmetric', integers: bool = True) -> None:
+    """Write a head as ONNX. Those of a second stage, whose names have a dot, take any number of proposals.
 
     Args:
         model (nn.Module): Quantized and calibrated, on CPU.
@@ -108,12 +86,13 @@ def export_head(model: nn.Module, name: str, inputs: tuple, path, dynamic: bool 
         inputs (tuple): Of :func:`head_inputs`.
         path (str | Path): The file to write.
         dynamic (bool): Whether feature maps may have other sizes. Defaults to False.
-        preset (str): As of :func:`export_graph`.
+        preset, integers: As of :func:`export_graph`.
 
     Raises:
         UserError: If the head cannot be exported.
     """
-    check_preset(model, preset)
+    if integers:
+        check_preset(model, preset)
     head = Head(model.get_submodule(name), inputs).eval()
     flat = tuple(tensors(inputs))
     proposals = '.' in name
@@ -121,7 +100,7 @@ def export_head(model: nn.Module, name: str, inputs: tuple, path, dynamic: bool 
     names = {kind: [f'{kind}_{i}' for i in range(len(value))] for kind, value in values.items()}
     axes = {n: {0: 'proposals'} if proposals else {2: f'{n}_height', 3: f'{n}_width'} for kind in values
             for n, value in zip(names[kind], values[kind]) if proposals or value.dim() == 4}
-    notes = dict(head=name, inputs=json.dumps(len(flat)), outputs=json.dumps(head.outputs), preset=preset,
-                 proposals=str(proposals), dynamic=str(dynamic))
-    with traceable(model), exportable(model):
+    notes = dict(head=name, inputs=json.dumps([list(value.shape[1:]) for value in flat]),
+                 outputs=json.dumps(head.outputs), preset=preset, proposals=str(proposals), dynamic=str(dynamic))
+    with traceable(model), exportable(model, preset) if integers else quantizer_mode(model, Mode.FLOAT):
         write(head, flat, path, *names.values(), axes if dynamic or proposals else None, notes, name)

@@ -1,7 +1,11 @@
 """Runs an exported graph inside the ecosystem: registered modules in place of backbone and neck, or of a classifier."""
 from __future__ import annotations
 
+import json
 import os
+import platform
+import re
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -13,9 +17,9 @@ from ..classification import Classifier
 from ..errors import UserError
 from ..models.features import tensors
 from ..registry import MODELS
+from .agreement import unpacked
 from .extras import need
-from .graph import INPUT
-from .heads import nested
+from .graph import INPUT, nested
 
 RUNTIMES = ('openvino', 'onnxruntime')
 
@@ -34,7 +38,7 @@ class OnnxRuntimeSession:
         ort = need('onnxruntime')
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
-        self.session = ort.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+        self.session = ort.InferenceSession(loadable(path), options, providers=['CPUExecutionProvider'])
         self.path = path
 
     def run(self, inputs):
@@ -49,7 +53,7 @@ class OnnxRuntimeSession:
         options.log_severity_level = 3
         with tempfile.TemporaryDirectory() as folder:
             options.optimized_model_filepath = f'{folder}/optimized.onnx'
-            ort.InferenceSession(self.path, options, providers=['CPUExecutionProvider'])
+            ort.InferenceSession(loadable(self.path), options, providers=['CPUExecutionProvider'])
             nodes = onnx.load(options.optimized_model_filepath).graph.node
         return {node.name: node.op_type in self.INTEGER for node in nodes
                 if node.op_type in self.PRODUCTS + self.INTEGER}
@@ -64,7 +68,9 @@ class OpenVinoSession:
         options = {'INFERENCE_PRECISION_HINT': 'f32', 'PERFORMANCE_HINT': 'LATENCY'}
         if threads:
             options['INFERENCE_NUM_THREADS'] = threads
-        self.model = openvino.Core().compile_model(path, 'CPU', options)
+        core, source = openvino.Core(), loadable(path)
+        model = core.read_model(source) if isinstance(source, str) else core.read_model(source, b'')
+        self.model = core.compile_model(model, 'CPU', options)
         self.request = self.model.create_infer_request()
 
     def run(self, inputs):
@@ -86,8 +92,33 @@ class OpenVinoSession:
 SESSIONS = dict(onnxruntime=OnnxRuntimeSession, openvino=OpenVinoSession)
 
 
+def loadable(path: str) -> str | bytes:
+    """Return a path, or the content of the file where no runtime takes the path (not ASCII in a C locale)."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return Path(path).read_bytes()
+    return path
+
+
+@cache
+def host(runtime: str) -> str:
+    """Describe what decides how a runtime computes here: its version and the vector extensions of this CPU."""
+    try:
+        flags = re.search(r'^(?:flags|Features)\s*:(.*)$', Path('/proc/cpuinfo').read_text(), re.M)[1].split()
+    except (OSError, TypeError):
+        flags = [platform.processor()]
+    kinds = ('amx', 'asimd', 'avx', 'bf16', 'dot', 'fma', 'i8mm', 'neon', 'sme', 'sse', 'sve')
+    limit = os.environ.get('ONEDNN_MAX_CPU_ISA', '')  # oneDNN's own, which OpenVINO's kernels come from
+    return ' '.join([runtime, need(runtime).__version__, platform.machine(), *sorted(
+        flag for flag in flags if any(kind in flag for kind in kinds)), limit]).strip()
+
+
 class Graph:
     """An exported graph and the runtime that runs it.
+
+    Where the graph was not measured - in another version of the runtime, on another kind of CPU - it is first checked on
+    inputs that are stored in it: kernels differ, and some compute wrongly.
 
     Args:
         path (str): The file that tools/export.py wrote.
@@ -95,7 +126,8 @@ class Graph:
         threads (int): 0: ``OMP_NUM_THREADS``, or as many as the runtime chooses.
 
     Raises:
-        UserError: If the file is none of ours, or the runtime is unknown, missing or too old.
+        UserError: If the file is none of ours, the runtime is unknown, missing or too old, or it computes the graph
+            wrongly.
     """
 
     def __init__(self, path: str, runtime: str = 'openvino', threads: int = 0):
@@ -105,6 +137,10 @@ class Graph:
             raise UserError(f'the graph {path} does not exist: write it with tools/export.py')
         self.path, self.runtime = str(path), runtime
         self.notes = read_notes(path)
+        measured = self.notes['measured'].get(runtime)
+        known = measured is not None and measured['host'] == host(runtime)
+        if known and measured['wrong']:
+            raise UserError(self.wrong(measured['wrong']))
         try:
             self.session = SESSIONS[runtime](self.path, threads or int(os.environ.get('OMP_NUM_THREADS', 0)))
         except UserError:
@@ -112,22 +148,57 @@ class Graph:
         except Exception as error:
             raise UserError(f'{runtime} cannot load {path} ({type(error).__name__}: {error}): export it again, or '
                             'install a newer version of the runtime') from None
+        if not known and self.notes['probes']:
+            for probe in unpacked(self.notes['probes']):
+                finding = probe.check(self.compute, runtime)
+                if not finding.passed:
+                    raise UserError(self.wrong(str(finding)))
+
+    def wrong(self, why: str) -> str:
+        """Say that the runtime computes the graph wrongly, and what to do."""
+        other = next(name for name in RUNTIMES if name != self.runtime)
+        amx = self.runtime == 'openvino' and 'amx_int8' in host(self.runtime)
+        hint = ('. Some versions have wrong kernels for AMX: ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI in the environment '
+                'does without them') if amx else ''
+        return (f'{self.runtime} computes {self.path} wrongly here: {why}. Set runtime to {other!r} in int8_config.py, '
+                f'or export again for one size with --size H W{hint}')
 
     def run(self, images: Tensor) -> list[Tensor]:
-        """Feature maps (B, C_i, H_i, W_i) from images (B, 3, H, W), one image at a time.
+        """Compute feature maps (B, C_i, H_i, W_i) of images (B, C, H, W), one image at a time.
 
         Raises:
-            UserError: If the graph cannot take images of that size.
+            UserError: If the graph is not meant for images of that shape.
         """
-        size = tuple(images.shape[-2:])
-        if self.notes['size'] is not None and size != self.notes['size']:
-            height, width = self.notes['size']
-            raise UserError(f'{self.path} takes images of {height} x {width}, not {size[0]} x {size[1]}: export it '
-                            'without --size, or resize and pad images to that size')
+        self.check_images(tuple(images.shape))
+        return self.compute(images)
+
+    def check_images(self, shape: tuple[int, ...]) -> None:
+        """Refuse images that nobody held against the model.
+
+        Raises:
+            UserError: If the graph is not meant for that shape.
+        """
+        size, fixed, unit, least = shape[-2:], *(self.notes[key] for key in ('size', 'multiple_of', 'at_least'))
+        found = f'not {size[0]} x {size[1]}'
+        if fixed is not None and size != fixed:
+            raise UserError(f'{self.path} takes images of {fixed[0]} x {fixed[1]}, {found}: export it for that size '
+                            'with --size, or resize and pad images to the one it takes')
+        if fixed is None and any(side % unit for side in size):
+            raise UserError(f'{self.path} takes images with sides that are multiples of {unit}, as its model does, '
+                            f'{found}: pad them (data_preprocessor.pad_size_divisor)')
+        if fixed is None and min(size) < least:
+            raise UserError(f'{self.path} takes images of {least} pixels a side and more, {found}: smaller ones were '
+                            'not measured. Export it for that size with --size, or pad images')
+        channels = self.notes['channels']
+        if channels is not None and shape[1] != channels:
+            raise UserError(f'{self.path} takes images of {channels} channels, not {shape[1]}')
+
+    def compute(self, images: Tensor) -> list[Tensor]:
+        """:meth:`run` without questions."""
         return self.each([images], [INPUT])
 
     def each(self, inputs, names) -> list[Tensor]:
-        """Outputs of one image after the other, together; the first axis of the inputs counts images."""
+        """Return outputs of one image after the other, together; the first axis of the inputs counts images."""
         arrays = [value.float().cpu().numpy() for value in inputs]
         outputs = [self.session.run({name: array[i:i + 1] for name, array in zip(names, arrays)})
                    for i in range(len(arrays[0]))]
@@ -145,44 +216,61 @@ class HeadGraph(Graph):
 
     def __call__(self, *inputs):
         flat = list(tensors(inputs))
-        names = [f'input_{i}' for i in range(len(flat))]
-        if len(flat) != self.notes['inputs']:
-            raise UserError(f"{self.path} takes {self.notes['inputs']} feature maps, not {len(flat)}: export it again")
-        device, count = flat[0].device, len(flat[0])
+        wanted = self.notes['inputs']
+        if len(flat) != len(wanted):
+            raise UserError(f'{self.path} takes {len(wanted)} feature maps, not {len(flat)}: export it again')
+        free = self.notes['dynamic'] and not self.notes['proposals']  # maps of any size
+        for x, shape in zip(flat, wanted):
+            if not free and list(x.shape[1:]) != shape:
+                raise UserError(f'{self.path} takes inputs of {shape}, not {list(x.shape[1:])}: export it for the size '
+                                'of the images that they come from, with --size H W')
+        return nested(self.notes['outputs'], [out.to(flat[0].device) for out in self.compute(*flat)])
+
+    def compute(self, *flat) -> list[Tensor]:
+        """Compute outputs from inputs, both flat, without questions."""
+        names, count = [f'input_{i}' for i in range(len(flat))], len(flat[0])
         if not self.notes['proposals']:
-            found = self.each(flat, names)
-        else:  # no runtime is asked to compute nothing
-            arrays = [(x if count else x.new_zeros(1, *x.shape[1:])).float().cpu().numpy() for x in flat]
-            found = [torch.from_numpy(out)[:count] for out in self.session.run(dict(zip(names, arrays)))]
-        return nested(self.notes['outputs'], [out.to(device) for out in found])
+            return self.each(flat, names)
+        # no runtime is asked to compute nothing
+        arrays = [(x if count else x.new_zeros(1, *x.shape[1:])).float().cpu().numpy() for x in flat]
+        return [torch.from_numpy(out)[:count] for out in self.session.run(dict(zip(names, arrays)))]
 
 
 def read_notes(path) -> dict:
-    """What :func:`psaq_mm.deploy.export_graph` noted in a graph: ``size`` (H, W), None where it takes any. In that of a
-    head: how many ``inputs`` it takes, how ``outputs`` are nested, and whether it takes ``proposals``.
+    """Return what is noted in a graph.
+
+    Returns:
+        dict: ``preset``; ``dynamic``; ``size`` (H, W), None where it takes several, whose sides are multiples of
+        ``multiple_of`` and ``at_least`` that long; ``channels`` of images; how ``outputs`` are nested; what was
+        ``measured`` in each runtime, and ``probes`` to repeat that with. Of a head: the shapes of its ``inputs``
+        without the first axis, and whether that counts ``proposals``.
 
     Raises:
         UserError: If it is no graph of ours.
     """
-    import json
     onnx = need('onnx')
     try:
-        graph = onnx.load(str(path), load_external_data=False)
+        graph = onnx.load_model_from_string(Path(path).read_bytes())
     except Exception as error:
         raise UserError(f'{path} is no ONNX graph ({type(error).__name__}: {error})') from None
     notes = {item.key: item.value for item in graph.metadata_props}
     if 'psaq_mm' not in notes:
         raise UserError(f'{path} was not written by tools/export.py')
+    if 'outputs' not in notes:
+        raise UserError(f"{path} was written by psaq_mm {notes['psaq_mm']}, which measured less: export it again")
+    dynamic = notes['dynamic'] == 'True'
+    found = dict(preset=notes['preset'], dynamic=dynamic, outputs=json.loads(notes['outputs']),
+                 measured=json.loads(notes.get('measured', '{}')), probes=notes.get('probes'), size=None, channels=None,
+                 multiple_of=int(notes.get('multiple_of', 1)), at_least=int(notes.get('at_least', 1)))
     if 'head' in notes:
-        return dict(preset=notes['preset'], size=None, proposals=notes['proposals'] == 'True',
-                    **{key: json.loads(notes[key]) for key in ('inputs', 'outputs')})
-    return dict(preset=notes['preset'],
-                size=None if notes['dynamic'] == 'True' else tuple(json.loads(notes['size'])))
+        return dict(found, proposals=notes['proposals'] == 'True', inputs=json.loads(notes['inputs']))
+    channels = graph.graph.input[0].type.tensor_type.shape.dim[1].dim_value
+    return dict(found, size=None if dynamic else tuple(json.loads(notes['size'])), channels=channels)
 
 
 @MODELS.register_module()
 class ExportedFeatures(BaseModule):
-    """Backbone and neck as an exported graph: stands in a detector's or segmentor's ``backbone``; ``neck`` goes away.
+    """Backbone and neck as an exported graph: stands in place of a detector's or segmentor's backbone.
 
     Args:
         graph (str): The file that tools/export.py wrote.
@@ -195,8 +283,17 @@ class ExportedFeatures(BaseModule):
         self.graph = Graph(graph, runtime, threads)
 
     def forward(self, images):
-        """Feature maps, (B, C_i, H_i, W_i) each, from images (B, 3, H, W)."""
-        return tuple(part.to(images.device) for part in self.graph.run(images))
+        """Compute what backbone and neck put out, nested as they do, from images (B, C, H, W)."""
+        return nested(self.graph.notes['outputs'], [part.to(images.device) for part in self.graph.run(images)])
+
+
+@MODELS.register_module()
+class ExportedNeck(BaseModule):
+    """Stands in place of a neck whose work :class:`ExportedFeatures` has done: many models cannot do without."""
+
+    def forward(self, features):
+        """Pass on what comes in."""
+        return features
 
 
 @MODELS.register_module('ExportedModel')
@@ -237,5 +334,5 @@ class ExportedClassifier(Classifier):
         self.graph = Graph(graph, runtime, threads)
 
     def logits(self, inputs):
-        """(B, classes) from images (B, 3, H, W)."""
+        """Compute logits (B, classes) from images (B, C, H, W)."""
         return self.graph.run(inputs)[0].to(inputs.device)

@@ -112,7 +112,7 @@ def quantize_outputs(model: nn.Module, names: list[str], configs: dict[str, Laye
 
 def _refuse_other_quantizers(model, state_dict, prefix, *unused):
     """Scales for what this model keeps in float would be dropped without a word, and others stay unknown: not here."""
-    own = {f'{prefix}{name}.scale' for name in quantizers(model)}
+    own = {f'{prefix}{name}.scale' for name in quantizers(model, every_name=True)}
     theirs = {key for key in state_dict if key.startswith(prefix) and key.endswith('_quantizer.scale')}
     for keys, saved, wanted in ((theirs - own, 'quantizes', 'keeps it in float'),
                                 (own - theirs if theirs else (), 'keeps in float', 'quantizes it')):

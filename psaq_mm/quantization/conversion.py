@@ -157,9 +157,16 @@ def _siblings(layers, owner_name, module):
             if other is module and name.startswith(prefix)]
 
 
-def quantizers(model: nn.Module) -> dict[str, FakeQuantizer]:
-    """All fake-quantizers of a model by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, FakeQuantizer)}
+def quantizers(model: nn.Module, every_name: bool = False) -> dict[str, FakeQuantizer]:
+    """Return all fake-quantizers of a model by name.
+
+    Args:
+        model (nn.Module): The model.
+        every_name (bool): Whether a quantizer in a module that the model holds in several places comes under each of
+            its names, as in state dicts. Defaults to False: under the first one.
+    """
+    return {name: m for name, m in model.named_modules(remove_duplicate=not every_name)
+            if isinstance(m, FakeQuantizer)}
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
