@@ -14,8 +14,8 @@ from torch import nn
 
 from psaq_mm.deploy import RUNTIMES, Graph, HeadGraph, export_graph, export_head, head_inputs, head_names
 from psaq_mm.deploy.adapters import ADAPTERS, shifted_window_mask, traceable
-from psaq_mm.deploy.agreement import eight_bits, sqnr
-from psaq_mm.deploy.export import config_text, export_features, export_heads, exported_config, quantized_config
+from psaq_mm.deploy.agreement import sqnr
+from psaq_mm.deploy.export import export_heads, exported_config, quantized_config
 from psaq_mm.deploy.extras import need
 from psaq_mm.deploy.graph import Features, nesting
 from psaq_mm.engine.config import default_scope

@@ -32,7 +32,7 @@ FLOOR_DB = 3.0  # an output of zeros has 0 dB
 LIMIT_DB = 200.0  # what stands for infinity, so that numbers stay valid JSON
 SAMPLES = 1024  # values of each output that a probe keeps
 PROBE_MARGIN_DB = 2.0  # a sample of an output spreads more than all of it
-PROBE_BYTES = 2**21  # of all inputs of a graph's probes together
+PROBE_BYTES = 2**18  # of all inputs of a graph's probes together
 
 
 def sqnr(reference: Tensor, other: Tensor) -> float:
@@ -111,7 +111,7 @@ class Finding(NamedTuple):
 
     def __str__(self):
         if self.error:
-            return f'{self.runtime} cannot run the {self.graph} graph for {self.place} ({self.error})'
+            return f'{self.runtime} does not compute the {self.graph} graph for {self.place} ({self.error})'
         reference = 'fake-quantized' if self.graph == 'int8' else 'float'
         return (f'in {self.runtime} the {self.graph} graph has an SQNR of {self.sqnr:.1f} dB against the {reference} '
                 f'model for {self.place}, and needs {self.required:.1f}')
@@ -135,6 +135,11 @@ def compare(run: Callable[..., Iterable[Tensor]], inputs: tuple, expected: list[
     if len(found) != len(expected):
         return Finding(sqnr=-LIMIT_DB, required=min(marks), **where,
                        error=f'it has {len(found)} outputs instead of {len(expected)}')
+    shapes = [(list(theirs.shape), list(ours.shape)) for ours, theirs in zip(expected, found)
+              if ours.shape != theirs.shape]
+    if shapes:
+        return Finding(sqnr=-LIMIT_DB, required=min(marks), **where,
+                       error=f'it puts out {shapes[0][0]} instead of {shapes[0][1]}')
     measured = [(sqnr(ours, theirs), mark) for ours, theirs, mark in zip(expected, found, marks)]
     worst = min(measured, key=lambda pair: pair[0] - pair[1])
     return Finding(sqnr=worst[0], required=worst[1], **where)

@@ -28,7 +28,17 @@ from ..models.attention import BACKBONES
 from ..models.features import FEATURE_PARTS, image_features, tensors
 from ..quantization import Mode, quantizer_mode
 from ..stanza import QuantizationConfig
-from .agreement import SAME_DB, Finding, Reference, compare, eight_bits, first_line, packed, probes, reference
+from .agreement import (
+    SAME_DB,
+    Finding,
+    Reference,
+    compare,
+    eight_bits,
+    first_line,
+    packed,
+    probes,
+    reference,
+)
 from .extras import need
 from .graph import Features, annotate, check_calibrated, check_preset, export_graph, float_layers, nesting
 from .heads import export_head, head_inputs, head_names
@@ -36,6 +46,7 @@ from .provisional import image_channels, own_size
 from .runtime import RUNTIMES, Graph, HeadGraph, host
 
 QUANTIZED = 'psaq_mm.QuantizedModel'
+PROPOSALS = 16  # that a head's graph keeps to check itself with
 CHECK_SIDE = 256  # the check image is stored in this size at most, and enlarged
 
 
@@ -319,6 +330,9 @@ def export_heads(model, folder: Path, images: dict[str, Tensor], runtimes: list[
                 model, name, traced, file, dynamic, preset, integers), HeadGraph, references, runtimes)
             if part.failures(runtimes[0]):
                 raise UserError(str(part.failures(runtimes[0])[0]))
+            if '.' in name:  # any number of proposals: a few are enough to repeat the measurement with
+                references = {place: reference(model, model.get_submodule(name), tuple_of_bytes(item.inputs, PROPOSALS))
+                              for place, item in references.items()}
             part.note(references)
             done[name] = part
         except Exception as error:  # the exporter's, the runtime's or the head's own: there is a way on without it
@@ -328,11 +342,11 @@ def export_heads(model, folder: Path, images: dict[str, Tensor], runtimes: list[
     return done, failed
 
 
-def tuple_of_bytes(nested):
-    """Return nested tensors with each on an 8-bit grid, so that they can be stored."""
+def tuple_of_bytes(nested, count: int | None = None):
+    """Return nested tensors, or the first so many rows of each, on 8-bit grids, so that they can be stored."""
     if isinstance(nested, Tensor):
-        return eight_bits(nested) if nested.numel() else nested
-    return type(nested)(tuple_of_bytes(item) for item in nested)
+        return eight_bits(nested[:count]) if nested.numel() else nested
+    return type(nested)(tuple_of_bytes(item, count) for item in nested)
 
 
 # -- what is delivered -------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ class OnnxRuntimeSession:
     def __init__(self, path: str, threads: int = 0):
         ort = need('onnxruntime')
         options = ort.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        options.intra_op_num_threads, options.log_severity_level = threads, 4  # errors come as exceptions
         self.session = ort.InferenceSession(loadable(path), options, providers=['CPUExecutionProvider'])
         self.path = path
 
