@@ -258,8 +258,8 @@ def export_features(model, folder: Path, image: Tensor, traced: tuple[int, int],
         preset (str): As of :func:`export_graph`.
 
     Returns:
-        dict: ``part``, ``sizes``, ``size`` (None for every size), ``multiple_of``, ``at_least``, and ``reason``: why the
-        graph is for one size though every size was wanted, or None.
+        dict: ``part``, ``sizes``, ``size`` (None for every size), ``multiple_of``, ``at_least``, and ``reason``: why
+        the graph is for one size though every size was wanted, or None.
 
     Raises:
         UserError: If no graph is right in the chosen runtime.

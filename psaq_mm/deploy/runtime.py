@@ -117,8 +117,8 @@ def host(runtime: str) -> str:
 class Graph:
     """An exported graph and the runtime that runs it.
 
-    Where the graph was not measured - in another version of the runtime, on another kind of CPU - it is first checked on
-    inputs that are stored in it: kernels differ, and some compute wrongly.
+    Where the graph was not measured - in another version of the runtime, on another kind of CPU - it is first checked
+    on inputs that are stored in it: kernels differ, and some compute wrongly.
 
     Args:
         path (str): The file that tools/export.py wrote.
