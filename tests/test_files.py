@@ -205,7 +205,7 @@ def test_a_checkpoint_named_as_ours_is_read_and_stays(small_config, tmp_path):
     before = path.read_bytes()
     run(config(small_config, tmp_path, **{'synthesis.method': 'noise'}), checkpoint=str(path))
     with pytest.raises(UserError, match='full_precision.pth was not written by psaq_mm'):
-        in_own_layout(dict(layout='timm', path=str(path), meta={}, state_dict={}), OwnedFolder(tmp_path))
+        in_own_layout(dict(why='is elsewhere', path=str(path), meta={}, state_dict={}), OwnedFolder(tmp_path))
     assert path.read_bytes() == before
 
 
