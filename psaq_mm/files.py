@@ -257,7 +257,8 @@ class OwnedFolder:
         Raises:
             UserError: If another process has it, or nothing can be written there.
         """
-        holder, new = self.state / 'holder.json', not self.path.exists()
+        holder = self.state / 'holder.json'
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             self.state.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.state / 'lock', timeout=0)
@@ -277,6 +278,8 @@ class OwnedFolder:
             yield
         finally:
             holder.unlink(missing_ok=True)
-            if new and [path.name for path in self.path.rglob('*')] == [self.STATE, 'lock']:  # nothing came of it
+            if made and [path.name for path in self.path.rglob('*')] == [self.STATE, 'lock']:  # nothing came of it
                 shutil.rmtree(self.path)
+                for folder in made[1:]:
+                    folder.rmdir()
             lock.release()

@@ -14,8 +14,15 @@ from torch import nn
 
 from psaq_mm.deploy import RUNTIMES, Graph, HeadGraph, export_graph, export_head, head_inputs, head_names
 from psaq_mm.deploy.adapters import ADAPTERS, shifted_window_mask, traceable
-from psaq_mm.deploy.agreement import sqnr
-from psaq_mm.deploy.export import export_heads, exported_config, quantized_config
+from psaq_mm.deploy.agreement import eight_bits, packed, required, sqnr, unpacked
+from psaq_mm.deploy.export import (
+    check_delivery,
+    config_text,
+    export_features,
+    export_heads,
+    exported_config,
+    quantized_config,
+)
 from psaq_mm.deploy.extras import need
 from psaq_mm.deploy.graph import Features, nesting
 from psaq_mm.engine.config import default_scope
@@ -225,6 +232,210 @@ def test_exporting_leaves_the_model_as_it_was(exported):
     assert all('forward' not in module.__dict__ and 'linear' not in module.__dict__ for module in model.modules())
     assert not any(name.endswith('integers') for name, _ in model.named_buffers())
     assert all(type(q) is FakeQuantizer and q.mode is Mode.QUANTIZE for q in quantizers(model).values())
+
+
+# -- nothing is called right that was not measured ---------------------------------------------------------------------
+
+
+class Frozen(nn.Module):
+    """A backbone whose trace holds for one size: it counts pixels in Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, images):
+        x = self.stem(images)
+        return (self.head(x * (int(x.shape[-1]) / 10)), )
+
+
+class OneSize(Frozen):
+    """A backbone that takes one size."""
+
+    def forward(self, images):
+        x = self.stem(images)
+        return (self.head(x + torch.ones(1, 8, 20, 24)), )
+
+
+class Whole(nn.Module):
+    """A model around a backbone."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+
+def frozen(kind=Frozen):
+    model = quantize_model(Whole(kind()).eval(), dict(targets=['backbone']))
+    calibrate(model, lambda: model.backbone(torch.randn(2, 3, 40, 48)))
+    return model, eight_bits(torch.randn(1, 3, 40, 48))
+
+
+@pytest.mark.parametrize('kind, why', [(Frozen, 'no graph for every size is right: in .* SQNR of .* needs 60'),
+                                       (OneSize, 'the model itself takes no other size')])
+def test_a_graph_that_is_wrong_at_other_sizes_becomes_one_for_one_size(kind, why, tmp_path):
+    model, image = frozen(kind)
+    found = export_features(model, tmp_path, image, (40, 48), False, list(RUNTIMES), 'asymmetric')
+    assert found['size'] == (40, 48) and re.search(why, found['reason'])
+    assert {item.runtime for item in found['part'].findings if item.passed} == set(RUNTIMES)
+    assert [path.name for path in tmp_path.iterdir()] == ['features.onnx']
+    with pytest.raises(UserError, match='takes images of 40 x 48, not 40 x 64'):
+        Graph(tmp_path / 'features.onnx').run(torch.randn(1, 3, 40, 64))
+
+
+def test_a_runtime_that_computes_wrongly_is_refused_by_name(tmp_path, monkeypatch):
+    """The chosen one ends the export, the other one is noted in the graph and refused when it is loaded."""
+    from psaq_mm.deploy.runtime import OnnxRuntimeSession
+    model, image = frozen()
+    right = OnnxRuntimeSession.run
+    monkeypatch.setattr(OnnxRuntimeSession, 'run', lambda self, inputs: [0.5 * out for out in right(self, inputs)])
+    with pytest.raises(UserError, match='onnxruntime .* SQNR of .*; openvino computes it rightly, use --runtime'):
+        export_features(model, tmp_path, image, (40, 48), True, ['onnxruntime', 'openvino'], 'asymmetric')
+    found = export_features(model, tmp_path, image, (40, 48), True, ['openvino', 'onnxruntime'], 'asymmetric')
+    assert found['part'].passed('openvino') and not found['part'].passed('onnxruntime')
+    Graph(tmp_path / 'features.onnx', 'openvino')
+    with pytest.raises(UserError, match="onnxruntime computes .*features.onnx wrongly here.*runtime to 'openvino'"):
+        Graph(tmp_path / 'features.onnx', 'onnxruntime')
+
+
+def test_a_graph_checks_itself_where_it_was_not_measured(tmp_path, monkeypatch):
+    import psaq_mm.deploy.runtime as runtime
+    model, image = frozen()
+    export_features(model, tmp_path, image, (40, 48), True, ['openvino'], 'asymmetric')
+    path, checked = tmp_path / 'features.onnx', []
+    Graph(path, 'onnxruntime')  # not measured, but right
+    right, original = runtime.OpenVinoSession.run, runtime.host
+    monkeypatch.setattr(runtime.OpenVinoSession, 'run', lambda self, inputs: checked.append(1) or [
+        0 * out for out in right(self, inputs)])
+    Graph(path, 'openvino')
+    assert not checked
+    monkeypatch.setattr(runtime, 'host', lambda name: f'{original(name)} amx_int8')  # another CPU
+    with pytest.raises(UserError, match='openvino computes .* wrongly here: .* 0.0 dB .*ONEDNN_MAX_CPU_ISA'):
+        Graph(path, 'openvino')
+    assert checked
+
+
+def test_sizes_outside_what_was_measured_are_refused(tmp_path):
+    model, image = frozen(type('Plain', (Frozen, ), dict(forward=lambda self, x: (self.head(self.stem(x)), ))))
+    found = export_features(model, tmp_path, image, (40, 48), False, ['openvino'], 'asymmetric')
+    graph = Graph(tmp_path / 'features.onnx')
+    assert found['size'] is None and found['reason'] is None and len(found['sizes']) == 5
+    least = found['at_least']
+    assert graph.run(torch.randn(1, 3, least, 333))[0].shape[-1] == 167
+    with pytest.raises(UserError, match=f'{least} pixels a side and more'):
+        graph.run(torch.randn(1, 3, least - 1, 64))
+    with pytest.raises(UserError, match='3 channels, not 4'):
+        graph.run(torch.randn(1, 4, 64, 64))
+
+
+def test_marks_and_probes():
+    assert [required(value) for value in (60, 20, 5, -10)] == [34, 14, 3, 3]
+    zeros, ones = torch.zeros(4), torch.ones(4)
+    assert sqnr(ones, zeros) == 0 and sqnr(zeros, zeros) == 200 and sqnr(ones, ones * torch.nan) == -200
+    assert sqnr(ones, torch.ones(5)) == -200
+    from psaq_mm.deploy.agreement import Probe
+    x = eight_bits(torch.randn(1, 3, 8, 8))
+    probe, = unpacked(packed([Probe('8 x 8', (x, ), [ones, zeros], [3.0, 4.0])]))
+    torch.testing.assert_close(probe.inputs[0], x)
+    assert probe.place == '8 x 8' and len(probe.samples) == 2 and probe.required == [3, 4]
+
+
+def test_the_symmetric_preset_is_what_tensorrt_takes(tmp_path):
+    """No DequantizeLinear of int32, zero points of 0, int8 alone."""
+    model = calibrated(FAMILIES_BY_NAME['mmdet_swin']().eval(), dict(activation=dict(symmetric=True)),
+                       torch.randn(2, 3, 64, 64))
+    export_graph(model, tmp_path / 'symmetric.onnx', (64, 64), preset='symmetric')
+    graph = onnx.load(str(tmp_path / 'symmetric.onnx')).graph
+    values = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
+    values.update({node.output[0]: onnx.numpy_helper.to_array(node.attribute[0].t) for node in graph.node
+                   if node.op_type == 'Constant'})
+    zeros = [values[node.input[2]] for node in graph.node if node.op_type in ('QuantizeLinear', 'DequantizeLinear')]
+    assert len(zeros) > 50 and all(zero.dtype == np.int8 and not zero.any() for zero in zeros)
+    assert not any(value.dtype == np.int32 for value in values.values())
+
+
+@pytest.mark.parametrize('folder', ["O'Brien", 'a {b} 100% "c" \\N', 'Grüße'])
+def test_a_config_is_read_in_a_folder_of_any_name(folder, with_heads, tmp_path):
+    cfg, model = with_heads
+    cfg = copy.deepcopy(cfg)
+    cfg.classes = ('Füße', "l'eau", '{x}')
+    path = tmp_path / folder / 'int8_config.py'
+    path.parent.mkdir()
+    path.write_text(config_text(exported_config(cfg, model, 'openvino', 'features.onnx')), encoding='utf-8')
+    read = Config.fromfile(path)
+    name = next(name for name in ('backbone', 'image_encoder') if read.model.get(name))
+    assert read.model[name].graph == str(path.parent / 'features.onnx').replace('\\', '/')
+    assert read.classes == cfg.classes
+
+
+def test_nested_outputs_and_a_required_neck_come_back(tmp_path):
+    """DPT reads pairs of map and class token; a RetinaNet cannot be built without a neck."""
+    from psaq_mm.deploy import ExportedFeatures
+
+    class Pairs(Frozen):
+
+        def forward(self, images):
+            x = self.head(self.stem(images))
+            return [(x, x.mean((2, 3))), (2 * x, 2 * x.mean((2, 3)))]
+
+    model, image = frozen(Pairs)
+    export_features(model, tmp_path, image, (40, 48), True, ['openvino'], 'asymmetric')
+    found = ExportedFeatures(str(tmp_path / 'features.onnx'))(image)
+    assert nesting(found) == nesting(model.backbone(image))
+    retina = Config.fromfile(DEMO_CONFIG).model
+    stanza = QuantizationConfig.parse({})
+    anchors = dict(type='AnchorGenerator', octave_base_scale=4, scales_per_octave=3, ratios=[1.0],
+                   strides=[4, 8, 16, 32, 64])
+    head = dict(type='RetinaHead', num_classes=3, in_channels=32, feat_channels=32, stacked_convs=1,
+                anchor_generator=anchors)
+    neck = dict(retina.neck, out_channels=32)
+    plain = dict(type='RetinaNet', backbone=retina.backbone, neck=neck, bbox_head=head, train_cfg=None, test_cfg=dict(
+        nms_pre=10, score_thr=0.05, nms=dict(type='nms', iou_threshold=0.5), max_per_img=5),
+        data_preprocessor=retina.data_preprocessor)
+    cfg = quantized_config(Config(dict(default_scope='mmdet', model=quantize_model_config(plain, stanza))))
+    model = MODELS.build(copy.deepcopy(cfg.model)).eval()
+    images = eight_bits(torch.randn(1, 3, 64, 96))
+    calibrate(model, lambda: extract_features(model, images))
+    export_graph(model, tmp_path / 'features.onnx', (64, 96))
+    text = config_text(exported_config(cfg, model, 'onnxruntime', 'features.onnx'))
+    (tmp_path / 'int8_config.py').write_text(text, encoding='utf-8')
+    torch.save(dict(state_dict={k: v for k, v in model.state_dict().items() if k.startswith('bbox_head')}),
+               tmp_path / 'int8.pth')
+    check_delivery(model, tmp_path, images, [10.0] * 5, 'onnxruntime')
+    torch.save(dict(state_dict={}), tmp_path / 'int8.pth')
+    with pytest.raises(UserError, match="other weights than int8.pth .'bbox_head"):
+        check_delivery(model, tmp_path, images, [10.0] * 5, 'onnxruntime')
+
+
+def test_a_convolution_shared_by_levels_is_folded_into_each_batch_norm(tmp_path):
+    """As in the head of an RTMDet; its checkpoint has every name of a shared quantizer."""
+    from psaq_mm.engine.checkpoint import load_float
+
+    class Shared(nn.Module):
+
+        def __init__(self):
+            super().__init__()
+            conv = nn.Conv2d(3, 6, 3)
+            self.levels = nn.ModuleList(nn.Sequential(conv, nn.BatchNorm2d(6)) for _ in range(3))
+
+        def forward(self, images):
+            return tuple(level(images) for level in self.levels)
+
+    plain = Whole(Shared()).eval()
+    for norm in plain.backbone.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    state = copy.deepcopy(plain.state_dict())
+    model = quantize_model(plain, dict(targets=['backbone']))
+    load_float(model, dict(state_dict=state, path='x.pth'))
+    images = torch.randn(1, 3, 20, 20)
+    calibrate(model, lambda: model.backbone(images))
+    model.load_state_dict(model.state_dict())  # not refused
+    export_graph(model, tmp_path / 'shared.onnx', (20, 20))
+    with torch.no_grad():
+        expected = model.backbone(images)
+    for ours, theirs in zip(expected, plain_session(tmp_path / 'shared.onnx')(images), strict=True):
+        assert sqnr(ours, theirs) > 80
 
 
 # -- in the ecosystem's tools ------------------------------------------------------------------------------------------

@@ -140,13 +140,13 @@ def test_one_command_at_a_time_and_a_dead_one_holds_nothing(tmp_path):
 
 
 def test_a_folder_in_which_nothing_was_written_goes_away(tmp_path):
-    for name, content, stays in (('new', None, False), ('new', 'a.bin', True), ('old', None, True)):
+    for name, content, stays in (('new/inner', None, False), ('new', 'a.bin', True), ('old', None, True)):
         (tmp_path / 'old').mkdir(exist_ok=True)
         own = OwnedFolder(tmp_path / name)
         with own.lock():
             if content:
                 own.write(content, b'1')
-        assert own.path.exists() == stays
+        assert own.path.exists() == stays and (stays or not (tmp_path / 'new').exists())
 
 
 # -- the whole run ---------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from ..version import __version__
 from .adapters import ConstantResizing, traceable
 from .extras import need
 from .operators import Dequantize, Linear, activation, integers_of
+from .provisional import image_channels
 
 OPSET = 17  # the first with LayerNormalization; QuantizeLinear has had an axis since 13
 INPUT = 'images'
