@@ -56,7 +56,7 @@ def tokens_of_demo():
     real = [torch.from_numpy(mmcv.imread(str(f)).transpose(2, 0, 1).copy()) for f in files]
     images = dict(rendered=model.data_preprocessor(dict(inputs=real))['inputs'],
                   noise=torch.randn(IMAGES, 3, 96, 96))
-    tap = PatchSimilarityTap(*similarity_taps(model.backbone))
+    tap = PatchSimilarityTap(*similarity_taps(model.backbone, torch.zeros(1, 3, 96, 96)))
     found = {}
     for kind, batch in images.items():
         with torch.no_grad():

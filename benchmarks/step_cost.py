@@ -142,7 +142,7 @@ def student_case(path, batch, size, device, options, amp=False):
     loop, model = loop_of(path, batch, size, device, options, amp)
     loop.calibrate()
     loop.start_game()
-    names = tuple(f'{t}.' for t in loop.quantization.targets)
+    names = tuple(f'{t}.' for t in loop.targets)
     parameters = [p for n, p in model.named_parameters() if n.startswith(names)]
     model.requires_grad_(False)
     for parameter in parameters:

@@ -39,10 +39,11 @@ class QuantizationConfig(FrozenConfig):
     """The whole stanza. ``quantization = dict()`` is W8A8, PSAQ-ViT V2, backbone and neck."""
     weight: WeightConfig = WeightConfig()
     activation: ActivationConfig = ActivationConfig()
-    targets: tuple[str, ...] = Field(
-        ('backbone', 'neck'), strict=False, min_length=1,
-        description="submodules, heads too: 'decode_head', 'roi_head.mask_head'")
-    patch_embed_bits: int = Field(8, ge=2, le=8, description='of convolutions that read the pixels, weight and input')
+    targets: tuple[str, ...] | None = Field(
+        None, strict=False, min_length=1,
+        description="submodules, heads too: 'decode_head', 'roi_head.mask_head'; None: backbone and neck, wherever the "
+        'model holds them')
+    patch_embed_bits: int = Field(8, ge=2, le=8, description='of layers that read the pixels, weight and input')
     placement: Literal['operands', 'all'] = Field(
         'operands', description="which activations are quantized: 'operands' of products and convolutions; 'all': "
         "besides, both residual sums of each attention block, and what a target that is a single layer puts out (a "
@@ -139,8 +140,8 @@ class QuantizationConfig(FrozenConfig):
 
 
 def reads_pixels(layer) -> bool:
-    """Whether a layer is a convolution of the image itself: the patch embedding, or a stem."""
-    return getattr(layer, 'in_channels', None) == 3
+    """Whether a layer reads the image itself, as the patch embedding or a stem does; the conversion finds out."""
+    return getattr(layer, 'reads_pixels', False)
 
 
 def _changed(config, changes):

@@ -157,7 +157,6 @@ def test_normalisation_is_the_pretrained_weights_own():
 
 @pytest.mark.parametrize('options, message', [
     (dict(model='deit_tinny'), "model.model = 'deit_tinny' is no model of timm"),
-    (dict(model='deit_tiny_distilled_patch16_224'), 'two heads'),
     (dict(model=3), "model.model = '3' is no model of timm"),
     (dict(model='deit_tiny_patch16_224', pretrained='file.pth'), "pretrained = 'file.pth': must be True or False"),
     (dict(model='deit_tiny_patch16_224', num_classes=0), 'num_classes = 0: a classifier needs at least one class'),

@@ -157,7 +157,7 @@ def test_tokens_of_every_shape_of_attention():
     output = torch.randn(2, 3, 4, 10, 5)  # (images, windows, heads, N, d)
     expected = output.mean(2).flatten(0, 1)[:, 1:]
     for shown in (output, output.flatten(0, 1), output.flatten(0, 2)):
-        found, = attention_tokens(shown, 1, 4)
+        found, = attention_tokens(shown, skip=1, heads=4)
         torch.testing.assert_close(found, expected)
 
 
@@ -169,7 +169,7 @@ def test_positions_of_feature_maps_are_tokens():
     assert found[1].shape == (2, 28 * 28, 4)
     torch.testing.assert_close(found[1].mean(1), torch.nn.functional.adaptive_avg_pool2d(large, 28).mean((2, 3)))
     tap = PatchSimilarityTap([torch.nn.Identity()], [map_tokens])
-    with pytest.raises(UserError, match='no feature maps'), tap:
+    with pytest.raises(UserError, match='no feature map'), tap:
         tap.entropy(2)
 
 

@@ -200,9 +200,9 @@ def test_parameters_keep_their_names_and_a_state_dict_brings_the_scales(family):
 def test_taps_see_the_patches_of_every_block(family):
     model, blocks, _, class_tokens = family
     converted = quantize_model(copy.deepcopy(model), dict(keep_float=['*']))  # float attention shows its products, too
-    products, readers = similarity_taps(converted.backbone)
+    products, readers, _ = taps = similarity_taps(converted.backbone, images_for(model)[:1])
     assert len(products) == blocks and {reader.keywords['skip'] for reader in readers} == {class_tokens}
-    tap = PatchSimilarityTap(products, readers)
+    tap = PatchSimilarityTap(*taps)
     images = images_for(model).requires_grad_()
     with tap:
         converted.backbone(images)
@@ -219,13 +219,13 @@ def test_tokens_are_what_attention_puts_out(family):
     """Weights times values, which the output projection reads: its input, less the heads."""
     model, blocks, _, class_tokens = family
     converted = quantize_model(copy.deepcopy(model), dict(keep_float=['*']))
-    expected = []
+    expected, taps = [], similarity_taps(converted.backbone, images_for(model)[:1])
     for module in converted.backbone.modules():
         projection = getattr(module, 'proj', getattr(module, 'out_proj', None))
         if hasattr(module, 'num_heads') and isinstance(projection, nn.Linear):
             projection.register_forward_pre_hook(lambda _, args, heads=module.num_heads: expected.append(
                 args[0].unflatten(-1, (heads, -1)).mean(-2)[:, class_tokens:]))
-    tap = PatchSimilarityTap(*similarity_taps(converted.backbone))
+    tap = PatchSimilarityTap(*taps)
     with torch.no_grad(), tap:
         converted.backbone(images_for(model))
     assert len(tap.tokens) == len(expected) == blocks
@@ -335,7 +335,7 @@ def test_checkpointed_blocks_give_the_same_gradient(family):
         assert len(attention_blocks(converted.backbone)) == blocks
         if checkpointed:
             checkpoint_blocks(converted.backbone)
-        tap = PatchSimilarityTap(*similarity_taps(converted.backbone))
+        tap = PatchSimilarityTap(*similarity_taps(converted.backbone, images_for(model)[:1]))
         for _ in range(2):  # the second pass ends at the last tap
             tap.run(converted.backbone, images)
             entropy = tap.entropy(len(images)).sum()

@@ -1,4 +1,5 @@
 """Attention is recognised by what a forward computes; what the documentation says of one's own backbone is run."""
+import copy
 import importlib
 import re
 import subprocess
@@ -11,9 +12,16 @@ import torch.nn.functional as F
 from mmengine.config import Config
 from torch import nn
 
-from psaq_mm.models import adapt, quantize_model
-from psaq_mm.models.attention import BACKBONES
-from psaq_mm.quantization import attention_parts, quantized_layers
+from psaq_mm.models import BACKBONES, quantize_model
+from psaq_mm.quantization import (
+    Mode,
+    attention_parts,
+    calibrate,
+    quantized_layers,
+    quantizer_mode,
+    set_mode,
+    unused_quantizers,
+)
 from psaq_mm.quantization.recognition import is_attention
 from psaq_mm.zoo import check_config, is_transformer, shrink, zoo_configs
 
@@ -141,18 +149,125 @@ def test_every_attention_of_the_libraries_is_recognised():
         assert not is_attention(module), type(module)
 
 
-def test_beits_own_projection_is_shown():
+class Applies(nn.Module):
+    """Layers whose weights a forward applies, each in another way."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.layer, self.conv = way, nn.Linear(6, 6, bias=False), nn.Conv2d(6, 6, 1)
+        self.other, self.bias = nn.Linear(6, 6), nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        way, weight = self.way, self.layer.weight
+        if way == 'linear':
+            return F.linear(x, self.layer.weight, self.bias)
+        if way == 'named':
+            return F.linear(x, weight=weight, bias=self.bias)
+        if way == 'other bias':
+            return F.linear(x, self.other.weight, self.bias)
+        if way == 'matmul':
+            return x @ self.layer.weight.T
+        if way == 'method':
+            return x.matmul(weight.t())
+        if way == 'einsum':
+            return torch.einsum('bnc,oc->bno', x, weight)
+        if way == 'scaled':
+            return F.linear(x, self.layer.weight * 2)
+        if way == 'sliced':
+            return F.linear(x, self.layer.weight[:4])
+        if way == 'helper':
+            return applied(x, self.layer)
+        if way == 'joined':
+            return F.linear(x, torch.cat([self.layer.weight, self.other.weight]))
+        return F.conv2d(x.mT[..., None], self.conv.weight, self.bias).squeeze(-1).mT
+
+
+def applied(x, layer):
+    return F.linear(x, layer.weight)
+
+
+class Standardised(nn.Conv2d):
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+def in_model(backbone):
+    model = nn.Module()
+    model.backbone = backbone
+    return model.eval()
+
+
+def rounded(model, x):
+    """A quantized copy's output, and by name what its quantizers saw."""
+    run = lambda: model.backbone(x)  # noqa: E731
+    calibrate(model, run)
+    return run()
+
+
+WAYS = dict(linear=['layer'], named=['layer'], matmul=['layer'], method=['layer'], einsum=['layer'], scaled=['layer'],
+            sliced=['layer'], helper=['layer'], joined=['layer', 'other'], conv=['conv'])
+WAYS['other bias'] = ['other']
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_a_layer_whose_weight_is_applied_by_another_is_quantized(way):
+    x, model = torch.randn(2, 5, 6), in_model(Applies(way))
+    names = WAYS[way]
+    idle = [f'backbone.{name}' for name in ('layer', 'other', 'conv') if name not in names]
+    expected = model.backbone(x)
+    quantize_model(model, dict(targets=['backbone'], keep_float=idle, weight=dict(bits=3), activation=dict(bits=4),
+                               patch_embed_bits=3))
+    assert not unused_quantizers(model, lambda: model.backbone(x))
+    for copied in (model, copy.deepcopy(model)):
+        set_mode(copied, Mode.FLOAT)
+        torch.testing.assert_close(copied.backbone(x), expected)
+        set_mode(copied, Mode.QUANTIZE)
+        found = rounded(copied, x)
+        grads = torch.autograd.grad(found.square().sum(), [getattr(copied.backbone, name).weight for name in names])
+        assert all(grad.abs().sum() > 0 for grad in grads)
+        # the same as with what the integers stand for
+        layer = getattr(copied.backbone, names[0])
+        plain = Applies(way)
+        plain.load_state_dict({k: v for k, v in copied.backbone.state_dict().items() if 'quantizer' not in k})
+        with torch.no_grad():
+            for name in names:
+                getattr(plain, name).weight.copy_(getattr(copied.backbone, name).weight_quantizer(
+                    getattr(copied.backbone, name).weight))
+            rounded_x = x if way == 'conv' else layer.input_quantizer(x)
+            torch.testing.assert_close(found, plain(rounded_x) if way != 'conv' else plain(
+                layer.input_quantizer(x.mT[..., None]).squeeze(-1).mT), rtol=1e-4, atol=1e-5)
+        assert (found - expected).abs().max() > 0.01
+
+
+def test_a_layer_with_a_forward_of_its_own_is_quantized():
+    x, model = torch.randn(2, 3, 8, 8), in_model(nn.Sequential(Standardised(3, 4, 3), nn.ReLU()))
+    expected = model.backbone(x)
+    quantize_model(model, dict(targets=['backbone'], patch_embed_bits=3))
+    assert list(quantized_layers(model)) == ['backbone.0'] and model.backbone[0].reads_pixels
+    with quantizer_mode(model, Mode.FLOAT):
+        torch.testing.assert_close(model.backbone(x), expected)
+    calibrate(model, lambda: model.backbone(x))
+    found = model.backbone(x)
+    weight = model.backbone[0].weight_quantizer(model.backbone[0].weight)
+    weight = weight - weight.mean((1, 2, 3), keepdim=True)
+    same = F.conv2d(model.backbone[0].input_quantizer(x), weight, model.backbone[0].bias).relu()
+    torch.testing.assert_close(found, same)
+    assert (found - expected).abs().max() > 0.01 and isinstance(model.backbone[0], nn.Conv2d)
+
+
+def test_mmsegs_beit_applies_its_projection_by_the_rule():
     from mmseg.models.backbones.beit import BEiTAttention
-    torch.manual_seed(0)
-    attention = BEiTAttention(8, 2, (2, 2))
-    for parameter in attention.parameters():
+    model, x, called = in_model(BEiTAttention(8, 2, (2, 2))), torch.randn(3, 5, 8), []
+    for parameter in model.parameters():
         nn.init.normal_(parameter)
-    x, called = torch.randn(3, 5, 8), []
-    expected = attention(x)
-    adapt(attention)
-    attention.qkv.register_forward_hook(lambda *_: called.append(True))
-    torch.testing.assert_close(attention(x), expected)
-    assert called and is_attention(attention)
+    expected = model.backbone(x)
+    quantize_model(model, dict(targets=['backbone']))
+    model.backbone.qkv.register_forward_hook(lambda *_: called.append(True))
+    with quantizer_mode(model, Mode.FLOAT):
+        torch.testing.assert_close(model.backbone(x), expected)
+    assert called == [True] and hasattr(model.backbone, 'matmul_context')
 
 
 SLOW = pytest.mark.slow

@@ -12,7 +12,7 @@ def test_empty_stanza_is_w8a8_v2_of_backbone_and_neck():
     config = QuantizationConfig.parse({})
     assert (config.weight.bits, config.activation.bits) == (8, 8)
     assert config.synthesis.method == 'psaq_v2'
-    assert config.targets == ('backbone', 'neck')
+    assert config.targets is None and config.synthesis.size is None  # what the model has and takes
     assert config.weight.symmetric and config.weight.granularity == 'per_channel'
     assert not config.activation.symmetric and config.activation.granularity == 'per_tensor'
 
@@ -89,6 +89,7 @@ class Net(torch.nn.Module):
 
 def test_layers_get_what_the_stanza_says():
     layers = quantizable(Net(), ['backbone', 'head'])
+    layers['backbone.0'].reads_pixels = True
     config = QuantizationConfig.parse(
         dict(weight=dict(bits=4), activation=dict(bits=6), targets=['backbone', 'head'], keep_float=['head'],
              overrides=[dict(pattern='backbone.1', activation=dict(bits=3)),

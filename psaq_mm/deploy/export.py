@@ -23,8 +23,7 @@ from ..engine.config import default_scope, test_config
 from ..engine.loop import read_images
 from ..errors import UserError
 from ..files import write_atomically, write_json
-from ..models import backbone_of, quantize_model_config
-from ..models.attention import BACKBONES
+from ..models import BACKBONES, backbone_of, image_channels, own_size, quantize_model_config, resolved
 from ..models.features import FEATURE_PARTS, image_features, tensors
 from ..quantization import Mode, quantizer_mode
 from ..stanza import QuantizationConfig
@@ -42,7 +41,6 @@ from .agreement import (
 from .extras import need
 from .graph import Features, annotate, check_calibrated, check_preset, export_graph, float_layers, nesting
 from .heads import export_head, head_inputs, head_names
-from .provisional import image_channels, own_size
 from .runtime import RUNTIMES, Graph, HeadGraph, host
 
 QUANTIZED = 'psaq_mm.QuantizedModel'
@@ -364,14 +362,14 @@ def exported_config(cfg: Config, model, runtime: str, graph: str, heads: dict[st
     """
     cfg = copy.deepcopy(cfg)
     old = cfg.model
-    stanza = QuantizationConfig.parse(old.pop('quantization'))
+    stanza = resolved(QuantizationConfig.parse(old.pop('quantization')), model)
     old.type = old.pop('float_type')
     exported = dict(graph='{{ fileDirname }}/' + graph, runtime=runtime)
     if isinstance(model, Classifier):
         own = model.data_preprocessor
         preprocessor = dict(
-            type='mmengine.ImgDataPreprocessor', bgr_to_rgb=getattr(own, '_channel_conversion', True),
-            **{key: getattr(own, key).flatten().tolist() for key in ('mean', 'std')})
+            type='mmengine.ImgDataPreprocessor' if image_channels(model) in (1, 3) else 'psaq_mm.ChannelPreprocessor',
+            bgr_to_rgb=getattr(own, '_channel_conversion', True), **{key: getattr(own, key).flatten().tolist() for key in ('mean', 'std')})
         cfg.model = ConfigDict(type='psaq_mm.ExportedClassifier', data_preprocessor=old.get(
             'data_preprocessor') or preprocessor, **exported)
         return cfg
@@ -488,7 +486,7 @@ def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | 
     content = read_checkpoint(checkpoint)
     model = build(cfg, content['state_dict'], checkpoint)
     check_preset(model, preset)
-    used = QuantizationConfig.parse(cfg.model.quantization).synthesis.size[0]
+    used = resolved(QuantizationConfig.parse(cfg.model.quantization), model).synthesis.size[0]
     image = check_image(Path(checkpoint).parent, image_channels(model), used)
     own = own_size(model)
     traced = size or (own if own and refusal(model, resized(image, used)) else tuple(used))

@@ -18,7 +18,7 @@ from torch import nn
 from ..classification import Classifier
 from ..errors import UserError
 from ..files import write_atomically
-from ..models import backbone_of
+from ..models import backbone_of, image_channels
 from ..models.features import FEATURE_PARTS, image_features, tensors
 from ..quantization import QuantizedLinear, quantized_layers, quantizer_mode, quantizers
 from ..quantization.layers import QuantizedLayer
@@ -27,7 +27,6 @@ from ..version import __version__
 from .adapters import ConstantResizing, traceable
 from .extras import need
 from .operators import Dequantize, Linear, activation, integers_of
-from .provisional import image_channels
 
 OPSET = 17  # the first with LayerNormalization; QuantizeLinear has had an axis since 13
 INPUT = 'images'

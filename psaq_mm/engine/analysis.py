@@ -67,7 +67,8 @@ def calibration_images(cfg: Config, checkpoint: str | None, quiet: bool = False)
 def synthesised(path: Path, stanza: QuantizationConfig) -> bool:
     """Whether a ``synthetic.pt`` was made as the stanza wants it: from patch similarities, at its sizes."""
     made = str(read_json(path.parent / 'metrics.json').get('method')).startswith('psaq')
-    return made and all(tuple(batch.shape[2:]) in stanza.synthesis.size for batch in read_images(str(path)))
+    sizes = stanza.synthesis.size
+    return made and all(sizes is None or tuple(batch.shape[2:]) in sizes for batch in read_images(str(path)))
 
 
 def digest(tensors: Iterable[Tensor]) -> str:

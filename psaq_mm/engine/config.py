@@ -12,7 +12,7 @@ from mmengine.logging import print_log
 from mmengine.registry import DATASETS, DefaultScope
 
 from ..errors import UserError
-from ..models import quantize_model_config
+from ..models import DEFAULT_SIZE, quantize_model_config, without_pretrained
 from ..stanza import QuantizationConfig
 
 # Default hooks of mmdet and mmseg that make sense without data.
@@ -21,29 +21,6 @@ OWN_KEYS = ('quantization', 'calib_dataloader', 'runner_type')
 TRAINING_KEYS = ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'auto_scale_lr', 'custom_hooks')
 # mmengine's default names a GPU for each process; without device_ids the same wrapper serves GPU and CPU.
 MODEL_WRAPPER = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
-
-
-def _names_a_file(init):
-    """Whether an ``init_cfg`` is one that loads weights."""
-    return isinstance(init, dict) and ('checkpoint' in init or init.get('type') == 'Pretrained')
-
-
-def without_pretrained(model):
-    """A model config that fetches nothing: no ``init_cfg`` that names a checkpoint, no ``pretrained``."""
-    if isinstance(model, dict):
-        for key, value in model.items():
-            if key == 'pretrained':
-                model[key] = False if isinstance(value, bool) else None
-            elif key == 'init_cfg' and isinstance(value, (list, tuple)):
-                model[key] = [init for init in value if not _names_a_file(init)]
-            elif key == 'init_cfg' and _names_a_file(value):
-                model[key] = None
-            else:
-                without_pretrained(value)
-    elif isinstance(model, (list, tuple)):
-        for item in model:
-            without_pretrained(item)
-    return model
 
 
 def float_config(cfg: Config) -> Config:
@@ -226,8 +203,8 @@ def data_free_config(cfg: Config,
         run.train_dataloader = dict(
             batch_size=batch, num_workers=0, persistent_workers=False, drop_last=False,
             sampler=dict(type='DefaultSampler', shuffle=False), collate_fn=dict(type='default_collate'),
-            dataset=dict(type='psaq_mm.NoiseDataset', num_images=shard * world, sizes=synthesis.size,
-                         batch_size=batch, world_size=world, seed=seed, metainfo=meta))
+            dataset=dict(type='psaq_mm.NoiseDataset', num_images=shard * world, batch_size=batch, world_size=world,
+                         sizes=synthesis.size or (DEFAULT_SIZE, ), seed=seed, metainfo=meta))
     run.train_cfg = dict(type='psaq_mm.DataFreeLoop', quantization=stanza, checkpoint=checkpoint, amp=amp)
     run.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(
         type='Adam', lr=quantization.student_lr, fused=True))

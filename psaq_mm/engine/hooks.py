@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..errors import UserError
 from ..files import OwnedFolder, write_json
-from ..models import quantize_model
+from ..models import pixel_statistics, quantize_model, scope, swaps_channels
 from ..quantization import quantized_layers
 from ..registry import HOOKS
 from ..stanza import QuantizationConfig
@@ -66,7 +66,7 @@ class QuantizationHook(Hook):
         # A checkpoint follows: initialising weights would cost time and print that training starts from scratch.
         model._is_init = True
         config = self.quantization
-        runner.logger.info(f'{len(quantized_layers(model))} layers of {", ".join(config.targets)} are quantized: '
+        runner.logger.info(f'{len(quantized_layers(model))} layers of {", ".join(scope(model, config))} are quantized: '
                            f"W{config.weight.bits}A{config.activation.bits}, placement '{config.placement}'")
 
 
@@ -116,9 +116,18 @@ class ResumableCheckpointHook(CheckpointHook):
 
 
 def to_pixels(images: torch.Tensor, low: torch.Tensor, high: torch.Tensor, bgr: bool) -> np.ndarray:
-    """Images in the model's input space as RGB, (B, H, W, 3) uint8 from (B, 3, H, W)."""
+    """Images in the model's input space as RGB, (B, H, W, 3) uint8 from (B, C, H, W).
+
+    One channel is grey, of two or more than three the first three are shown.
+    """
     pixels = ((images - low) / (high - low) * 255).round().clamp(0, 255).to(torch.uint8)
-    if bgr:
+    channels = pixels.shape[1]
+    if channels == 1:
+        pixels = pixels.expand(-1, 3, -1, -1)
+    elif channels == 2:
+        pixels = torch.cat([pixels, torch.zeros_like(pixels[:, :1])], 1)
+    pixels = pixels[:, :3]
+    if bgr and channels == 3:
         pixels = pixels.flip(1)
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
@@ -155,7 +164,7 @@ class SyntheticImageHook(Hook):
     def pictures(runner, batches):
         loop = runner.train_loop
         # The data preprocessor turns the files' BGR into the model's order: without that, the model's order is BGR.
-        bgr = not getattr(loop.student.data_preprocessor, '_channel_conversion', True)
+        bgr = not swaps_channels(loop.student)
         low, high = loop.low.cpu(), loop.high.cpu()
         return [picture for batch in batches for picture in to_pixels(batch.cpu(), low, high, bgr)]
 
@@ -214,17 +223,21 @@ class SyntheticImageHook(Hook):
             folder (Path): To make.
         """
         save_pictures(self.pictures(runner, batches), folder)
-        preprocessor = runner.train_loop.student.data_preprocessor
+        student = runner.train_loop.student
         sizes = {}
         for batch in batches:
             sizes.setdefault(tuple(batch.shape[2:]), []).append(batch)
         for (height, width), parts in sizes.items():
             np.save(folder / f'images_{height}x{width}.npy', torch.cat(parts).numpy())
-        mean, std = (getattr(preprocessor, name).flatten().tolist() if hasattr(preprocessor, name) else None
-                     for name in ('mean', 'std'))
+        mean, std = (values.tolist() for values in pixel_statistics(student))
+        channels = len(mean)
+        files, order = 'RGB, uint8', 'RGB' if swaps_channels(student) else 'BGR'
+        if channels != 3:
+            files = 'grey, uint8' if channels == 1 else f'the first 3 of {channels} channels, uint8: use the arrays'
+            order = f'as the model reads its {channels}'
         write_json(dict(
             arrays=[f'images_{h}x{w}.npy' for h, w in sizes], layout='NCHW, float32, normalised: the network input',
-            files='RGB, uint8', channel_order='RGB' if getattr(preprocessor, '_channel_conversion', True) else 'BGR',
+            files=files, channel_order=order,
             normalisation='(pixel - mean) / std, pixels from 0 to 255', mean=mean, std=std),
             folder / 'preprocessing.json')
 

@@ -26,9 +26,20 @@ from ..models import (
     checkpoint_blocks,
     extract_features,
     extract_inner,
+    image_channels,
+    pixel_statistics,
+    scope,
     similarity_taps,
 )
-from ..quantization import Mode, calibrate, quantizers, search_weight_ranges, set_mode, unused_quantizers
+from ..quantization import (
+    FakeQuantizer,
+    Mode,
+    calibrate,
+    quantizers,
+    search_weight_ranges,
+    set_mode,
+    unused_quantizers,
+)
 from ..registry import LOOPS
 from ..stanza import ROOT, QuantizationConfig, reads_pixels
 from ..synthesis import Game, ImageOptimizer, PatchSimilarityTap, learning_rate, objective, valid_range
@@ -108,7 +119,7 @@ class DataFreeLoop(BaseLoop):
         self.images, self.noise = [], []
         self.history = []  # what the report draws: the numbers of each update, its stage and number in it
         self.optimizer = self.game = self.restored = None
-        self.plateau, self.ranges = {}, {}
+        self.plateau, self.ranges, self.uncached = {}, {}, []
         self.minutes = dict(synthesis=0.0, calibration=0.0, game=0.0)
 
     epoch = property(lambda self: self._epoch)
@@ -209,8 +220,9 @@ class DataFreeLoop(BaseLoop):
             if getattr(module, 'with_cp', False):
                 module.with_cp = False
         self.device = next(self.student.parameters()).device
+        self.targets = scope(self.student, self.quantization)
         self.teacher = copy.deepcopy(self.student)
-        load_float(self.teacher, read_checkpoint(self.checkpoint), self.quantization.targets)
+        load_float(self.teacher, read_checkpoint(self.checkpoint), self.targets)
         set_mode(self.teacher, Mode.FLOAT)
         self.teacher.requires_grad_(False)
         if self.device.type == 'cpu':
@@ -218,23 +230,19 @@ class DataFreeLoop(BaseLoop):
         if self.quantization.synthesis.checkpointing:
             for player in (self.teacher, self.student):
                 checkpoint_blocks(backbone_of(player))
-        preprocessor = self.student.data_preprocessor
-        channels = next(p for p in self.student.parameters() if p.dim() == 4).shape[1]
-        self.low, self.high = (v.to(self.device) for v in valid_range(
-            getattr(preprocessor, 'mean', torch.zeros(channels)).flatten().cpu(),
-            getattr(preprocessor, 'std', torch.ones(channels)).flatten().cpu()))
-        self.tap = None
-        if self.synthesized:
-            self.tap = PatchSimilarityTap(*similarity_taps(backbone_of(self.teacher)))
+        self.low, self.high = (v.to(self.device) for v in valid_range(*pixel_statistics(self.student)))
         self.load_images()
         if self.game_iters and sum(map(len, self.images)) < 2:
             raise UserError(f'{ROOT}.synthesis: each process needs at least 2 images for the game, one evolves and one '
                             'is held back: raise num_images or start fewer processes')
-        self.heads = beyond_features(self.quantization.targets)
+        self.heads = beyond_features(self.targets)
         unused = unused_quantizers(self.student, self.first_features)
         if unused:
-            raise UserError(f"'{unused[0]}' (and {len(unused) - 1} more) never runs in a prediction, so it cannot be "
-                            f'calibrated: keep it in float ({ROOT}.keep_float) or take it out of the targets')
+            raise UserError(f"'{unused[0]}' (and {len(unused) - 1} more) never runs when features are computed, so it "
+                            f'cannot be calibrated: keep it in float ({ROOT}.keep_float) or take it out of the targets')
+        self.tap = None
+        if self.synthesized:
+            self.tap = self.new_tap()
         if self.restored is not None:
             for image, saved in zip(self.images, self.restored['images']):
                 image.copy_(saved)
@@ -254,6 +262,10 @@ class DataFreeLoop(BaseLoop):
             raise UserError(f'{self.checkpoint}: the model to quantize did not get its weights ({other[0]} and '
                             f'{len(other) - 1} more differ). Write them anew with torch.save(dict(state_dict=...), '
                             'FILE) and pass that file with --checkpoint')
+
+    def new_tap(self):
+        """Taps on the teacher's backbone."""
+        return PatchSimilarityTap(*similarity_taps(backbone_of(self.teacher), self.images[0][:1]))
 
     def first_features(self):
         """Features of one image: whatever a model cannot do with images of this size shows here.
@@ -284,6 +296,7 @@ class DataFreeLoop(BaseLoop):
                     raise UserError(f'batch {len(self.images)} of calib_dataloader holds pixels that are no finite '
                                     'numbers: check its images and pipeline')
             return
+        self.dataloader.dataset.channels = image_channels(self.student)
         for data in self.dataloader:
             batch = data['inputs'].to(self.device)
             self.images.append(batch.maximum(self.low).minimum(self.high))
@@ -293,6 +306,10 @@ class DataFreeLoop(BaseLoop):
             if not shard:
                 raise UserError(f'{ROOT}.synthesis.reuse holds fewer batches than there are processes '
                                 f'({dist.get_world_size()}): start fewer')
+            wrong = {batch.shape[1] for batch in shard} - {self.low.shape[1]}
+            if wrong:
+                raise UserError(f'{ROOT}.synthesis.reuse holds images of {wrong.pop()} channels, the model takes '
+                                f'{self.low.shape[1]}: give the synthetic.pt of a run on the same model')
             self.images, self.noise = [batch.to(self.device) for batch in shard], []
 
     def precision(self):
@@ -382,15 +399,19 @@ class DataFreeLoop(BaseLoop):
         started = time.perf_counter()
         config, synthesis = self.quantization.game, self.quantization.synthesis
         evolving, held = self.split(config.holdout)
-        names = tuple(f'{t}.' for t in self.quantization.targets)
-        parameters = {n: p for n, p in self.student.named_parameters() if n.startswith(names) and p.requires_grad}
+        names = tuple(f'{t}.' for t in self.targets)
+        inside = {n: p for n, p in self.student.named_parameters() if n.startswith(names)}
+        # A frozen stage stays as it is. Where all is frozen, as in the teacher of a semi-supervised model, nothing is.
+        parameters = {n: p for n, p in inside.items() if p.requires_grad} or inside
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(name in parameters)
         parameters.update(self.learn_ranges(names))
         compared = self.depended_on(parameters)
+        if compared:
+            compared |= self.uncache({n: p for n, p in parameters.items() if p not in compared})
         if not compared:
             self.runner.logger.warning('No game: features and raw outputs do not depend on any weight of the targets '
-                                       f'({", ".join(self.quantization.targets)}), which stay as they are')
+                                       f'({", ".join(self.targets)}), which stay as they are')
             self.game_iters = 0
             self.fix_ranges()
             return
@@ -425,6 +446,45 @@ class DataFreeLoop(BaseLoop):
         parameters = list(parameters.values())
         grads = torch.autograd.grad([m.float().sum() for m in maps], parameters, allow_unused=True)
         return {p for p, grad in zip(parameters, grads) if grad is not None}
+
+    def uncache(self, parameters):
+        """Makes modules that keep what they computed of a parameter, while they do not train, compute it each time.
+
+        A module is told that it trains, and keeps to that only if nothing it puts out changes. What the features do not
+        depend on even then stays as calibrated, and the log says so.
+
+        Args:
+            parameters (dict[str, Tensor]): That features do not depend on, by name.
+
+        Returns:
+            set[Tensor]: Those that they depend on now.
+        """
+        names = {name.rpartition('.')[0] for name in parameters}
+        owners, found = {}, set()
+        for name, module in self.student.named_modules():
+            if name in names and not isinstance(module, (torch.nn.modules.batchnorm._BatchNorm, FakeQuantizer)):
+                owners.setdefault(type(module), []).append(module)
+        image = self.images[0][:1]
+        for modules in owners.values():
+            with torch.no_grad():
+                expected = self.features(self.student)(image)
+                for module in modules:
+                    module.training = True
+                same = all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(
+                    expected, self.features(self.student)(image)))
+            reached = self.depended_on(parameters) - found if same else set()
+            found |= reached
+            if reached:
+                self.uncached += modules
+            else:
+                for module in modules:
+                    module.training = False
+        left = [name for name, p in parameters.items() if p not in found and not name.endswith('.stretch')]
+        if left:
+            self.runner.logger.info(f'{len(left)} parameters of the targets stay as they are, since neither features '
+                                    f"nor raw outputs depend on them: {', '.join(left[:3])}"
+                                    + ', ...' * (len(left) > 3))
+        return found
 
     def learn_ranges(self, targets):
         """Makes the ranges of activations trainable where the stanza wants it.
@@ -507,6 +567,9 @@ class DataFreeLoop(BaseLoop):
         game = self.game
         game.finish()
         self.fix_ranges()
+        for module in self.uncached:  # as at the end of a training: what was kept is forgotten
+            module.train()
+            module.eval()
         self.runner.logger.info(
             f'Game over after {game.turns} turns, {game.student_updates} student and '
             f'{game.image_updates} image updates: discrepancy on held-back images '

@@ -26,14 +26,15 @@ class NoiseDataset(Dataset):
         world_size (int): Number of processes. Defaults to 1.
         seed (int): Defaults to 0.
         metainfo (dict, optional): Of the data set the model was trained on (classes, palette).
+        channels (int): Of an image. Defaults to 3; the loop sets the model's own.
 
-    Each item is ``dict(inputs=Tensor (3, height, width))``.
+    Each item is ``dict(inputs=Tensor (channels, height, width))``.
     """
 
-    def __init__(self, num_images, sizes, batch_size, world_size=1, seed=0, metainfo=None):
+    def __init__(self, num_images, sizes, batch_size, world_size=1, seed=0, metainfo=None, channels=3):
         self.num_images, self.sizes, self.seed = num_images, sizes, seed
         self.batch_size, self.world_size = batch_size, world_size
-        self.metainfo = dict(metainfo or {})
+        self.metainfo, self.channels = dict(metainfo or {}), channels
 
     def __len__(self):
         return self.num_images
@@ -42,7 +43,7 @@ class NoiseDataset(Dataset):
         if not 0 <= index < self.num_images:
             raise IndexError(index)
         image, batch = self.place(index)
-        return dict(inputs=noise(self.seed, image, self.sizes[batch % len(self.sizes)]))
+        return dict(inputs=noise(self.seed, image, self.sizes[batch % len(self.sizes)], self.channels))
 
     def place(self, index: int) -> tuple[int, int]:
         """The image that the sampler's index stands for, and the batch that it is in."""

@@ -17,7 +17,15 @@ from mmengine.runner import Runner
 
 from ..errors import UserError, doing
 from ..files import OwnedFolder, as_json
-from ..models import class_counts, quantize_model, scope
+from ..models import (
+    class_counts,
+    nothing_fetched,
+    pixel_statistics,
+    quantize_model,
+    resolved,
+    scope,
+    without_pretrained,
+)
 from ..quantization import model_bits, quantizers
 from ..stanza import ROOT, QuantizationConfig
 from .checkpoint import (
@@ -39,7 +47,6 @@ from .config import (
     float_config,
     name_visualizer,
     test_config,
-    without_pretrained,
 )
 from .config_file import config_text
 from .display import Display
@@ -85,7 +92,8 @@ def evaluate(cfg: Config, checkpoint: str, work_dir: str, name: str,
     """
     cfg = evaluation_config(cfg, f'{name}_{time.time_ns()}')
     cfg.load_from, cfg.work_dir = checkpoint, work_dir
-    runner = Runner.from_cfg(cfg)
+    with nothing_fetched():
+        runner = Runner.from_cfg(cfg)
     if display is not None:
         display.attach(runner)
     return {key: float(value) for key, value in runner.test().items()}
@@ -117,7 +125,8 @@ def build_float(cfg: Config, fetched: bool = False):
     """
     model = copy.deepcopy(cfg.model)
     try:
-        return MODELS.build(model if fetched else without_pretrained(model))
+        with nullcontext() if fetched else nothing_fetched():
+            return MODELS.build(model if fetched else without_pretrained(model))
     except UserError:
         raise
     except Exception as error:
@@ -154,6 +163,8 @@ def check(cfg: Config, checkpoint: str | None = None, evaluated: bool = True):
     model = build_float(cfg, fetched)
     if evaluated and not evaluation_gap(cfg):
         check_labels(cfg, model)
+    quantization = resolved(quantization, model)
+    pixel_statistics(model)  # one value a channel
     float_size = model_bits(model) / MEGABYTE
     if fetched:
         content = dict(state_dict={k: v.clone() for k, v in model.state_dict().items()}, meta={}, layout='timm',
@@ -193,7 +204,8 @@ def build_runner(cfg: Config) -> DataFreeRunner:
         UserError: Where it cannot be built, as with a visualizer or hook that is set wrongly.
     """
     try:
-        return DataFreeRunner.from_cfg(cfg)
+        with nothing_fetched():
+            return DataFreeRunner.from_cfg(cfg)
     except UserError:
         raise
     except Exception as error:  # of hooks and loggers, which may be the user's own

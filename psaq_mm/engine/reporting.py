@@ -15,12 +15,12 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import OwnedFolder
-from ..models import backbone_of, extract_features, similarity_taps
+from ..models import backbone_of, extract_features
 from ..quantization import layer_errors
 from ..report import figures, page
 from ..report.fidelity import fidelity
 from ..stanza import ROOT
-from ..synthesis import GameConfig, PatchSimilarityTap, lesson_view, similarity_density, synthesize
+from ..synthesis import GameConfig, lesson_view, similarity_density, synthesize
 from .hooks import SyntheticImageHook
 from .loop import DataFreeLoop, read_images
 from .noise_dataset import noise
@@ -52,7 +52,7 @@ def fresh_images(loop: DataFreeLoop, folder: OwnedFolder) -> list[Tensor]:
         batches.append(torch.stack([
             noise(seed, FRESH + index, size, channels)
             for index in range(first, min(first + config.batch_size, report.images))]).to(loop.device))
-    tap = loop.tap or PatchSimilarityTap(*similarity_taps(backbone_of(loop.teacher)))
+    tap = loop.tap or loop.new_tap()
     run = functools.partial(loop.run_teacher, tap=tap)
     progress, images = loop.progress('report', len(batches) * config.steps), []
     for number, batch in enumerate(batches):

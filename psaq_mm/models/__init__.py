@@ -1,12 +1,17 @@
 """What differs between model families, and building a quantized model from its config."""
 from .adapters import adapt, adapts
-from .attention import attention_blocks, backbone_of, checkpoint_blocks, similarity_taps
-from .build import build_quantized_model, quantize_model, quantize_model_config, scope
+from .attention import attention_blocks, checkpoint_blocks, similarity_taps
+from .backbones import BACKBONES, FEATURE_PARTS, backbone_name, backbone_of, default_targets, predictor_of
+from .build import build_quantized_model, quantize_model, quantize_model_config, resolved, scope
 from .classes import class_counts, explain_classes
 from .features import beyond_features, extract_features, extract_inner
+from .fetching import nothing_fetched, without_pretrained
+from .images import DEFAULT_SIZE, default_size, image_channels, own_size, pixel_statistics, swaps_channels
 
 __all__ = [
-    'adapt', 'adapts', 'attention_blocks', 'backbone_of', 'beyond_features', 'build_quantized_model',
-    'checkpoint_blocks', 'class_counts', 'explain_classes', 'extract_features', 'extract_inner',
-    'quantize_model', 'quantize_model_config', 'scope', 'similarity_taps'
+    'BACKBONES', 'DEFAULT_SIZE', 'FEATURE_PARTS', 'adapt', 'adapts', 'attention_blocks', 'backbone_name', 'backbone_of',
+    'beyond_features', 'build_quantized_model', 'checkpoint_blocks', 'class_counts', 'default_size', 'default_targets',
+    'explain_classes', 'extract_features', 'extract_inner', 'image_channels', 'nothing_fetched', 'own_size',
+    'pixel_statistics', 'predictor_of', 'quantize_model', 'quantize_model_config', 'resolved', 'scope',
+    'similarity_taps', 'swaps_channels', 'without_pretrained'
 ]

@@ -3,28 +3,14 @@ from __future__ import annotations
 
 import functools
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import UserError
-from ..quantization import CONTEXT, LAYERS, attention_parts
-from ..synthesis import attention_tokens, map_tokens
+from ..quantization import CONTEXT, LAYERS, FakeQuantizer, attention_parts
+from ..synthesis import PatchSimilarityTap, attention_tokens, is_grid, last_axis_tokens, map_tokens
 
-BACKBONES = ('backbone', 'image_encoder')  # what the libraries call it; the latter beside a text encoder
-
-
-def backbone_of(model: nn.Module) -> nn.Module:
-    """The submodule that turns images into features.
-
-    Raises:
-        UserError: If there is none.
-    """
-    for name in BACKBONES:
-        if isinstance(getattr(model, name, None), nn.Module):
-            return getattr(model, name)
-    raise UserError(f"{type(model).__name__} has no {' or '.join(BACKBONES)}: psaq_mm does not know what in it sees "
-                    f"images (top level: {', '.join(name for name, _ in model.named_children())})")
-
+CLASS_TOKENS = ('cls_token', 'class_token', 'class_embed')  # what the libraries call the parameter
 
 def layer_types() -> dict:
     """Quantized counterparts of torch's layers and of mmcv's wrappers, which differ for empty inputs of old torch."""
@@ -59,34 +45,125 @@ def checkpoint_blocks(backbone: nn.Module) -> None:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def prefix_tokens(backbone: nn.Module) -> int:
-    """How many leading tokens of a backbone are no patches: class token, distillation token, registers.
+def prefix_tokens(backbone: nn.Module, name: str) -> int:
+    """How many leading tokens of a module in a backbone may be no patches: class token, distillation token, registers.
 
-    Window attention has none (V1's code drops token 0 of Swin all the same).
+    The innermost module around it that says so counts, which may lie inside a wrapper.
+
+    Args:
+        backbone (nn.Module): Holds the module.
+        name (str): Of the module in the backbone.
     """
-    if hasattr(backbone, 'num_prefix_tokens'):  # timm
-        return backbone.num_prefix_tokens
-    # mmseg; where nothing says that the class token can be left out, it is there if it exists
-    return int(getattr(backbone, 'with_cls_token', isinstance(getattr(backbone, 'cls_token', None), nn.Parameter)))
+    while name:
+        name = name.rpartition('.')[0]
+        owner = backbone.get_submodule(name)
+        if hasattr(owner, 'num_prefix_tokens'):  # timm
+            return owner.num_prefix_tokens
+        if hasattr(owner, 'with_cls_token'):  # mmseg
+            return int(owner.with_cls_token)
+        if any(word in key for key, _ in owner.named_parameters(recurse=False) for word in CLASS_TOKENS):
+            return 1
+    return 0
 
 
-def similarity_taps(backbone: nn.Module) -> tuple[list[nn.Module], list]:
+def mixes_channels(module: nn.Module, output: Tensor) -> bool:
+    """Whether the products of an attention lie over channels instead of positions.
+
+    The projection behind the products reads all channels: those of one token in all heads, or all tokens of a
+    position where the tokens are channels.
+
+    Args:
+        module (nn.Module): The attention.
+        output (Tensor): Of its second product, (..., heads, N, d), or (B * heads, N, d).
+    """
+    heads = output.shape[-3] if output.dim() > 3 else getattr(module, 'num_heads', 1)
+    reads = {layer.weight.shape[1] * getattr(layer, 'groups', 1) for layer in module.modules()
+             if isinstance(layer, (nn.Linear, nn.Conv2d))}
+    tokens, width = heads * output.shape[-2], heads * output.shape[-1]
+    return tokens in reads and width not in reads
+
+
+def similarity_taps(backbone: nn.Module, image: Tensor) -> tuple[list[nn.Module], list, nn.Module]:
     """The modules whose outputs hold the tokens of patch similarity, and how to read those of each.
 
-    A backbone without attention, convolutional or of a kind that shows no products, is read at its feature maps: every
-    position is a token.
+    Attentions are read at their second product; those over channels, or of fewer than two patches, say nothing about
+    patches and are left out. A backbone without any other is read at its feature maps: those that it puts out, or else
+    the last one of each size inside it. Which modules these are shows when the backbone runs.
 
     Args:
         backbone (nn.Module): Of a converted model.
+        image (Tensor): An example, (B, C, H, W).
+
+    Returns:
+        tuple[list[nn.Module], list, nn.Module]: Arguments of :class:`psaq_mm.synthesis.PatchSimilarityTap`.
 
     Raises:
-        ValueError: If it is not converted.
+        ValueError: If the backbone is not converted.
     """
-    skip, products, readers = prefix_tokens(backbone), [], []
-    for module in backbone.modules():
+    sources, readers = [], []
+    for name, module in backbone.named_modules():
         if hasattr(module, CONTEXT):
-            products.append(getattr(module, CONTEXT).output)
-            readers.append(functools.partial(attention_tokens, skip=skip, heads=getattr(module, 'num_heads', 1)))
+            sources.append(getattr(module, CONTEXT).output)
+            readers.append(functools.partial(attention_tokens, skip=prefix_tokens(backbone, name),
+                                             heads=getattr(module, 'num_heads', 1),
+                                             unless=functools.partial(mixes_channels, module)))
         elif attention_parts(module):
             raise ValueError(f'{type(module).__name__} is not converted: the tap needs its products as modules')
-    return (products, readers) if products else ([backbone], [map_tokens])
+    sources.append(backbone)
+    readers.append(map_tokens)
+    inner = MapSearch(backbone)
+    tap = PatchSimilarityTap(sources, [functools.partial(_told, reader, source)
+                                       for reader, source in zip(readers, sources)], backbone)
+    try:
+        with torch.no_grad(), tap, inner:
+            backbone(image)
+        shown = {source for source, tokens in tap.tokens if tokens}
+    finally:
+        tap.remove()
+    attentions = [(s, r) for s, r in zip(sources[:-1], readers) if s in shown]
+    chosen = attentions or [(backbone, map_tokens)] * (backbone in shown) or inner.found()
+    return [source for source, _ in chosen], [reader for _, reader in chosen], backbone
+
+
+def _told(reader, source, output, size):
+    """What a reader finds, with where."""
+    return [(source, reader(output, size))]
+
+
+class MapSearch:
+    """Finds, while a backbone runs inside ``with search:``, the last module that puts out a map of each size.
+
+    Args:
+        backbone (nn.Module): Its submodules are watched.
+    """
+
+    def __init__(self, backbone: nn.Module):
+        self.backbone = backbone
+        self.last: dict[int, tuple] = {}  # by number of positions: module, reader
+
+    def __enter__(self):
+        self.handles = [self.backbone.register_forward_pre_hook(self._see_image)]
+        self.handles += [module.register_forward_hook(self._see) for module in self.backbone.modules()
+                         if module is not self.backbone and not isinstance(module, FakeQuantizer)]
+
+    def __exit__(self, *unused):
+        for handle in self.handles:
+            handle.remove()
+
+    def _see_image(self, module, inputs):
+        self.count, self.size = len(inputs[0]), tuple(inputs[0].shape[-2:])
+
+    def _see(self, module, inputs, output):
+        if not isinstance(output, Tensor) or output.dim() not in (3, 4) or len(output) != self.count:
+            return
+        if output.dim() == 4 and is_grid(self.size, output.shape[2:]):
+            self.last[output.shape[2] * output.shape[3]] = module, map_tokens
+        elif output.dim() == 4 and is_grid(self.size, output.shape[1:3]):
+            self.last[output.shape[1] * output.shape[2]] = module, last_axis_tokens
+        elif output.dim() == 3 and output.shape[1] in self.last:
+            self.last[output.shape[1]] = module, last_axis_tokens
+
+    def found(self) -> list[tuple]:
+        """(module, reader) of each size but the image's own and single positions."""
+        height, width = self.size
+        return [found for positions, found in self.last.items() if 1 < positions < height * width]

@@ -25,15 +25,19 @@ from ..quantization import (
     quantize_residual,
     quantizers,
     settle,
+    show_applied_weights,
 )
 from ..registry import MODELS
 from ..stanza import ROOT, QuantizationConfig
 from .adapters import adapt
-from .attention import attention_blocks, backbone_of, layer_types
+from .attention import attention_blocks, layer_types
+from .backbones import backbone_of, default_targets
+from .fetching import nothing_fetched, without_pretrained
+from .images import default_size, mark_pixel_layers
 
 
 def quantize_model(model: nn.Module, quantization) -> nn.Module:
-    """Converts backbone and neck (or whatever the stanza targets) in place; a converted model is left as it is.
+    """Converts backbone and neck, or whatever the stanza targets, in place; leaves a converted model as it is.
 
     Args:
         model (nn.Module): With float weights, loaded or not.
@@ -50,6 +54,8 @@ def quantize_model(model: nn.Module, quantization) -> nn.Module:
     targets = scope(model, quantization)
     kinds = layer_types()
     layers = quantizable(model, targets, kinds)
+    mark_pixel_layers(model)
+    show_applied_weights(model, layers)
     outputs = between_layers(model, targets, kinds) if quantization.placement == 'all' else {}
     configs = quantization.layer_configs({**layers, **outputs})
     convert(model, layers, configs, kinds)
@@ -62,8 +68,27 @@ def quantize_model(model: nn.Module, quantization) -> nn.Module:
 
 
 def scope(model: nn.Module, quantization: QuantizationConfig) -> list[str]:
-    """Names of the submodules that are quantized: the targets, less a neck that this model has not."""
+    """Names of the submodules that are quantized: the stanza's targets, less a neck that this model has not, or the
+    model's own (see :func:`default_targets`).
+    """
+    if quantization.targets is None:
+        return list(default_targets(model))
     return [t for t in quantization.targets if t != 'neck' or getattr(model, 'with_neck', True)]
+
+
+def resolved(quantization: QuantizationConfig, model: nn.Module) -> QuantizationConfig:
+    """The stanza with what it leaves to the model filled in: ``targets`` and ``synthesis.size``.
+
+    Args:
+        quantization (QuantizationConfig): As the user wrote it.
+        model (nn.Module): The model, in float or converted.
+    """
+    changes = {}
+    if quantization.targets is None:
+        changes['targets'] = default_targets(model)
+    if quantization.synthesis.size is None:
+        changes['synthesis'] = quantization.synthesis.model_copy(update=dict(size=(default_size(model), )))
+    return quantization.model_copy(update=changes)
 
 
 def between_layers(model: nn.Module, targets: list[str], layers: dict) -> dict[str, nn.Module]:
@@ -132,7 +157,9 @@ def build_quantized_model(float_type: str, quantization: dict, **model) -> nn.Mo
         quantization (dict): The stanza.
         **model: The float model's own config.
     """
-    return quantize_model(ROOT_MODELS.build(dict(type=float_type, **model)), quantization)
+    with nothing_fetched():
+        built = ROOT_MODELS.build(without_pretrained(dict(type=float_type, **model)))
+    return quantize_model(built, quantization)
 
 
 def quantize_model_config(model: dict, quantization: QuantizationConfig) -> dict:

@@ -8,19 +8,20 @@ from collections.abc import Callable, Iterable, Iterator
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
-from .attention import BACKBONES, attention_blocks, backbone_of
+from .attention import attention_blocks
+from .backbones import FEATURE_PARTS, backbone_of, predictor_of
 
-FEATURE_PARTS = (*BACKBONES, 'neck')
 EVERY = 2  # attention blocks from one whose output the student learns to the next; our choice
 
 
 def beyond_features(targets: Iterable[str]) -> bool:
     """Whether any target lies outside what ``extract_feat`` runs."""
-    return any(target.split('.')[0] not in FEATURE_PARTS for target in targets)
+    return any(not set(target.split('.')) & set(FEATURE_PARTS) for target in targets)
 
 
 def image_features(model: nn.Module, images: Tensor):
     """What ``extract_feat`` of mm* models puts out; of those that have none, as video models, backbone and neck."""
+    model = predictor_of(model)
     if hasattr(model, 'extract_feat'):
         return model.extract_feat(images)
     features = backbone_of(model)(images)
@@ -42,6 +43,7 @@ def extract_features(model: nn.Module, images: Tensor, heads: bool = False) -> l
     """
     if not heads:
         return list(tensors(image_features(model, images)))
+    model = predictor_of(model)
     features = []
 
     def extract_feat(*args, **kwargs):

@@ -28,6 +28,7 @@ from .conversion import (
     search_weight_ranges,
     set_mode,
     settle,
+    show_applied_weights,
     unused_quantizers,
 )
 from .layers import (
@@ -50,5 +51,5 @@ __all__ = [
     'attention_parts', 'calibrate', 'convert', 'convert_attention', 'layer_errors', 'match', 'model_bits',
     'multiplications', 'output_error', 'parts_of', 'quantizable', 'quantize_output', 'quantize_residual',
     'quantized_layers', 'quantizer_mode', 'quantizers', 'search_weight_ranges', 'sensitivities', 'set_mode', 'settle',
-    'sqnr', 'unused_quantizers'
+    'show_applied_weights', 'sqnr', 'unused_quantizers'
 ]

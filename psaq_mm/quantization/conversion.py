@@ -20,11 +20,13 @@ from .layers import (
     QuantizedLinear,
     QuantizedMatMul,
     projections,
+    quantize_application,
     quantize_attention,
     quantize_multihead_attention,
 )
 from .quantizer import FakeQuantizer, Mode
-from .recognition import is_attention
+from .recognition import applied_weights, computes_visibly, is_attention
+from .weights import redirect
 
 # A layer is what its forward computes: subclasses that inherit it are the same layer.
 LAYERS = {
@@ -68,11 +70,19 @@ def quantizable(model: nn.Module,
             raise PatternError(f"target '{target}' is no submodule of {type(model).__name__}" +
                                (f", did you mean '{hint[0]}'?" if hint else '') + f' (top level: {children})')
         for name, module in modules[target].named_modules(prefix=target, remove_duplicate=False):
-            if type(module).forward in layers:
+            if is_layer(module, layers):
                 found[name] = module
             else:
                 found.update((f'{name}.{part}', module) for part in attention_parts(module))
     return found
+
+
+def is_layer(module: nn.Module, layers: FloatLayers = LAYERS) -> bool:
+    """Whether a module is a layer that can be quantized: one of those known by their forward function, or a subclass
+    with a forward of its own that can be seen computing.
+    """
+    return type(module).forward in layers or isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)) and \
+        not isinstance(module, QuantizedLayer) and computes_visibly(type(module))
 
 
 def attention_parts(module: nn.Module) -> tuple[str, ...]:
@@ -137,9 +147,30 @@ def convert(model: nn.Module,
             converted[id(module)] = convert_attention(module, parts)
             continue
         if id(module) not in converted:
-            converted[id(module)] = counterparts[type(module).forward].from_float(module, configs[name])
+            known = counterparts.get(type(module).forward)
+            converted[id(module)] = known.from_float(module, configs[name]) if known else \
+                quantize_application(module, configs[name])
         setattr(model.get_submodule(owner_name), attribute, converted[id(module)])
     return settle(model)
+
+
+def show_applied_weights(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    """Prepares modules that compute with the weights of layers inside them, in place, before the conversion.
+
+    Args:
+        model (nn.Module): Not converted yet.
+        layers (dict[str, nn.Module]): From :func:`quantizable`.
+    """
+    quantized = {id(layer) for layer in layers.values()}
+    owners = {name.rpartition('.')[0] for name in layers}
+    while added := {name.rpartition('.')[0] for name in owners if name} - owners:
+        owners |= added
+    for owner in {id(module): module for module in map(model.get_submodule, sorted(owners))}.values():
+        parts = dict(owner.named_modules())
+        methods = {name for name, paths in applied_weights(type(owner)).items() if any(
+            path is None or path and (path not in parts or id(parts[path]) in quantized) for path in paths)}
+        if methods and not is_layer(owner):
+            redirect(owner, methods)
 
 
 def settle(model: nn.Module) -> nn.Module:

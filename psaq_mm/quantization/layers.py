@@ -1,6 +1,8 @@
 """Quantized counterparts of Linear, Conv2d, ConvTranspose2d, MultiheadAttention and of attention's matrix products."""
 from __future__ import annotations
 
+import sys
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,12 +11,17 @@ from torch.overrides import TorchFunctionMode
 from ..errors import UserError
 from .config import LayerConfig
 from .quantizer import FakeQuantizer, Mode, Rounding
+from .weights import AppliedWeights, layers_own
 
 
 class QuantizedLayer:
     """What quantized Linear, Conv2d and ConvTranspose2d share: one quantizer for the input, one for the weight."""
     input_quantizer: FakeQuantizer | None
     weight_quantizer: FakeQuantizer | None
+
+    def __call__(self, *args, **kwargs):
+        with layers_own():
+            return super().__call__(*args, **kwargs)
 
     def add_quantizers(self, config: LayerConfig, in_channels: int, out_channels: int, input_axis: int,
                        weight_axis: int = 0):
@@ -211,6 +218,38 @@ class QuantizedConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
         return F.conv_transpose2d(x, weight, self.bias, self.stride, self.padding, padding, self.groups, self.dilation)
 
 
+class QuantizedApplication(QuantizedLayer):
+    """Mixed in front of a Linear, Conv2d or ConvTranspose2d with a forward of its own, which keeps computing."""
+
+    def forward(self, *args, **kwargs):
+        with AppliedWeights(self):
+            return super().forward(*args, **kwargs)
+
+
+_application_classes: dict[type, type] = {}
+
+
+def quantize_application(layer: nn.Module, config: LayerConfig) -> nn.Module:
+    """Makes a layer with a forward of its own quantized, in place.
+
+    Args:
+        layer (nn.Module): Of a subclass of Linear, Conv2d or ConvTranspose2d.
+        config (LayerConfig): Its quantizers.
+    """
+    kind = type(layer)
+    if kind not in _application_classes:
+        _application_classes[kind] = type(f'Quantized{kind.__name__}', (QuantizedApplication, kind),
+                                          dict(__module__=__name__))
+    layer.__class__ = _application_classes[kind]
+    if isinstance(layer, nn.Linear):
+        layer.add_quantizers(config, layer.in_features, layer.out_features, -1)
+    elif isinstance(layer, nn.ConvTranspose2d):
+        layer.add_quantizers(config, layer.in_channels, layer.weight.shape[1], 1, weight_axis=1)
+    else:
+        layer.add_quantizers(config, layer.in_channels, layer.out_channels, 1)
+    return layer
+
+
 class QuantizedMatMul(nn.Module):
     """``q(a) @ q(b)``: both operands are activations, one scale each.
 
@@ -319,13 +358,23 @@ class _MatMulRedirection(TorchFunctionMode):
         self.calls = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.scaled_dot_product_attention and func not in MATMULS or not self.runs():
+            return func(*args, **(kwargs or {}))
         if func is F.scaled_dot_product_attention:
             self.count(2)
             return self.fused(*args, **(kwargs or {}))
-        if func not in MATMULS:
-            return func(*args, **(kwargs or {}))
         self.count(1)
         return getattr(self.attention, SCORES if self.calls == 1 else CONTEXT)(*args, **(kwargs or {}))
+
+    def runs(self) -> bool:
+        """Whether it is the attention that makes a product, and no module inside it, as for relative positions."""
+        frame = sys._getframe(2)
+        while frame is not None:
+            module = frame.f_locals.get('self')
+            if isinstance(module, nn.Module):
+                return module is self.attention
+            frame = frame.f_back
+        return True
 
     def fused(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         """What ``F.scaled_dot_product_attention`` computes, in two products where they are to be quantized."""
@@ -343,6 +392,8 @@ class _MatMulRedirection(TorchFunctionMode):
             attn_mask = ~attn_mask
         if _trains(query, key, value) and not dropout_p:
             query = query * scale
+            # one head of keys and values may serve all queries
+            key, value = (x.expand(*query.shape[:-2], *x.shape[-2:]) for x in (key, value))
             return context.output(_with(
                 _AttentionFunction, (query, key, value, attn_mask), (scores.a_quantizer, query),
                 (scores.b_quantizer, key), (context.b_quantizer, value), (context.a_quantizer, query)))

@@ -3,6 +3,8 @@ from .config import GameConfig, SynthesisConfig
 from .entropy import (
     PatchSimilarityTap,
     attention_tokens,
+    is_grid,
+    last_axis_tokens,
     map_tokens,
     patch_similarity,
     patch_similarity_entropy,
@@ -14,6 +16,7 @@ from .synthesize import objective, synthesize
 
 __all__ = [
     'Game', 'GameConfig', 'ImageOptimizer', 'PatchSimilarityTap', 'SynthesisConfig', 'attention_tokens', 'augment',
-    'discrepancy', 'distillation', 'learning_rate', 'lesson_view', 'map_tokens', 'objective', 'patch_similarity',
-    'patch_similarity_entropy', 'prior_loss', 'similarity_density', 'synthesize', 'total_variation', 'valid_range'
+    'discrepancy', 'distillation', 'is_grid', 'last_axis_tokens', 'learning_rate', 'lesson_view', 'map_tokens',
+    'objective', 'patch_similarity', 'patch_similarity_entropy', 'prior_loss', 'similarity_density', 'synthesize',
+    'total_variation', 'valid_range'
 ]

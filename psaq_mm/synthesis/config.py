@@ -20,8 +20,9 @@ class SynthesisConfig(FrozenConfig):
         'the game, instead of synthesising again (for another bit-width, say)')
     num_images: int = Field(32, ge=1, description='images in all; 32 as in V1')
     batch_size: int = Field(8, ge=1, description='images optimised at a time, on each process')
-    size: tuple[tuple[int, int], ...] = Field(
-        ((224, 224), ), description='(height, width) in pixels, or several: batches take turns')
+    size: tuple[tuple[int, int], ...] | None = Field(
+        None, description="(height, width) in pixels, or several: batches take turns; None: the model's own, or 224 x "
+        '224')
     steps: int = Field(100, ge=1, description='optimisation steps for each batch; V1 takes 1000')
     lr: float = Field(0.25, gt=0, description="Adam's peak learning rate, in units of normalised pixels; V1 uses "
                       '0.20 to 0.25')
@@ -47,6 +48,8 @@ class SynthesisConfig(FrozenConfig):
     @field_validator('size', mode='before')
     @classmethod
     def _sizes(cls, value):
+        if value is None:
+            return None
         pairs = [value] if isinstance(value, (list, tuple)) and value and isinstance(value[0], int) else value
         if not isinstance(pairs, (list, tuple)) or not pairs or not all(
                 isinstance(p, (list, tuple)) and len(p) == 2 and all(type(v) is int and v >= 32 for v in p)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -260,38 +261,79 @@ class Enough(Exception):
 MAP = 28  # positions of a feature map along each side, at most; our choice
 
 
-def attention_tokens(output: Tensor, skip: int = 0, heads: int = 1) -> list[Tensor]:
+def is_grid(size: tuple[int, int], shape: Sequence[int]) -> bool:
+    """Whether a map of a shape, (h, w), may be one over an image of a size, (H, W): with one stride for both axes."""
+    low = max(side / (places + 0.5) for side, places in zip(size, shape))
+    high = min(side / (places - 0.5) for side, places in zip(size, shape)) if min(shape) > 0 else 0
+    return low <= high
+
+
+def is_grid_of(size: tuple[int, int], positions: int) -> bool:
+    """Whether so many positions may be one for each square of an image of a size, (H, W)."""
+    for stride in range(1, max(size) + 1):
+        for rows, columns in zip(*((side // stride, -(-side // stride)) for side in size)):  # rounded down, then up
+            if rows * columns == positions:
+                return True
+    return False
+
+
+def attention_tokens(output: Tensor, size: tuple[int, int] | None = None, skip: int = 0, heads: int = 1,
+                     unless: Callable[[Tensor], bool] = lambda output: False) -> list[Tensor]:
     """Tokens of an attention: what it puts out, its heads averaged.
 
     Args:
         output (Tensor): ``softmax(scores) @ v``: (B, heads, N, d); with windows (B * windows, heads, N, d), those of an
             image following each other, or (B, windows, heads, N, d); or (B * heads, N, d).
-        skip (int): How many leading tokens are no patches. Defaults to 0.
+        size (tuple[int, int], optional): Of the image, (H, W). An attention whose tokens are a grid over it as they
+            are has none of the leading tokens.
+        skip (int): How many leading tokens of the backbone are no patches. Defaults to 0.
         heads (int): Of an output with three dimensions. Defaults to 1.
+        unless (Callable): Tells outputs whose tokens are no positions.
 
     Returns:
-        list[Tensor]: One, (groups, N - skip, d).
+        list[Tensor]: One, (groups, N - skip, d), or none where fewer than two tokens are left.
     """
+    if unless(output):
+        return []
     if output.dim() == 3:
         output = output.unflatten(0, (-1, heads))
-    return [output.flatten(0, -4).mean(1)[:, skip:]]
+    count = output.shape[-2]
+    if size is not None and is_grid_of(size, count) and not is_grid_of(size, count - skip):
+        skip = 0
+    tokens = output.flatten(0, -4).mean(1)[:, skip:]
+    return [tokens] if tokens.shape[1] > 1 else []
 
 
-def map_tokens(output) -> list[Tensor]:
+def map_tokens(output, size: tuple[int, int] | None = None) -> list[Tensor]:
     """Tokens of feature maps: their positions, those of larger maps averaged to at most 28 x 28.
 
     Args:
-        output (Tensor | Sequence): Maps (B, C, H, W), nested in any way; other tensors are left out.
+        output (Tensor | Sequence | dict): Maps (B, C, H, W), nested in any way; other tensors and single positions are
+            left out.
+        size (tuple[int, int], optional): Of the image; unused.
 
     Returns:
         list[Tensor]: (B, positions, C) for each.
     """
+    if isinstance(output, dict):
+        output = list(output.values())
     if isinstance(output, (tuple, list)):
         return [tokens for item in output for tokens in map_tokens(item)]
-    if not isinstance(output, Tensor) or output.dim() != 4:
+    if not isinstance(output, Tensor) or output.dim() != 4 or output.shape[2] * output.shape[3] < 2:
         return []
-    size = [min(side, MAP) for side in output.shape[2:]]
-    return [F.adaptive_avg_pool2d(output, size).flatten(2).mT]
+    sides = [min(side, MAP) for side in output.shape[2:]]
+    return [F.adaptive_avg_pool2d(output, sides).flatten(2).mT]
+
+
+def last_axis_tokens(output: Tensor, size: tuple[int, int] | None = None) -> list[Tensor]:
+    """Tokens of a map whose channels come last, (B, H, W, C) or (B, N, C); ``size`` is unused.
+
+    Returns:
+        list[Tensor]: One, (B, positions, C).
+    """
+    if output.dim() == 4:
+        return map_tokens(output.permute(0, 3, 1, 2))
+    return [output]
 
 
 class PatchSimilarityTap:
@@ -299,10 +341,13 @@ class PatchSimilarityTap:
 
     Args:
         sources (list[nn.Module]): The modules.
-        readers (list[Callable]): ``reader(output) -> list[Tensor]`` finds the tokens of each, (groups, N, d).
+        readers (list[Callable]): ``reader(output, size) -> list[Tensor]`` finds the tokens of each, (groups, N, d);
+            size is (H, W) of the images.
+        model (nn.Module, optional): Gets the images first; without it readers are told no size.
     """
 
-    def __init__(self, sources, readers):
+    def __init__(self, sources, readers, model=None):
+        self.size = None
         self.tokens = []
         self.last = None  # how many outputs a whole pass gives, once one has shown it
         self.count = 0  # how many sets of tokens the last pass gave
@@ -310,11 +355,17 @@ class PatchSimilarityTap:
         self.listens = self.stops = False
         self.handles = [source.register_forward_hook(functools.partial(self._collect, reader))
                         for source, reader in zip(sources, readers)]
+        if model is not None:
+            self.handles.append(model.register_forward_pre_hook(self._see_images))
+
+    def _see_images(self, module, inputs):
+        if inputs and isinstance(inputs[0], Tensor):
+            self.size = tuple(inputs[0].shape[-2:])
 
     def _collect(self, reader, module, inputs, output):
         if not self.listens:
             return
-        self.tokens.extend(reader(output))
+        self.tokens.extend(reader(output, self.size))
         self.seen += 1
         if self.stops and self.seen == self.last:
             raise Enough
@@ -345,9 +396,9 @@ class PatchSimilarityTap:
         tokens, self.tokens = self.tokens, []
         self.count = len(tokens)
         if not tokens:
-            raise UserError('the backbone shows no attention and puts out no feature maps (B, C, H, W), so there are '
-                            "no patch similarities to make images by: use quantization.synthesis.method = 'noise' or "
-                            "'real'")
+            raise UserError('the backbone shows no attention between patches and no feature map of two or more '
+                            'positions, so there are no patch similarities to make images by: use '
+                            "quantization.synthesis.method = 'noise' or 'real'")
         return torch.stack([patch_similarity_entropy(t, images, bandwidth, density) for t in tokens]).sum(0)
 
     def remove(self) -> None:
