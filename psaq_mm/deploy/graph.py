@@ -85,6 +85,9 @@ def exportable(model: nn.Module, preset: str = 'asymmetric') -> Iterator[None]:
                 return Linear.apply(x, layer.integers, tuple((scale / unit).tolist()), bias)
 
             shadow(layer, 'linear', linear)
+            if 'weight' in layer._parameters:  # where a part or another form of the weight is applied
+                shadow(quantizer, 'forward', lambda weight, layer=layer, scale=scale: Dequantize.apply(
+                    layer.integers, tuple(scale.tolist()), 1).T)
         else:
             shadow(quantizer, 'forward', lambda weight, layer=layer, scale=scale, axis=axis: Dequantize.apply(
                 layer.integers, tuple(scale.tolist()), axis))
