@@ -191,7 +191,7 @@ def check_config(path, work_dir, size: int = SIZE, stanza: dict | None = None) -
         stanza (dict, optional): Settings besides the sizes and numbers of steps.
 
     Returns:
-        dict: ``scope``; ``compared``, 'predictions', or 'features' where the float model predicts only with annotations;
+        dict: ``scope``; ``compared``: 'predictions', or 'features' where the float model needs annotations to predict;
         ``layers``, how many are quantized; ``attentions``, of how many the products are.
 
     Raises:
