@@ -68,13 +68,12 @@ class TimmClassifier(Classifier):
         head = self.backbone.get_classifier()
         if isinstance(head, nn.Identity) or num_classes == 0:
             raise UserError(f'model.num_classes = {num_classes!r}: a classifier needs at least one class')
+        self.num_classes = backbone.num_classes
         if isinstance(head, nn.Linear):
             self.head = head
-            self.num_classes = head.out_features
             self.backbone.reset_classifier(0)
         else:
             self.head = nn.Identity()
-            self.num_classes = backbone.num_classes
 
     def extract_feat(self, inputs: Tensor) -> tuple[Tensor]:
         """The pooled features that the head reads, ((B, C), ), from images (B, channels, H, W)."""

@@ -9,6 +9,7 @@ integers that they will be: the same numbers, a quarter of the bytes.
 """
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -87,7 +88,7 @@ class ConstantResizing(TorchFunctionMode):
 def _computed(module):
     """The library's forward that a module computes, converted or not."""
     kind = type(module)
-    return (kind.__mro__[2] if issubclass(kind, QuantizedAttention) else kind).forward
+    return inspect.unwrap((kind.__mro__[2] if issubclass(kind, QuantizedAttention) else kind).forward)
 
 
 def pad_to(x: Tensor, height, width, multiple_of, value=0) -> Tensor:

@@ -369,7 +369,8 @@ def exported_config(cfg: Config, model, runtime: str, graph: str, heads: dict[st
     if isinstance(model, Classifier):
         own = model.data_preprocessor
         preprocessor = dict(
-            type='mmengine.ImgDataPreprocessor', bgr_to_rgb=getattr(own, '_channel_conversion', True),
+            type='mmengine.ImgDataPreprocessor' if image_channels(model) in (1, 3) else 'psaq_mm.ChannelPreprocessor',
+            bgr_to_rgb=getattr(own, '_channel_conversion', True),
             **{key: getattr(own, key).flatten().tolist() for key in ('mean', 'std')})
         cfg.model = ConfigDict(type='psaq_mm.ExportedClassifier', data_preprocessor=old.get(
             'data_preprocessor') or preprocessor, **exported)

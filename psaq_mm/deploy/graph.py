@@ -27,7 +27,6 @@ from ..version import __version__
 from .adapters import ConstantResizing, traceable
 from .extras import need
 from .operators import Dequantize, Linear, activation, integers_of
-from .provisional import image_channels
 
 OPSET = 17  # the first with LayerNormalization; QuantizeLinear has had an axis since 13
 INPUT = 'images'
@@ -86,6 +85,9 @@ def exportable(model: nn.Module, preset: str = 'asymmetric') -> Iterator[None]:
                 return Linear.apply(x, layer.integers, tuple((scale / unit).tolist()), bias)
 
             shadow(layer, 'linear', linear)
+            if 'weight' in layer._parameters:  # where a part or another form of the weight is applied
+                shadow(quantizer, 'forward', lambda weight, layer=layer, scale=scale: Dequantize.apply(
+                    layer.integers, tuple(scale.tolist()), 1).T)
         else:
             shadow(quantizer, 'forward', lambda weight, layer=layer, scale=scale, axis=axis: Dequantize.apply(
                 layer.integers, tuple(scale.tolist()), axis))

@@ -22,7 +22,7 @@ from ..engine.config_file import folder_of, read_config, zoo_message
 from ..engine.pipeline import build_float, check
 from ..errors import UserError
 from ..files import OwnedFolder
-from ..models import scope
+from ..models import FEATURE_PARTS, extract_features, image_channels, scope
 from ..quantization import SCORES, QuantizedMatMul, quantized_layers
 from .standins import without_language
 
@@ -32,7 +32,7 @@ QUERIES = 30  # at most, of a DETR
 # Types of which a config has one if its backbone, neck or encoder is a transformer.
 TRANSFORMER = re.compile(r'Swin|Vision?Transformer|Former|ViT|BEiT|MAE|PCPVT|SVT|DETR|DINO|MSDeform|CLIP|GLIP|VPD')
 # What is quantized of a config: those of these that its model has.
-TARGETS = ('backbone', 'image_encoder', 'neck', 'encoder', 'decode_head.pixel_decoder', 'panoptic_head.pixel_decoder')
+TARGETS = (*FEATURE_PARTS, 'encoder', 'decode_head.pixel_decoder', 'panoptic_head.pixel_decoder')
 
 
 def zoo_configs(zoos=ZOOS) -> Iterator[tuple[str, Path]]:
@@ -134,7 +134,7 @@ def sample_of(cfg: Config, image: Tensor) -> dict:
 
     Args:
         cfg (Config): For its scope, and whether its model wants videos; the image is one of a single frame then.
-        image (Tensor): (3, H, W), uint8.
+        image (Tensor): (channels, H, W), uint8.
     """
     size = tuple(image.shape[1:])
     meta = dict(img_shape=size, ori_shape=size, pad_shape=size, scale_factor=(1.0, 1.0), flip=False,
@@ -165,6 +165,21 @@ def tensors_of(predictions) -> list[Tensor]:
     return []
 
 
+@torch.no_grad()
+def can_predict(model: nn.Module, cfg: Config, image: Tensor) -> bool:
+    """Whether the float model predicts for an image without annotations, as tools/dfq.py never asks it to.
+
+    Args:
+        model (nn.Module): In float; its copy predicts.
+        cfg (Config): Its config.
+        image (Tensor): (channels, H, W), uint8.
+    """
+    try:
+        return bool(tensors_of(copy.deepcopy(model).eval().test_step(sample_of(cfg, image))))
+    except Exception:  # of the user's own predict
+        return False
+
+
 def check_config(path, work_dir, size: int = SIZE, stanza: dict | None = None) -> dict:
     """Takes a config through the whole job: stanza, conversion, synthesis, calibration, two updates of the game,
     prediction, saving, reloading, and the same prediction again.
@@ -176,7 +191,8 @@ def check_config(path, work_dir, size: int = SIZE, stanza: dict | None = None) -
         stanza (dict, optional): Settings besides the sizes and numbers of steps.
 
     Returns:
-        dict: ``scope``; ``layers``, how many are quantized; ``attentions``, of how many the products are.
+        dict: ``scope``; ``compared``: 'predictions', or 'features' where the float model needs annotations to predict;
+        ``layers``, how many are quantized; ``attentions``, of how many the products are.
 
     Raises:
         UserError: Where psaq_mm or the library says no.
@@ -192,11 +208,14 @@ def check_config(path, work_dir, size: int = SIZE, stanza: dict | None = None) -
     weights = Path(work_dir) / 'float.pth'
     weights.parent.mkdir(parents=True, exist_ok=True)
     torch.save(dict(state_dict=model.state_dict()), weights)
+    image = torch.randint(0, 256, (image_channels(model), size, size), dtype=torch.uint8,
+                          generator=torch.Generator().manual_seed(0))
+    predicts = can_predict(model, cfg, image)
     names = dict(model.named_modules())
     # An encoder that reads text as well runs in predictions only, of which calibration has none.
     targets = [target for target in TARGETS if names.get(target) is not None
                and not (target == 'encoder' and 'language_model' in names)]
-    cfg.quantization = dict(stanza or {}, targets=targets,
+    cfg.quantization = dict(stanza or {}, targets=targets or None,
                             synthesis=dict(num_images=2, batch_size=1, size=(size, size), steps=2), game=dict(steps=2))
     quantization, content, *_ = check(cfg, str(weights), False)
     run = data_free_config(cfg, quantization, in_own_layout(content, OwnedFolder(work_dir)), dataset_meta(cfg, {}))
@@ -204,22 +223,28 @@ def check_config(path, work_dir, size: int = SIZE, stanza: dict | None = None) -
     run.log_level = 'ERROR'
     runner = Runner.from_cfg(run)
     runner.train()
-    student = runner.train_loop.student
-    image = torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    loop, student = runner.train_loop, runner.train_loop.student
+
+    def outputs(model):
+        if predicts:
+            return tensors_of(model.test_step(sample_of(cfg, image)))
+        return extract_features(model, loop.images[0][:1])
+
     with torch.no_grad():
-        expected = tensors_of(student.test_step(sample_of(cfg, image)))
+        expected = outputs(student)
         reloaded = MODELS.build(test_config(cfg, quantization).model).eval()
         saved = torch.load(Path(work_dir) / 'quantized.pth', map_location='cpu', weights_only=True)
         reloaded.load_state_dict(saved['state_dict'])
-        found = tensors_of(reloaded.test_step(sample_of(cfg, image)))
+        found = outputs(reloaded)
     assert expected and [a.shape for a in expected] == [b.shape for b in found], 'predictions differ, or there are none'
     for key, value in student.state_dict().items():
         assert torch.equal(value.nan_to_num(), reloaded.state_dict()[key].nan_to_num()), f'{key} is not what was saved'
     for a, b in zip(expected, found):  # where memory lies moves the last bits of torch's own products
         torch.testing.assert_close(a.float(), b.float(), rtol=1e-4, atol=1e-5)
     layers = quantized_layers(student)
-    return dict(scope=scope(student, quantization), layers=len(layers), attentions=sum(
-        isinstance(layer, QuantizedMatMul) and name.endswith(SCORES) for name, layer in layers.items()))
+    attentions = sum(isinstance(layer, QuantizedMatMul) and name.endswith(SCORES) for name, layer in layers.items())
+    return dict(scope=scope(student, quantization), compared='predictions' if predicts else 'features',
+                layers=len(layers), attentions=attentions)
 
 
 def _work(connection, path, work_dir, log):
