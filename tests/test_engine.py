@@ -447,7 +447,7 @@ def test_missing_evaluation_data_is_named(small_config, tmp_path):
     assert evaluation_gap(cfg) is None
     cfg.test_dataloader.dataset.data_root = '/nowhere/'
     result = quantize(cfg)
-    assert result['not_evaluated'] == '/nowhere/val.json does not exist'
+    assert result['not_evaluated'] == 'test_dataloader.dataset.ann_file: /nowhere/val.json does not exist'
     assert (tmp_path / 'quantized.pth').exists() and result['quantized'] == {}
 
 
@@ -565,7 +565,7 @@ def test_real_takes_no_more_images_than_asked(small_config, tmp_path):
         hooks.QuantizedCheckpointHook.after_train = original
     assert sum(map(len, seen)) == 3
     cfg.calib_dataloader.dataset.data_root = '/nowhere/'
-    with pytest.raises(UserError, match='calib_dataloader: /nowhere/.* does not exist'):
+    with pytest.raises(UserError, match='calib_dataloader.dataset.ann_file: /nowhere/.* does not exist'):
         run(cfg)
 
 

@@ -1,5 +1,6 @@
 """Kills, damaged files, full disks, numbers that are none, too little memory, processes that die."""
 import errno
+import json
 import os
 import random
 import re
@@ -253,7 +254,9 @@ def test_a_real_limit_on_memory_is_one_clear_error(small_config, tmp_path):
 
 
 def test_an_evaluation_that_fails_loses_nothing(small_config, tmp_path, scenes):
-    (tmp_path / 'val.json').write_text('{}')
+    annotations = json.loads((scenes / 'val.json').read_text())
+    annotations['images'][-1]['file_name'] = 'gone.png'  # the first one is tried before the work
+    (tmp_path / 'val.json').write_text(json.dumps(annotations))
     done = run_tool('tools/dfq.py', small_config, '--work-dir', tmp_path / 'out', '--cfg-options',
                     f'test_dataloader.dataset.ann_file={tmp_path}/val.json', 'quantization.synthesis.method=noise',
                     check=False)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS, VISBACKENDS
+from mmengine.structures import InstanceData, PixelData
 from mmengine.visualization.vis_backend import BaseVisBackend, force_init_env
 from torch import nn
 
@@ -23,7 +24,7 @@ from psaq_mm.errors import UserError
 from psaq_mm.quantization import LayerConfig, calibrate, convert, layer_errors, quantizable
 from psaq_mm.quantization.config import ActivationConfig, WeightConfig
 from psaq_mm.report import figures, page
-from psaq_mm.report.fidelity import fidelity, objects
+from psaq_mm.report.fidelity import compared, fidelity, objects
 from psaq_mm.stanza import QuantizationConfig
 from psaq_mm.synthesis import patch_similarity_entropy, similarity_density
 
@@ -86,6 +87,96 @@ def test_a_model_whose_predictions_nobody_can_ask_for_is_compared_by_features():
 
     found = fidelity(Model(), Model(), [torch.rand(2, 3, 8, 8)])
     assert found['cosine'] == pytest.approx(1) and found['predictions'] == {} and 'no captions' in found['problem']
+
+
+def detections(scores, boxes=None, masks=None, **other):
+    """What a detector says about an image of 20 x 20."""
+    from mmdet.structures import DetDataSample
+    count = len(scores)
+    found = InstanceData(scores=torch.tensor(scores), labels=torch.zeros(count, dtype=torch.long),
+                         bboxes=torch.zeros(count, 4) if boxes is None else torch.tensor(boxes, dtype=torch.float))
+    if masks is not None:
+        found.masks = masks
+    sample = DetDataSample(metainfo=dict(ori_shape=(20, 20)))
+    sample.pred_instances = found
+    for name, value in other.items():
+        setattr(sample, name, value)
+    return sample
+
+
+def squares(*places):
+    """Masks of 5 x 5, (N, 20, 20)."""
+    masks = torch.zeros(len(places), 20, 20, dtype=torch.bool)
+    for mask, place in zip(masks, places):
+        mask[place:place + 5, place:place + 5] = True
+    return masks
+
+
+def test_masks_are_compared_where_boxes_mean_nothing():
+    """SOLO gives all its instances the box (0, 0, 0, 0)."""
+    full = [detections([0.9, 0.8], masks=squares(0, 10))]
+    assert compared(nn.Module(), full, full) == ({'mask AP': 100}, None)
+    half = [detections([0.9, 0.8], masks=squares(0, 15))]
+    found, _ = compared(nn.Module(), full, half)
+    assert found.keys() == {'mask AP'} and 40 < found['mask AP'] < 60
+    assert page.verdict(dict(fidelity=dict(predictions=found)))[0] == 'bad'
+    assert page.verdict(dict(fidelity=dict(predictions={'mask AP': 100})))[0] == 'good'
+    both = [detections([0.9, 0.8], [[0, 0, 5, 5], [10, 10, 15, 15]], squares(0, 10))]
+    assert compared(nn.Module(), both, both)[0] == {'box AP': 100, 'mask AP': 100}
+
+
+@pytest.mark.parametrize('samples, words', [
+    ([detections([])], 'predicts nothing'), ([detections([0.9])], 'nothing that has an area'),
+    ([detections([0.9], masks=torch.zeros(1, 20, 20))], 'nothing that has an area'),
+    ([detections([0.9], [[0, 0, 5, 5]], pred_panoptic_seg=PixelData())], 'panoptic maps are not compared'),
+    ([detections([0.9], [[0, 0, 5, 5]], pred_track_instances=InstanceData())], 'tracks are not compared')])
+def test_what_cannot_be_compared_gets_a_reason_and_no_number(samples, words):
+    found, why = compared(nn.Module(), samples, samples)
+    assert found == {} and words in why
+
+
+def test_a_copy_has_100_whatever_the_scores_and_numbers_are():
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for scale in (1.0, 0.1, 0.01):  # one image of weak detections beside one of strong ones
+        corners = 30 * torch.rand(150, 2, generator=generator)
+        boxes = torch.cat([corners, corners + 10 * torch.rand(150, 2, generator=generator)], 1)
+        boxes[::10, 2:] = boxes[::10, :2]  # some without an area
+        samples.append(detections((scale * torch.rand(150, generator=generator)).tolist(), boxes.tolist()))
+    assert compared(nn.Module(), samples, samples)[0]['box AP'] == pytest.approx(100)
+    empty = [detections([]) for _ in samples]
+    assert compared(nn.Module(), samples, empty)[0]['box AP'] == 0
+
+
+ZOO = ['mmdet::solov2/solov2_r50_fpn_1x_coco.py', 'mmdet::condinst/condinst_r50_fpn_ms-poly-90k_coco_instance.py',
+       'mmdet::detr/detr_r50_8xb2-150e_coco.py', 'mmdet::rtmdet/rtmdet-ins_tiny_8xb32-300e_coco.py',
+       'mmdet::panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py', 'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py',
+       'mmdet::rpn/rpn_r50_fpn_1x_coco.py', 'mmseg::segformer/segformer_mit-b0_8xb1-160k_cityscapes-1024x1024.py',
+       'mmseg::mask2former/mask2former_swin-t_8xb2-90k_cityscapes-512x1024.py', 'mmdet::bytetrack/'
+       'bytetrack_yolox_x_8xb4-amp-80e_crowdhuman-mot17halftrain_test-mot17halfval.py']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ZOO)
+def test_a_model_of_any_kind_compared_with_itself_has_100_or_a_reason(name):
+    from mmengine.hub import get_config
+    from mmengine.registry import init_default_scope
+
+    from psaq_mm.engine.config import without_pretrained
+    from psaq_mm.zoo.check import initialise, shrink
+    cfg = get_config(name)
+    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    try:
+        model = MODELS.build(without_pretrained(shrink(cfg.model, 64))).eval()
+        initialise(model)
+        found = fidelity(model, model, [torch.randn(2, 3, 64, 64)])
+    finally:
+        init_default_scope('mmdet')
+    print(name, found['predictions'], found.get('problem'))
+    assert found['cosine'] == pytest.approx(1, abs=1e-5)
+    assert bool(found['predictions']) != ('problem' in found)
+    for name, value in found['predictions'].items():
+        assert value == pytest.approx(100), name
 
 
 def test_what_counts_as_an_object():

@@ -124,7 +124,9 @@ def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]]
 
 
 def _compare(cfg, methods, bits, root, checkpoint, quiet):
-    content = check(cfg, checkpoint)[1]
+    _, content, *_, gap = check(cfg, checkpoint)
+    if gap:
+        raise UserError(f'nothing to compare on: {gap}')
     weights = in_own_layout(content, root)
     source = Path(content['path'])  # or the name of timm's weights
     stat = [source.stat().st_size, source.stat().st_mtime_ns] if source.exists() else []

@@ -3,13 +3,16 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Collection
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
+from mmengine.dataset import BaseDataset
 from mmengine.dist import get_world_size
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS, DefaultScope
+from mmengine.utils import is_abs
 
 from ..errors import UserError
 from ..models import quantize_model_config
@@ -19,6 +22,9 @@ from ..stanza import QuantizationConfig
 KEPT_HOOKS = ('timer', 'logger', 'param_scheduler', 'sampler_seed', 'runtime_info')
 OWN_KEYS = ('quantization', 'calib_dataloader', 'runner_type')
 TRAINING_KEYS = ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'auto_scale_lr', 'custom_hooks')
+PATHS = ('ann_file', 'proposal_file', 'seg_prefix')  # of data sets and metrics: files and folders they read
+LOCAL_BACKENDS = ('local', 'disk', 'hard_disk')
+NESTED = ('dataset', 'datasets', 'metrics')  # of wrappers: what they wrap
 # mmengine's default names a GPU for each process; without device_ids the same wrapper serves GPU and CPU.
 MODEL_WRAPPER = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
 
@@ -110,44 +116,96 @@ def _dataset_metas(cfg, checkpoint_meta):
             dict(palette=checkpoint_meta['PALETTE']) if checkpoint_meta.get('PALETTE') else {}))
     for key in ('test_dataloader', 'val_dataloader'):
         if cfg.get(key):
-            dataset = copy.deepcopy(cfg[key]['dataset'])
-            dataset['lazy_init'] = True
-            if 'pipeline' in dataset:  # of no use here, and it may need what is not installed
-                dataset['pipeline'] = []
-            yield f"{key}'s {dataset['type']}", dict(DATASETS.build(dataset).metainfo)
+            meta = metainfo_of(cfg[key].get('dataset') or {})
+            if meta:
+                yield f"{key}'s {described(cfg[key]['dataset'])}", meta
             break
     if cfg.get('metainfo'):
         yield 'metainfo', dict(cfg['metainfo'])
 
 
-def _paths(dataset):
-    """Annotation file and image folder of a (possibly wrapped) data set config."""
-    if dataset.get('datasets'):
-        return [path for part in dataset['datasets'] for path in _paths(part)]
-    if 'dataset' in dataset:
-        return _paths(dataset['dataset'])
-    root = dataset.get('data_root') or ''
-    parts = [dataset.get('ann_file'), *(dataset.get('data_prefix') or {}).values()]
-    return [p if Path(p).is_absolute() else str(Path(root) / p) for p in parts if isinstance(p, str) and p]
+def described(dataset) -> str:
+    """Return the types in a data set's config, and the annotation file, in words."""
+    if not isinstance(dataset, dict):
+        return str(dataset)
+    kind, inner = dataset.get('type'), next(filter(None, (dataset.get(name) for name in NESTED)), None)
+    text = getattr(kind, '__name__', str(kind))
+    if inner:
+        return f'{text} of {described(inner[0] if isinstance(inner, (list, tuple)) else inner)}'
+    return text + (f", {dataset['ann_file']}" if dataset.get('ann_file') else '')
+
+
+def metainfo_of(dataset: dict) -> dict:
+    """Return classes and palette that a data set's config and class know without its files.
+
+    Args:
+        dataset (dict): Its config; of a wrapper, that of the first data set in it.
+
+    Returns:
+        dict: Empty where they cannot be told.
+    """
+    inner = next((part for part in (dataset.get('dataset'), *(dataset.get('datasets') or ())) if part), None)
+    if isinstance(inner, dict):
+        return metainfo_of(inner)
+    dataset, kind = copy.deepcopy(dataset), dataset.get('type')
+    known = dict(dataset.get('metainfo') or {})
+    try:
+        if isinstance(kind, str):
+            with DATASETS.switch_scope_and_registry(None) as registry:
+                kind = registry.get(kind)
+        if isinstance(kind, type) and issubclass(kind, BaseDataset):
+            if 'pipeline' in dataset:  # of no use here, and it may need what is not installed
+                dataset['pipeline'] = []
+            return dict(DATASETS.build(dict(dataset, lazy_init=True)).metainfo)
+        return dict(getattr(kind, 'METAINFO', None) or {}, **known)
+    except Exception:  # of data sets that may be the user's own; names are optional
+        return known
+
+
+def absent_path(part, key: str) -> str | None:
+    """Name the first local file or folder that the config of a data set or metric names and that is not there.
+
+    Args:
+        part (dict | list): The config; of wrappers, concatenations and lists, everything in it is looked at.
+        key (str): Where it stands, for the answer.
+    """
+    if isinstance(part, (list, tuple)):
+        return next(filter(None, (absent_path(item, f'{key}[{index}]') for index, item in enumerate(part))), None)
+    if not isinstance(part, dict):
+        return None
+    backend = (part.get('backend_args') or {}).get('backend', 'local')
+    named = {name: part.get(name) for name in PATHS} if backend in LOCAL_BACKENDS else {}
+    prefixes = part.get('data_prefix') if named else None
+    named.update({f'data_prefix.{name}': prefixes[name] for name in prefixes} if isinstance(prefixes, dict) else
+                 dict(data_prefix=prefixes))
+    root = str(part.get('data_root') or '')
+    named = {name: os.path.join(root, path) if not is_abs(path) else path
+             for name, path in named.items() if path and isinstance(path, str)}
+    if not named and root and backend in LOCAL_BACKENDS:
+        named['data_root'] = root
+    for name, path in named.items():
+        if '://' not in path and not Path(path).exists():
+            return f'{key}.{name}: {path} does not exist'
+    return next(filter(None, (absent_path(part.get(name), f'{key}.{name}') for name in NESTED)), None)
 
 
 def evaluation_gap(cfg: Config) -> str | None:
-    """Why the config cannot be evaluated here, naming the path that is missing, or None if it can."""
-    if not cfg.get('test_dataloader') or not cfg.get('test_evaluator'):
-        return 'the config has no test_dataloader and test_evaluator'
-    evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, (list, tuple)) else [cfg.test_evaluator]
-    wanted = _paths(cfg.test_dataloader.dataset) + [e['ann_file'] for e in evaluators if e.get('ann_file')]
-    missing = [p for p in dict.fromkeys(wanted) if '://' not in p and not Path(p).exists()]
-    return f'{missing[0]} does not exist' if missing else None
+    """Say why the config cannot be evaluated here, naming the path that is missing, or None if nothing is known
+    against it.
+    """
+    if not cfg.get('test_dataloader') or not cfg.get('test_evaluator') or cfg.get('test_cfg') is None:
+        return 'the config has no test_dataloader, test_cfg and test_evaluator'
+    return absent_path(cfg.test_dataloader.get('dataset'), 'test_dataloader.dataset') or absent_path(
+        cfg.test_evaluator, 'test_evaluator')
 
 
 def calibration_gap(cfg: Config) -> str | None:
-    """Why method 'real' cannot run with the config, or None if it can."""
+    """Say why method 'real' cannot run with the config, or None if nothing is known against it."""
     if not cfg.get('calib_dataloader'):
         return ("quantization.synthesis.method = 'real' needs calib_dataloader in the config: a data loader of real "
                 'images that are not evaluated on')
-    missing = [p for p in _paths(cfg.calib_dataloader['dataset']) if '://' not in p and not Path(p).exists()]
-    return f"calib_dataloader: {missing[0]} does not exist, and method 'real' needs its images" if missing else None
+    gap = absent_path(cfg.calib_dataloader.get('dataset'), 'calib_dataloader.dataset')
+    return gap and f"{gap}, and method 'real' needs its images"
 
 
 def name_visualizer(cfg: Config, name: str) -> None:

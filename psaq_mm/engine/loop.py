@@ -4,7 +4,6 @@ Read :meth:`DataFreeLoop.run` from top to bottom for the whole method.
 """
 from __future__ import annotations
 
-import copy
 import datetime
 import math
 import random
@@ -24,6 +23,7 @@ from ..models import (
     backbone_of,
     beyond_features,
     checkpoint_blocks,
+    copy_model,
     extract_features,
     extract_inner,
     similarity_taps,
@@ -209,7 +209,7 @@ class DataFreeLoop(BaseLoop):
             if getattr(module, 'with_cp', False):
                 module.with_cp = False
         self.device = next(self.student.parameters()).device
-        self.teacher = copy.deepcopy(self.student)
+        self.teacher = copy_model(self.student)
         load_float(self.teacher, read_checkpoint(self.checkpoint), self.quantization.targets)
         set_mode(self.teacher, Mode.FLOAT)
         self.teacher.requires_grad_(False)

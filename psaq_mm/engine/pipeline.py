@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import barrier, init_dist, is_distributed, is_main_process
-from mmengine.registry import DATASETS, MODELS
+from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
 from ..errors import UserError, doing
 from ..files import OwnedFolder, as_json
 from ..models import class_counts, quantize_model, scope
-from ..quantization import model_bits, quantizers
+from ..quantization import Mode, model_bits, quantizer_mode, quantizers
 from ..stanza import ROOT, QuantizationConfig
 from .checkpoint import (
     QUANTIZED,
@@ -31,6 +31,7 @@ from .checkpoint import (
     versions,
 )
 from .config import (
+    calibration_gap,
     data_free_config,
     dataset_meta,
     default_scope,
@@ -44,6 +45,7 @@ from .config import (
 from .config_file import config_text
 from .display import Display
 from .loop import read_images
+from .rehearsal import rehearse_calibration, rehearse_evaluation
 from .reporting import draw_figures, measure, show_report, write_report
 from .runner import DataFreeRunner
 
@@ -91,20 +93,6 @@ def evaluate(cfg: Config, checkpoint: str, work_dir: str, name: str,
     return {key: float(value) for key, value in runner.test().items()}
 
 
-def check_labels(cfg: Config, model) -> None:
-    """Finds out before any work whether the test data set's labels can be the model's.
-
-    Raises:
-        UserError: From a data set that can check that (``check(num_classes)``).
-    """
-    classes = getattr(getattr(model, 'head', None), 'out_features', None)
-    dataset = copy.deepcopy(cfg.test_dataloader['dataset'])
-    with DATASETS.switch_scope_and_registry(None) as registry:
-        checks = hasattr(registry.get(dataset['type']), 'check')
-    if classes and checks:
-        DATASETS.build(dataset).check(classes)
-
-
 def build_float(cfg: Config, fetched: bool = False):
     """The config's model in float.
 
@@ -135,7 +123,8 @@ def check(cfg: Config, checkpoint: str | None = None, evaluated: bool = True):
         evaluated (bool): Whether the test data will be needed. Defaults to True.
 
     Returns:
-        tuple: The parsed stanza, the checkpoint's content, size of the float and of the quantized model in MB.
+        tuple: The parsed stanza, the checkpoint's content, size of the float and of the quantized model in MB, and
+        why the config cannot be evaluated here, or None.
 
     Raises:
         StanzaError, PatternError, CheckpointError: Each naming what to change.
@@ -152,8 +141,6 @@ def check(cfg: Config, checkpoint: str | None = None, evaluated: bool = True):
         raise CheckpointError('no full-precision checkpoint: set load_from in the config, or pass --checkpoint FILE')
     default_scope(cfg)
     model = build_float(cfg, fetched)
-    if evaluated and not evaluation_gap(cfg):
-        check_labels(cfg, model)
     float_size = model_bits(model) / MEGABYTE
     if fetched:
         content = dict(state_dict={k: v.clone() for k, v in model.state_dict().items()}, meta={}, layout='timm',
@@ -166,7 +153,16 @@ def check(cfg: Config, checkpoint: str | None = None, evaluated: bool = True):
         raise UserError(f"nothing to quantize: targets {', '.join(quantization.targets)} hold no linear layer, "
                         'convolution or attention, less what keep_float names')
     load_float(model, content, quantization.targets, cfg.model)
-    return quantization, content, float_size, model_bits(model) / MEGABYTE
+    gap = evaluation_gap(cfg) if evaluated else None
+    real = quantization.synthesis.method == 'real'
+    if real and calibration_gap(cfg):
+        raise UserError(calibration_gap(cfg))
+    with quantizer_mode(model, Mode.FLOAT):
+        if real:
+            rehearse_calibration(cfg, model)
+        if evaluated and not gap:
+            gap = rehearse_evaluation(cfg, model)
+    return quantization, content, float_size, model_bits(model) / MEGABYTE, gap
 
 
 def check_space(folder: Path, megabytes: float) -> None:
@@ -299,7 +295,8 @@ def quantize(cfg: Config,
 def _quantize(cfg, folder, checkpoint, resume, amp, eval_float, eval_quantized, display):
     if is_main_process():
         folder.claim(RESULTS)
-    quantization, content, float_size, quantized_size = check(cfg, checkpoint, eval_float or eval_quantized)
+    quantization, content, float_size, quantized_size, gap = check(
+        cfg, checkpoint, eval_float or eval_quantized)
     meta = dataset_meta(cfg, content['meta'], content['class_counts'])
     check_space(folder.path, 1.1 * float_size)  # quantized.pth simulates integers in float
     if is_main_process():
@@ -319,6 +316,8 @@ def _quantize(cfg, folder, checkpoint, resume, amp, eval_float, eval_quantized, 
         runner = build_runner(run)
         display.stack.callback(runner.close_visualizer)  # the report is shown to it first
         display.attach(runner)
+        if gap:
+            runner.logger.warning(f'Not evaluated: {gap}. The quantized checkpoint will be written all the same')
         if content['why']:
             runner.logger.info(f"{content['path']} {content['why']}: all models of the run load the copy {weights}")
         if is_main_process():
@@ -337,11 +336,9 @@ def _quantize(cfg, folder, checkpoint, resume, amp, eval_float, eval_quantized, 
         mixed=any('bits' in (side or {}) for o in quantization.overrides for side in (o.weight, o.activation)),
         method=quantization.synthesis.method, seed=runner.seed, checkpoint=str(folder.path / QUANTIZED),
         test_config=str(test_path), versions=versions())
-    gap = evaluation_gap(cfg)
     failure = None
-    if gap and (eval_float or eval_quantized):
+    if gap:
         result['not_evaluated'] = gap
-        logger.warning(f'Not evaluated: {gap}. The quantized checkpoint is written all the same.')
     else:
         try:
             if eval_float:

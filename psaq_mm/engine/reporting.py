@@ -27,6 +27,7 @@ from .noise_dataset import noise
 
 FRESH = 500_000  # number of the first fresh image: no run synthesises so many before
 SHOWN = 8  # pairs of noise and image in the gallery
+MEASURED = 8  # images of the calibration that layers are measured on where there are no fresh ones. Our choice
 VIEWS = 4  # of each fresh image; our choice
 DENSITIES = 3  # blocks whose densities are drawn: the first, one in the middle, the last
 
@@ -119,7 +120,9 @@ def measure(runner, folder: OwnedFolder) -> dict:
     if images:
         found = dict(fidelity(loop.teacher, loop.student, views_of(loop, images), loop.heads),
                      images=sum(map(len, images)))
-    batches = images or loop.images
+    batches, left = images, MEASURED
+    for batch in () if images else loop.images:
+        batches, left = batches + [batch[:left]] * (left > 0), left - len(batch)
 
     def run():
         for batch in batches:

@@ -142,3 +142,31 @@ def quantize_model_config(model: dict, quantization: QuantizationConfig) -> dict
     model['type'] = 'psaq_mm.QuantizedModel'
     model['quantization'] = quantization.to_dict()
     return model
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """Copy a model with its weights; both share what cannot be copied, as a runtime's session or an open file.
+
+    Args:
+        model (nn.Module): Left as it is.
+
+    Raises:
+        UserError: If that does not help, either.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception:  # of what modules hold besides weights, which may be the user's own
+        shared = {}
+    modules, torch_own = {id(module): module for module in model.modules()}, vars(nn.Module()).keys()
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name not in torch_own and id(value) not in modules:
+                try:
+                    copy.deepcopy(value, dict(modules))  # a bound method is no obstacle, and is not shared
+                except Exception:
+                    shared[id(value)] = value
+    try:
+        return copy.deepcopy(model, shared)
+    except Exception as error:
+        raise UserError(f'{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and the student '
+                        'needs a teacher beside it: give what it holds a __deepcopy__') from error

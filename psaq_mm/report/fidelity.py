@@ -20,6 +20,7 @@ from ..quantization import sqnr
 
 SCORE = 0.3  # of a detection of the full-precision model that counts as an object; our choice
 DOUBT = 0.5  # times that: detections between the two are neither objects nor mistakes; our choice
+OTHERS = dict(pred_panoptic_seg='panoptic maps', pred_track_instances='tracks', pred_depth_map='depth maps')
 FEWEST = 3  # objects an image: so many of the highest scores count if fewer reach SCORE; our choice
 
 
@@ -73,14 +74,21 @@ def objects(scores: Tensor) -> Tensor:
         0, scores.argsort(descending=True)[:FEWEST], True)
 
 
-def _entries(samples, masks, truth=False):
-    """Predictions in COCO's words, one dict an object; as truth, those in doubt are what COCO calls a crowd."""
+def _entries(samples: list, kind: str, doubt: float, truth: bool = False) -> list[dict]:
+    """Return predictions in COCO's words, one dict an object; as truth, those in doubt are what COCO calls a crowd.
+
+    Args:
+        samples (list): Data samples with ``pred_instances``.
+        kind (str): 'bbox' or 'segm'. What has no area of that kind is left out: it overlaps with nothing.
+        doubt (float): Score below which a detection is no object for sure.
+        truth (bool): Whether they are full precision's. Defaults to False.
+    """
     import pycocotools.mask as codec
     entries = []
     for image, sample in enumerate(samples, 1):
         instances = sample.pred_instances
         counts = objects(instances.scores)
-        crowd = ~counts & (instances.scores >= DOUBT * SCORE)
+        crowd = ~counts & (instances.scores >= doubt)
         for index, (box, score, label) in enumerate(zip(instances.bboxes.tolist(), instances.scores.tolist(),
                                                         instances.labels.tolist())):
             if truth and not counts[index] and not crowd[index]:
@@ -88,54 +96,92 @@ def _entries(samples, masks, truth=False):
             width, height = box[2] - box[0], box[3] - box[1]
             entry = dict(id=len(entries) + 1, image_id=image, category_id=label, score=score,
                          iscrowd=int(truth and crowd[index]), bbox=[box[0], box[1], width, height],
-                         area=width * height)
-            if masks:
-                mask = np.asfortranarray(np.asarray(instances.masks[index], dtype=np.uint8))
-                entry['segmentation'] = codec.encode(mask)
+                         area=width * height if min(width, height) > 0 else 0)
+            if kind == 'segm':
+                mask = instances.masks[index]
+                entry['segmentation'] = mask if isinstance(mask, dict) else codec.encode(
+                    np.asfortranarray(np.asarray(mask, dtype=np.uint8)))
                 entry['area'] = float(codec.area(entry['segmentation']))
-            entries.append(entry)
+            if entry['area'] > 0:
+                entries.append(entry)
     return entries
 
 
-def of_instances(teacher: list, student: list) -> dict[str, float]:
-    """COCO's AP, in %, of boxes and, where there are any, masks; the objects are full precision's best predictions."""
+def have_boxes(samples: list) -> bool:
+    """Return whether any detection has a box with an area: SOLO's boxes, which mean nothing, have none."""
+    return any((sample.pred_instances.bboxes[:, 2:] > sample.pred_instances.bboxes[:, :2]).all(1).any()
+               for sample in samples)
+
+
+def average_precision(aims: list[dict], found: list[dict], sizes: list[tuple[int, int]], kind: str) -> float:
+    """Return COCO's AP of predictions, in %.
+
+    Args:
+        aims, found (list[dict]): From :func:`_entries`.
+        sizes (list[tuple[int, int]]): Height and width of each image.
+        kind (str): 'bbox' or 'segm'.
+    """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
-    masks = all('masks' in sample.pred_instances for sample in teacher + student)
-    aims, found = _entries(teacher, masks, True), _entries(student, masks)
-    if not aims:
-        return {}
-    images = [dict(id=number, height=sample.ori_shape[0], width=sample.ori_shape[1])
-              for number, sample in enumerate(teacher, 1)]
+    images = [dict(id=number, height=height, width=width) for number, (height, width) in enumerate(sizes, 1)]
     labels = {entry['category_id'] for entry in aims + found}
+    truth, answers = COCO(), COCO()
+    truth.dataset = dict(images=images, annotations=aims, categories=[dict(id=label) for label in sorted(labels)])
+    answers.dataset = dict(truth.dataset, annotations=found)
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools' own tables
+        truth.createIndex()
+        answers.createIndex()
+        evaluation = COCOeval(truth, answers, kind)
+        evaluation.params.maxDets = [max(100, len(found))]  # all, whatever the model puts out
+        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, float('inf')]], ['all']
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision = evaluation.eval['precision']
+    return 100 * float(precision[precision > -1].mean())
+
+
+def of_instances(teacher: list, student: list) -> dict[str, float]:
+    """COCO's AP, in %, of boxes and masks, where there are any; the objects are full precision's best predictions."""
+    both = teacher + student
+    kinds = ['bbox'] * have_boxes(both) + ['segm'] * all('masks' in sample.pred_instances for sample in both)
+    kept = [scores[objects(scores)] for scores in (sample.pred_instances.scores for sample in teacher)]
+    # What scores less than the least object anywhere cannot outrank one: a perfect copy has 100.
+    doubt = DOUBT * min([SCORE, *(scores.min().item() for scores in kept if len(scores))])
     result = {}
-    for kind in ['bbox', *['segm'] * masks]:
-        truth = COCO()
-        truth.dataset = dict(images=images, annotations=aims,
-                             categories=[dict(id=label) for label in sorted(labels)])
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools' own tables
-            truth.createIndex()
-            answers = COCO()
-            answers.dataset = dict(truth.dataset, annotations=found)
-            answers.createIndex()
-            evaluation = COCOeval(truth, answers, kind)
-            evaluation.evaluate()
-            evaluation.accumulate()
-            evaluation.summarize()
-        result['box AP' if kind == 'bbox' else 'mask AP'] = 100 * float(evaluation.stats[0])
+    for kind in kinds:
+        aims = _entries(teacher, kind, doubt, True)
+        if any(not aim['iscrowd'] for aim in aims):
+            result['box AP' if kind == 'bbox' else 'mask AP'] = average_precision(
+                aims, _entries(student, kind, doubt), [sample.ori_shape[:2] for sample in teacher], kind)
     return result
 
 
-def compared(teacher: nn.Module, teachers: list, students: list) -> dict[str, float]:
-    """Agreement of two models' predictions, by the kind of the predictions; nothing for other kinds."""
+def compared(teacher: nn.Module, teachers: list, students: list) -> tuple[dict[str, float], str | None]:
+    """Compare two models' predictions by their kind.
+
+    Args:
+        teacher (nn.Module): Full precision.
+        teachers, students (list): Of :func:`predictions`.
+
+    Returns:
+        tuple[dict[str, float], str | None]: Agreement by name, and where there is none, why.
+    """
     if isinstance(teacher, Classifier):
-        return of_logits(teachers, students)
-    if all('pred_instances' in sample and 'bboxes' in sample.pred_instances for sample in teachers + students):
-        return of_instances(teachers, students)
-    if all('pred_sem_seg' in sample for sample in teachers + students):
+        return of_logits(teachers, students), None
+    both = teachers + students
+    other = next((name for name in OTHERS if any(name in sample for sample in both)), None)
+    if other:
+        return {}, f'{OTHERS[other]} are not compared, only features'
+    if all('pred_instances' in sample and {'bboxes', 'scores', 'labels'} <= set(sample.pred_instances.keys())
+           for sample in both):
+        found = of_instances(teachers, students)
+        empty = not any(len(sample.pred_instances) for sample in teachers)
+        why = f'full precision predicts nothing {"" if empty else "that has an area "}on these images'
+        return found, None if found else why
+    if all('pred_sem_seg' in sample for sample in both):
         classes = getattr(teacher, 'num_classes', None) or teacher.decode_head.num_classes
-        return of_maps(teachers, students, max(classes, 2))
-    return {}
+        return of_maps(teachers, students, max(classes, 2)), None
+    return {}, 'predictions of this kind of model are not compared, only its features'
 
 
 @torch.no_grad()
@@ -182,13 +228,11 @@ def fidelity(teacher: nn.Module, student: nn.Module, batches: list[Tensor], head
                   cosine=sum(f['cosine'] for f in features) / len(features))
     try:
         teachers, students = predictions(teacher, batches), predictions(student, batches)
-        result['predictions'] = compared(teacher, teachers, students)
-        if 'box AP' in result['predictions']:
+        result['predictions'], why = compared(teacher, teachers, students)
+        if {'box AP', 'mask AP'} & result['predictions'].keys():
             result['objects'] = sum(int(objects(sample.pred_instances.scores).sum()) for sample in teachers)
-        if not result['predictions']:
-            result['problem'] = ('full precision predicts nothing on these images' if teachers and all(
-                'pred_instances' in sample for sample in teachers) else
-                                 'predictions of this kind of model are not compared, only its features')
+        if why:
+            result['problem'] = why
     except Exception as error:  # of models that want to know more than an image
         result['predictions'] = {}
         result['problem'] = f'predictions cannot be compared ({type(error).__name__}: {error})'

@@ -13,7 +13,7 @@ SIDE = 256  # pixels that pictures in the page have at most
 LOW_SQNR = 20.0  # dB below which a layer is worth a thought; noise is a tenth of the signal then. Our choice
 CLIPPED = 0.01  # share of values outside a range that is worth a word; our choice
 # From which value on the data-free fidelity is good, and below which bad: read off docs/report.md, our choice.
-LIMITS = {'box AP': (80, 60), 'mIoU': (75, 55), 'top-1 agreement': (80, 30)}
+LIMITS = {'box AP': (80, 60), 'mask AP': (80, 60), 'mIoU': (75, 55), 'top-1 agreement': (80, 30)}
 ADVISED = 5  # layers that get advice
 
 

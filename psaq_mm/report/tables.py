@@ -42,7 +42,7 @@ def shown(metrics: dict, key: str) -> str:
 def fidelity_of(result: dict) -> tuple[str, float] | None:
     """Name and value, of 100, of the data-free fidelity of a run, where it has one."""
     found = (result.get('fidelity') or {}).get('predictions') or {}
-    name = next((name for name in ('box AP', 'mIoU', 'top-1 agreement') if name in found), None)
+    name = next((name for name in ('box AP', 'mask AP', 'mIoU', 'top-1 agreement') if name in found), None)
     return name and (name, found[name])
 
 
