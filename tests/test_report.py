@@ -13,6 +13,7 @@ import pytest
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS, VISBACKENDS
+from mmengine.structures import InstanceData, PixelData
 from mmengine.visualization.vis_backend import BaseVisBackend, force_init_env
 from torch import nn
 
@@ -91,7 +92,6 @@ def test_a_model_whose_predictions_nobody_can_ask_for_is_compared_by_features():
 def detections(scores, boxes=None, masks=None, **other):
     """What a detector says about an image of 20 x 20."""
     from mmdet.structures import DetDataSample
-    from mmengine.structures import InstanceData
     count = len(scores)
     found = InstanceData(scores=torch.tensor(scores), labels=torch.zeros(count, dtype=torch.long),
                          bboxes=torch.zeros(count, 4) if boxes is None else torch.tensor(boxes, dtype=torch.float))
@@ -128,8 +128,8 @@ def test_masks_are_compared_where_boxes_mean_nothing():
 @pytest.mark.parametrize('samples, words', [
     ([detections([])], 'predicts nothing'), ([detections([0.9])], 'nothing that has an area'),
     ([detections([0.9], masks=torch.zeros(1, 20, 20))], 'nothing that has an area'),
-    ([detections([0.9], [[0, 0, 5, 5]], pred_panoptic_seg=0)], 'panoptic maps are not compared'),
-    ([detections([0.9], [[0, 0, 5, 5]], pred_track_instances=0)], 'tracks are not compared')])
+    ([detections([0.9], [[0, 0, 5, 5]], pred_panoptic_seg=PixelData())], 'panoptic maps are not compared'),
+    ([detections([0.9], [[0, 0, 5, 5]], pred_track_instances=InstanceData())], 'tracks are not compared')])
 def test_what_cannot_be_compared_gets_a_reason_and_no_number(samples, words):
     found, why = compared(nn.Module(), samples, samples)
     assert found == {} and words in why

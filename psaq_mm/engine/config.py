@@ -93,10 +93,23 @@ def _dataset_metas(cfg, checkpoint_meta):
             dict(palette=checkpoint_meta['PALETTE']) if checkpoint_meta.get('PALETTE') else {}))
     for key in ('test_dataloader', 'val_dataloader'):
         if cfg.get(key):
-            yield f"{key}'s {cfg[key]['dataset'].get('type')}", metainfo_of(cfg[key].get('dataset') or {})
+            meta = metainfo_of(cfg[key].get('dataset') or {})
+            if meta:
+                yield f"{key}'s {described(cfg[key]['dataset'])}", meta
             break
     if cfg.get('metainfo'):
         yield 'metainfo', dict(cfg['metainfo'])
+
+
+def described(dataset) -> str:
+    """Return the types in a data set's config, and the annotation file, in words."""
+    if not isinstance(dataset, dict):
+        return str(dataset)
+    kind, inner = dataset.get('type'), next(filter(None, (dataset.get(name) for name in NESTED)), None)
+    text = getattr(kind, '__name__', str(kind))
+    if inner:
+        return f'{text} of {described(inner[0] if isinstance(inner, (list, tuple)) else inner)}'
+    return text + (f", {dataset['ann_file']}" if dataset.get('ann_file') else '')
 
 
 def metainfo_of(dataset: dict) -> dict:

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..errors import UserError
-from .config import NESTED
+from .config import described
 
 LACKING = (FileNotFoundError, NotADirectoryError, PermissionError, ConnectionError, URLError, ImportError)
 UNREGISTERED = re.compile(r'is not in the \S+ registry')  # mmengine's words
@@ -106,17 +106,6 @@ def first_batch(loader: DataLoader):
     if isinstance(loader.dataset, IterableDataset):
         return next(iter(loader))
     return loader.collate_fn([loader.dataset[next(iter(loader.batch_sampler))[0]]])
-
-
-def described(dataset) -> str:
-    """Return the types in a data set's config, and the annotation file, in words."""
-    if not isinstance(dataset, dict):
-        return str(dataset)
-    kind, inner = dataset.get('type'), next(filter(None, (dataset.get(name) for name in NESTED)), None)
-    text = getattr(kind, '__name__', str(kind))
-    if inner:
-        return f'{text} of {described(inner[0] if isinstance(inner, (list, tuple)) else inner)}'
-    return text + (f", {dataset['ann_file']}" if dataset.get('ann_file') else '')
 
 
 def leaves(dataset: Dataset) -> Iterator[Dataset]:
