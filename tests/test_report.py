@@ -152,11 +152,10 @@ ZOO = ['mmdet::solov2/solov2_r50_fpn_1x_coco.py', 'mmdet::condinst/condinst_r50_
        'mmdet::detr/detr_r50_8xb2-150e_coco.py', 'mmdet::rtmdet/rtmdet-ins_tiny_8xb32-300e_coco.py',
        'mmdet::panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py', 'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py',
        'mmdet::rpn/rpn_r50_fpn_1x_coco.py', 'mmseg::segformer/segformer_mit-b0_8xb1-160k_cityscapes-1024x1024.py',
-       'mmseg::mask2former/mask2former_swin-t_8xb2-90k_cityscapes-512x1024.py', 'mmdet::bytetrack/'
-       'bytetrack_yolox_x_8xb4-amp-80e_crowdhuman-mot17halftrain_test-mot17halfval.py']
+       'mmseg::mask2former/mask2former_swin-t_8xb2-90k_cityscapes-512x1024.py',
+       'mmdet::grounding_dino/grounding_dino_swin-t_finetune_16xb2_1x_coco.py']
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', ZOO)
 def test_a_model_of_any_kind_compared_with_itself_has_100_or_a_reason(name):
     from mmengine.hub import get_config
@@ -164,19 +163,23 @@ def test_a_model_of_any_kind_compared_with_itself_has_100_or_a_reason(name):
 
     from psaq_mm.engine.config import without_pretrained
     from psaq_mm.zoo.check import initialise, shrink
+    from psaq_mm.zoo.standins import without_language
     cfg = get_config(name)
+    for key in ('score_thr', 'filter_thr'):  # random weights are sure of nothing
+        if key in (cfg.model.get('test_cfg') or {}):
+            cfg.model.test_cfg[key] = 0.0
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     try:
-        model = MODELS.build(without_pretrained(shrink(cfg.model, 64))).eval()
+        model = MODELS.build(without_language(without_pretrained(shrink(cfg.model, 64)))).eval()
         initialise(model)
         found = fidelity(model, model, [torch.randn(2, 3, 64, 64)])
     finally:
         init_default_scope('mmdet')
-    print(name, found['predictions'], found.get('problem'))
     assert found['cosine'] == pytest.approx(1, abs=1e-5)
     assert bool(found['predictions']) != ('problem' in found)
-    for name, value in found['predictions'].items():
-        assert value == pytest.approx(100), name
+    assert all(value == pytest.approx(100) for value in found['predictions'].values()), found
+    if 'solov2' in name:
+        assert found['predictions'].keys() == {'mask AP'}
 
 
 def test_what_counts_as_an_object():
