@@ -248,6 +248,12 @@ class OwnedFolder:
             write_atomically(content, temporary)
         return self.path / name
 
+    def remove(self, name: str) -> None:
+        """Remove a file if it is ours."""
+        if self.is_ours(name):
+            (self.path / name).unlink()
+            self._record({name: None})
+
     # -- one at a time -----------------------------------------------------------------------------------------------
 
     @contextmanager

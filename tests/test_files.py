@@ -237,6 +237,19 @@ def test_a_fresh_start_beside_an_interrupted_run_is_said(small_config, tmp_path,
     assert 'holds an interrupted run, and this one starts afresh' in ''.join(capfd.readouterr())
 
 
+def test_an_earlier_result_stays_whole_until_the_next_one_is(small_config, quantized_run, tmp_path, killed_at):  # noqa: F811
+    import shutil
+    folder = tmp_path / 'done'
+    shutil.copytree(quantized_run[0], folder)
+    before = contents(folder)
+    killed_at(3)
+    with pytest.raises(KeyboardInterrupt):
+        run(config(small_config, folder, **{'weight.bits': 4}))
+    after = contents(folder)
+    names = ('quantized.pth', 'test_config.py', 'metrics.json', 'report.html')
+    assert all(after[folder / name] == before[folder / name] for name in names)
+
+
 def test_weights_that_do_not_reach_the_student_end_the_run(small_config, tmp_path, monkeypatch):
     from psaq_mm.engine import pipeline
     content = torch.load(DEMO_CHECKPOINT, weights_only=True)

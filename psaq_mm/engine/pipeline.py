@@ -332,8 +332,6 @@ def _quantize(cfg, folder, checkpoint, resume, amp, eval_float, eval_quantized, 
             runner.logger.info(f"{content['path']} {content['why']}: all models of the run load the copy {weights}")
         if gap:
             runner.logger.warning(f'Not evaluated: {gap}. The quantized checkpoint will be written all the same')
-        if is_main_process():
-            folder.write(test_path.name, tested.encode())
         about_resumption(runner, folder, resume, resume_from)
         runner.train()
     minutes = runner.train_loop.minutes  # over all sessions of a run that was interrupted
@@ -348,6 +346,12 @@ def _quantize(cfg, folder, checkpoint, resume, amp, eval_float, eval_quantized, 
         mixed=any('bits' in (side or {}) for o in quantization.overrides for side in (o.weight, o.activation)),
         method=quantization.synthesis.method, seed=runner.seed, checkpoint=str(folder.path / QUANTIZED),
         test_config=str(test_path), versions=versions())
+    if is_main_process():  # an earlier result stays whole until this one is; nothing of both is mixed from here on
+        with explained_failures(cfg, quantization):
+            folder.remove('report.html')
+            folder.write(test_path.name, tested.encode())
+            folder.write('metrics.json', as_json(result))
+    barrier()
     failure = None
     if gap:
         result['not_evaluated'] = gap
@@ -373,8 +377,9 @@ def _quantize(cfg, folder, checkpoint, resume, amp, eval_float, eval_quantized, 
 
 
 def report(runner: Runner, cfg: Config, folder: OwnedFolder, result: dict) -> None:
-    """Measures what can be measured without data, adds it to the result, and writes ``metrics.json`` and
-    ``report.html``. A report that fails is one warning: the model is finished by then.
+    """Measure what can be measured without data, add it to the result, and write ``metrics.json`` and ``report.html``.
+
+    A report that fails is one warning: the model is finished by then.
     """
     folder.write('metrics.json', as_json(result))
     started = time.perf_counter()
