@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import nn
 
-from psaq_mm.deploy import RUNTIMES, Graph, HeadGraph, export_graph, export_head, head_inputs, head_names
+from psaq_mm.deploy import RUNTIMES, Graph, HeadGraph, export, export_graph, export_head, head_inputs, head_names
 from psaq_mm.deploy.adapters import ADAPTERS, shifted_window_mask, traceable
 from psaq_mm.deploy.agreement import eight_bits, packed, required, sqnr, unpacked
 from psaq_mm.deploy.export import (
@@ -326,6 +326,11 @@ def test_sizes_outside_what_was_measured_are_refused(tmp_path):
         graph.run(torch.randn(1, 3, least - 1, 64))
     with pytest.raises(UserError, match='3 channels, not 4'):
         graph.run(torch.randn(1, 4, 64, 64))
+
+
+def test_a_folder_whose_name_the_locale_cannot_read_is_refused_early(tmp_path):
+    with pytest.raises(UserError, match='PYTHONUTF8=1'):
+        export(Config(dict()), 'quantized.pth', str(tmp_path / 'Gr\udcc3\udcbc'))
 
 
 def test_marks_and_probes():

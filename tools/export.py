@@ -4,6 +4,7 @@
 """
 import argparse
 import runpy
+import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,7 +77,7 @@ def export(args):
     Console().print(table)
     for warning in result['warnings']:
         print(f'WARNING: {warning}', file=sys.stderr)
-    print(f"test it with tools/test.py {result['config']} {result['checkpoint']}")
+    print(f"test it with tools/test.py {shlex.quote(result['config'])} {shlex.quote(result['checkpoint'])}")
     if args.json:
         write_json(result, args.json)
 

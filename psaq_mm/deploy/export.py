@@ -464,6 +464,13 @@ def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | 
     """
     if runtime not in RUNTIMES:
         raise UserError(f"--runtime {runtime}: must be one of {', '.join(RUNTIMES)}")
+    target = OwnedFolder(work_dir)
+    folder = target.path
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:  # mmengine puts the name into the config, which it then writes in UTF-8
+        raise UserError(f'{ascii(str(folder))}: Python reads this name of a folder as bytes, since the locale is not '
+                        'UTF-8. Set PYTHONUTF8=1, or LC_ALL=C.UTF-8, or choose another --work-dir') from None
     need('onnx')
     runtimes = installed(runtime)
     cfg = quantized_config(cfg)
@@ -474,8 +481,6 @@ def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | 
     image = check_image(Path(checkpoint).parent, image_channels(model), used)
     own = own_size(model)
     traced = size or (own if own and refusal(model, resized(image, used)) else tuple(used))
-    target = OwnedFolder(work_dir)
-    folder = target.path
     with target.lock(), tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         target.claim(RESULTS)
