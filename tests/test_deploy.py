@@ -554,8 +554,8 @@ def test_the_exported_model_has_heads_without_weights(with_heads, tmp_path):
     for name in inputs:
         export_head(model, name, inputs[name], tmp_path / f'{name}.onnx')
     written = tmp_path / 'config.py'
-    written.write_text(exported_config(cfg, model, 'openvino', 'features.onnx',
-                                       {name: f'{name}.onnx' for name in inputs}).pretty_text)
+    written.write_text(config_text(exported_config(cfg, model, 'openvino', 'features.onnx',
+                                                   {name: f'{name}.onnx' for name in inputs})))
     exported = MODELS.build(Config.fromfile(written).model).eval()
     assert sum(p.numel() for p in exported.parameters()) < 0.05 * sum(p.numel() for p in model.parameters()) or hasattr(
         exported, 'auxiliary_head')
@@ -590,8 +590,8 @@ def test_a_head_that_cannot_be_exported_stays_fake_quantized(with_heads, tmp_pat
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f'{name}.onnx' for name in names[:-1])
     export_graph(model, tmp_path / 'features.onnx', (64, 96))
     written = tmp_path / 'config.py'
-    written.write_text(exported_config(cfg, model, 'openvino', 'features.onnx', {
-        name: part.file.name for name, part in heads.items()}).pretty_text)
+    written.write_text(config_text(exported_config(cfg, model, 'openvino', 'features.onnx', {
+        name: part.file.name for name, part in heads.items()})))
     exported = MODELS.build(Config.fromfile(written).model)
     state = {k: v for k, v in model.state_dict().items() if k.startswith(f'{names[-1]}.')}
     kept = {k: v for k, v in exported.state_dict().items() if k.startswith(f'{names[-1]}.')}

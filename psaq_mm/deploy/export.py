@@ -22,7 +22,7 @@ from ..engine.config_file import config_text as plain_text
 from ..engine.loop import read_images
 from ..errors import UserError
 from ..files import OwnedFolder, write_atomically, write_json
-from ..models import BACKBONES, backbone_of, image_channels, own_size, quantize_model_config, resolved
+from ..models import BACKBONES, backbone_name, backbone_of, image_channels, own_size, quantize_model_config, resolved
 from ..models.features import FEATURE_PARTS, image_features, tensors
 from ..quantization import Mode, quantizer_mode
 from ..stanza import QuantizationConfig
@@ -477,6 +477,10 @@ def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | 
     content = read_checkpoint(checkpoint)
     model = build(cfg, content['state_dict'], checkpoint)
     check_preset(model, preset)
+    owner = backbone_name(model).rpartition('.')[0]
+    if owner:
+        raise UserError(f"{type(model).__name__} holds its backbone in '{owner}', and only models that hold it "
+                        f"themselves can be exported: quantize and export with the config of the model in '{owner}'")
     used = resolved(QuantizationConfig.parse(cfg.model.quantization), model).synthesis.size[0]
     image = check_image(Path(checkpoint).parent, image_channels(model), used)
     own = own_size(model)
