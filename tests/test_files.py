@@ -274,3 +274,12 @@ def test_the_librarys_test_tool_leaves_the_results_alone(quantized_run):
     manifest = json.loads((quantized_run[0] / OwnedFolder.STATE / 'manifest.json').read_text())['files']
     assert {'quantized.pth', 'test_config.py', 'report.html', f'{RUN}/', 'synthetic/0000.png'} <= manifest.keys()
     assert OwnedFolder(quantized_run[0]).foreign(name for name in manifest) == []
+
+
+def test_an_export_leaves_the_users_files_alone(quantized_run, tmp_path):
+    from psaq_mm.deploy import export
+    (tmp_path / 'int8.pth').write_text('mine')
+    with pytest.raises(UserError, match='int8.pth was not written by psaq_mm'):
+        export(Config.fromfile(quantized_run[0] / 'test_config.py'), str(quantized_run[0] / 'quantized.pth'),
+               str(tmp_path))
+    assert (tmp_path / 'int8.pth').read_text() == 'mine' and not (tmp_path / 'features.onnx').exists()

@@ -473,6 +473,13 @@ def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | 
                         'UTF-8. Set PYTHONUTF8=1, or LC_ALL=C.UTF-8, or choose another --work-dir') from None
     need('onnx')
     runtimes = installed(runtime)
+    with target.lock():
+        target.claim(RESULTS)
+        return _export(cfg, checkpoint, target, size, runtimes, preset)
+
+
+def _export(cfg, checkpoint, target, size, runtimes, preset):
+    folder, runtime = target.path, runtimes[0]
     cfg = quantized_config(cfg)
     content = read_checkpoint(checkpoint)
     model = build(cfg, content['state_dict'], checkpoint)
@@ -485,9 +492,8 @@ def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | 
     image = check_image(Path(checkpoint).parent, image_channels(model), used)
     own = own_size(model)
     traced = size or (own if own and refusal(model, resized(image, used)) else tuple(used))
-    with target.lock(), tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        target.claim(RESULTS)
         features = export_features(model, work, image, traced, bool(size) or isinstance(model, Classifier), runtimes,
                                    preset)
         fixed, graph = features['size'], features['part']
