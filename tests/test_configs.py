@@ -274,6 +274,17 @@ def test_a_library_without_configs_is_told(tmp_path, monkeypatch):
             work()
 
 
+def test_a_zoo_without_configs_does_not_hide_the_other(tmp_path, monkeypatch):
+    from psaq_mm.zoo import check
+    folder, said = check.folder_of, []
+    monkeypatch.setattr(check, 'folder_of', lambda package, *parts: folder(package, *parts) if package == 'mmseg'
+                        else tmp_path.joinpath(package, *parts))
+    monkeypatch.setattr(check, 'print_log', lambda message, *unused: said.append(message))
+    names = [name for name, _ in check.zoo_configs()]
+    assert names and all(name.startswith('mmseg::') for name in names)
+    assert len(said) == 1 and said[0].startswith("mmdet's configs are not here")
+
+
 # -- wrappers --------------------------------------------------------------------------------------------------------
 
 
@@ -344,6 +355,18 @@ def test_the_net_tells_what_was_done_and_where_the_traceback_is(tmp_path, capsys
     assert 'error.rank1.log' in status(work, capsys, work_dir=str(tmp_path))[1]
 
 
+def test_a_class_that_ends_the_process_is_an_error(tmp_path, capsys, monkeypatch):
+    (tmp_path / 'module_that_quits.py').write_text("raise SystemExit('no licence')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def work(args):
+        raise SystemExit(0)
+
+    assert status(work, capsys, work_dir=str(tmp_path))[0] == 2
+    with pytest.raises(UserError, match="'module_that_quits' cannot be imported .SystemExit: no licence"):
+        plain_config(Config(dict(custom_imports=dict(imports='module_that_quits'))))
+
+
 def test_where_the_net_cannot_write_it_takes_a_temporary_file(tmp_path, capsys):
     def work(args):
         args.work_dir = str(tmp_path / 'file' / 'w')
@@ -374,7 +397,8 @@ def test_ctrl_c_is_one_line(capsys, cause):
 @pytest.mark.parametrize('args, words', [
     (dict(json='/proc/none/x.json'), '--json .*cannot be written'), (dict(json='{}'), '--json .*it is a folder'),
     (dict(json='{}/file/x/y.json'), '--json .*file is not a folder'), (dict(markdown='{}/file/x.md'), '--markdown'),
-    (dict(json='/dev/null'), '.*it is not a file'), (dict(logs='{}/file'), '.*choose another with --logs'),
+    (dict(json='/dev/null'), '.*it is not a file'), (dict(json=''), '--json is empty'),
+    (dict(logs='{}/file'), '.*choose another with --logs'),
     (dict(work_dir='{}/file/w'), 'cannot write to the work dir .*--work-dir')])
 def test_places_for_results_are_tried_before_the_work(tmp_path, capsys, args, words):
     (tmp_path / 'file').write_text('')

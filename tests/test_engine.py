@@ -429,9 +429,11 @@ def test_the_safe_getattr_refuses_everything_else(tmp_path):
 def test_nothing_is_fetched_that_a_model_config_names():
     file = dict(type='Pretrained', checkpoint='torchvision://x')
     model = dict(backbone=dict(init_cfg=dict(checkpoint='https://x/pvt.pth'), pretrained='x.pth'),
-                 neck=dict(init_cfg=[dict(type='Xavier'), file]), heads=[dict(init_cfg=file)])
-    assert without_pretrained(model) == dict(backbone=dict(init_cfg=None, pretrained=None), neck=dict(
-        init_cfg=[dict(type='Xavier')]), heads=[dict(init_cfg=None)])
+                 neck=dict(init_cfg=[dict(type='Xavier'), file]), heads=[dict(init_cfg=file)],
+                 teacher_ckpt='https://x/teacher.pth', text=dict(ckpt_path='torchvision://x', checkpoint='own.pth'))
+    assert without_pretrained(model) == dict(
+        backbone=dict(init_cfg=None, pretrained=None), neck=dict(init_cfg=[dict(type='Xavier')]),
+        heads=[dict(init_cfg=None)], teacher_ckpt=None, text=dict(ckpt_path=None, checkpoint='own.pth'))
 
 
 def test_wrong_stanza_and_wrong_checkpoint_end_before_any_work(small_config, tmp_path):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from psaq_mm.engine import quantize
 from psaq_mm.errors import UserError
+from psaq_mm.files import OwnedFolder, as_json, read_json
 from psaq_mm.report.tables import plot_comparison
 
 from .conftest import ROOT, run_tool
@@ -219,10 +220,10 @@ def test_grid_continues_and_repeats_itself(classification_config, tmp_path):
     assert results['runs'].keys() == {'W8A8 noise', 'W8A8 psaq_v2', 'W4A4 noise', 'W4A4 psaq_v2'}
     # interrupted: one run was under way, the others are kept
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / 'a').rglob('quantized.pth')}
-    unfinished = tmp_path / 'a' / 'W4A4_psaq_v2' / 'compared.json'
-    state = json.loads(unfinished.read_text())
+    unfinished = OwnedFolder(tmp_path / 'a' / 'W4A4_psaq_v2')  # as the grid writes it: a changed file is the user's
+    state = read_json(unfinished.path / 'compared.json')
     del state['result']
-    unfinished.write_text(json.dumps(state))
+    unfinished.write('compared.json', as_json(state))
     grid(tmp_path / 'a')
     again = {p: p.stat().st_mtime_ns for p in (tmp_path / 'a').rglob('quantized.pth')}
     assert [p.parent.name for p in stamps if stamps[p] != again[p]] == ['W4A4_psaq_v2']

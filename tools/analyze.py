@@ -8,6 +8,7 @@ mixed_precision.py, sensitivity.json and sensitivity.png. What was measured is k
 and another budget takes seconds.
 """
 import argparse
+import math
 import runpy
 import sys
 from pathlib import Path
@@ -17,16 +18,24 @@ from types import SimpleNamespace
 common = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name('common.py'))))
 
 
+def positive(text):
+    """A finite number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description='Layer sensitivity and mixed precision, without data.')
     common.config_arguments(parser)
     parser.add_argument('--bits', nargs='+', type=int, choices=range(2, 9), default=[4, 6, 8], metavar='BITS',
                         help='to measure and choose from (default: 4 6 8)')
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument('--size-mb', type=float, metavar='MB', help='the model may have so many megabytes (default: '
+    budget.add_argument('--size-mb', type=positive, metavar='MB', help='the model may have so many megabytes (default: '
                         'what the median of --bits everywhere gives)')
-    budget.add_argument('--bops', type=float, metavar='SHARE', help='or so large a share of the bit operations with 8 '
-                        'bits everywhere, e.g. 0.5: activations get bits of their own, too')
+    budget.add_argument('--bops', type=positive, metavar='SHARE', help='or so large a share of the bit operations with '
+                        '8 bits everywhere, e.g. 0.5: activations get bits of their own, too')
     return parser.parse_args()
 
 

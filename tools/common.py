@@ -79,8 +79,8 @@ def load_config(args, work_dir):
     from psaq_mm.errors import UserError, doing
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise UserError('--device cuda: torch sees no CUDA device here, use --device cpu')
-    if args.seed is not None and args.seed < 0:
-        raise UserError(f'--seed {args.seed}: must be at least 0')
+    if args.seed is not None and not 0 <= args.seed < 2**32:
+        raise UserError(f'--seed {args.seed}: must be from 0 to 2**32 - 1')
     with doing(f'reading {args.config}'):
         cfg = read_config(args.config, parse_options(args.cfg_options))
     if getattr(args, 'weights', None) and isinstance(cfg.get('quantization'), dict):
@@ -116,6 +116,8 @@ def check_file(option, path):
         UserError: If not.
     """
     from psaq_mm.errors import UserError
+    if not str(path):
+        raise UserError(f'{option} is empty: name a file')
     path = Path(path).absolute()
     reason = 'it is a folder, name a file' if path.is_dir() else 'it is not a file' \
         if path.exists() and not path.is_file() else writable(path.parent)
@@ -150,7 +152,7 @@ def run(args, work):
         os.environ['CUDA_VISIBLE_DEVICES'] = ''
     try:
         for name in ('json', 'markdown'):
-            if getattr(args, name, None):
+            if getattr(args, name, None) is not None:
                 check_file(f'--{name}', getattr(args, name))
         for name in ('work_dir', 'logs'):
             if getattr(args, name, None):
@@ -176,8 +178,6 @@ def explain(args, error):
         args (argparse.Namespace): What the command line says.
         error (BaseException): Anything.
     """
-    if isinstance(error, (SystemExit, GeneratorExit)):
-        raise error
     errors = sys.modules.get('psaq_mm.errors')
     if getattr(args, 'debug', False):
         traceback.print_exception(error)

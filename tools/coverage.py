@@ -55,6 +55,22 @@ def wanted(args):
             yield name, path, None
 
 
+def earlier(path):
+    """Results that are in a file already.
+
+    Raises:
+        UserError: If it holds anything else.
+    """
+    from psaq_mm.errors import UserError
+    try:
+        results = json.loads(path.read_text(encoding='utf-8'))
+        if all('result' in result for result in results.values()):
+            return results
+    except (ValueError, AttributeError, TypeError):
+        pass
+    raise UserError(f'--json {path}: the file is there and holds no results of this tool, give another')
+
+
 def write_markdown(results, path):
     """The table, families together."""
     from psaq_mm.engine import versions
@@ -97,12 +113,13 @@ def coverage(args):
 
     from psaq_mm.engine import write_json
     from psaq_mm.zoo import check_apart
+    results = earlier(args.json) if args.json and args.json.exists() else {}
+    configs = list(wanted(args))
     logging.disable(logging.WARNING)
     logs = args.logs = args.logs or Path(tempfile.mkdtemp(prefix='coverage_'))
     logs.mkdir(parents=True, exist_ok=True)
     print(f'logs: {logs}', flush=True)
-    results = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
-    for name, path, reason in track(list(wanted(args)), 'checking'):
+    for name, path, reason in track(configs, 'checking'):
         log = logs / f"{name.replace('::', '_').replace('/', '_')}.log"
         if reason:
             results[name] = dict(result='refused', reason=reason)

@@ -29,6 +29,7 @@ SCOPES = ('mmdet', 'mmseg')  # where a model without a scope is looked for
 DICT = (dict, 'a dict')
 LOADER = (dict, 'a dict, e.g. dict(batch_size=1, num_workers=2, dataset=dict(type=...))')
 COUNT = Annotated[int, Field(ge=0)]
+SEED = Annotated[int, Field(ge=0, lt=2**32)]
 POSITIVE = Annotated[int, Field(gt=0)]
 NAME = Annotated[str, Field(min_length=1)]
 # What we and mmengine's Runner use of a config: kind and how to say it. None stands for a key that is not there.
@@ -45,7 +46,7 @@ KINDS = {
     'log_level': (str | int, "the name of a level, e.g. 'INFO'"),
     'log_processor': DICT,
     'randomness': (dict, 'a dict, e.g. dict(seed=0)'),
-    'randomness.seed': (COUNT, 'a whole number, at least 0'),
+    'randomness.seed': (SEED, 'a whole number from 0 to 2**32 - 1'),
     'randomness.deterministic': (bool, 'True or False'),
     'randomness.diff_rank_seed': (bool, 'True or False'),
     'env_cfg': (dict, "a dict, e.g. dict(cudnn_benchmark=False, dist_cfg=dict(backend='nccl'))"),
@@ -241,7 +242,7 @@ def _import_modules(content: dict) -> None:
     for name in names:
         try:
             importlib.import_module(name)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # of the user's module
             if custom.get('allow_failed_imports') and isinstance(error, ImportError):
                 warnings.warn(f'custom_imports: {name} failed to import and is ignored.', stacklevel=2)
                 continue

@@ -49,7 +49,7 @@ from .config import (
     name_visualizer,
     test_config,
 )
-from .config_file import config_text
+from .config_file import config_text, one_line
 from .display import Display
 from .loop import read_images
 from .rehearsal import rehearse_calibration, rehearse_evaluation
@@ -117,9 +117,8 @@ def build_float(cfg: Config, fetched: bool = False):
             return MODELS.build(model if fetched else without_pretrained(model))
     except UserError:
         raise
-    except Exception as error:
-        raise UserError(f"the model of {cfg.filename or 'the config'} cannot be built ({type(error).__name__}: {error})"
-                        ) from error
+    except (Exception, SystemExit) as error:  # of classes that may be the user's own
+        raise UserError(f"the model of {cfg.filename or 'the config'} cannot be built ({one_line(error)})") from error
 
 
 @doing('checking the config and its checkpoint (model, load_from)')
@@ -138,6 +137,8 @@ def check(cfg: Config, checkpoint: str | None = None, evaluated: bool = True):
     Raises:
         StanzaError, PatternError, CheckpointError: Each naming what to change.
     """
+    if not cfg.get('model'):
+        raise UserError(f"{cfg.filename} has no model: add model = dict(type=...), or inherit a config that has one")
     if 'quantization' not in cfg:
         raise UserError(f"{cfg.filename} has no 'quantization' stanza: add quantization = dict() for W8A8, or inherit "
                          'from configs/_base_/dfq.py')

@@ -51,8 +51,8 @@ def local_path(source: str) -> Path:
     if path.is_dir():
         raise CheckpointError(f'the checkpoint {source} is a folder: name the file in it that holds the weights')
     if not path.is_file():
-        raise CheckpointError(f'the checkpoint {source} does not exist: correct load_from in the config, '
-                              'or pass --checkpoint FILE')
+        raise CheckpointError(f'the checkpoint {source} does not exist: correct its name where you gave it, on the '
+                              'command line (--checkpoint FILE) or in the config (load_from)')
     return path
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ import torch
 from mmengine.registry import MODELS
 
 from ..errors import UserError
+
+CHECKPOINT = re.compile('(^|_)(ckpt|checkpoint|weights)(_|$)', re.I)  # in a key that names a file of weights
 
 
 def _names_a_file(init):
@@ -31,8 +34,14 @@ def _fetches_by_default(kind) -> bool:
     return default is not inspect.Parameter.empty and bool(default)
 
 
+def _is_address(value):
+    """Whether a value is an address, as of http or of one of mmengine's model zoos, and no file here."""
+    return isinstance(value, str) and '://' in value and not value.startswith('file://')
+
+
 def without_pretrained(model):
-    """A model config that fetches nothing: no ``init_cfg`` that names a checkpoint, no ``pretrained``.
+    """A model config that fetches nothing: no ``init_cfg`` that names a checkpoint, no ``pretrained``, no other
+    checkpoint by its address, such as that of a teacher (``teacher_ckpt``), which predictions have no use for.
 
     Classes that fetch unless they are told not to, as TIMMBackbone does, are told.
 
@@ -48,6 +57,8 @@ def without_pretrained(model):
             elif key == 'init_cfg' and isinstance(value, (list, tuple)):
                 model[key] = [init for init in value if not _names_a_file(init)]
             elif key == 'init_cfg' and _names_a_file(value):
+                model[key] = None
+            elif isinstance(key, str) and CHECKPOINT.search(key) and _is_address(value):
                 model[key] = None
             else:
                 without_pretrained(value)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import logging
 import multiprocessing
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from torch import Tensor, nn
@@ -38,14 +40,21 @@ TARGETS = (*FEATURE_PARTS, 'encoder', 'decode_head.pixel_decoder', 'panoptic_hea
 def zoo_configs(zoos=ZOOS) -> Iterator[tuple[str, Path]]:
     """All configs that the installed zoos' model index names, ``('mmdet::swin/...', path)``, once each.
 
+    A zoo that is installed without its configs is left out with a warning, as long as another one has some.
+
     Raises:
-        UserError: Where a zoo is installed without its configs.
+        UserError: Where no zoo has configs.
     """
     import yaml
-    for zoo in zoos:
-        root = folder_of(zoo, '.mim')
+    roots = {zoo: folder_of(zoo, '.mim') for zoo in zoos}
+    absent = [zoo_message(zoo) for zoo, root in roots.items() if not (root / 'model-index.yml').is_file()]
+    if len(absent) == len(roots):
+        raise UserError('\n'.join(absent))
+    for message in absent:
+        print_log(message, 'current', logging.WARNING)
+    for zoo, root in roots.items():
         if not (root / 'model-index.yml').is_file():
-            raise UserError(zoo_message(zoo))
+            continue
         found = {}
         for metafile in yaml.safe_load((root / 'model-index.yml').read_text(encoding='utf-8'))['Import']:
             if (root / metafile).is_file():
