@@ -22,6 +22,8 @@ from psaq_mm.quantization import (
     QuantizedMultiheadAttention,
     calibrate,
     convert,
+    layer_errors,
+    multiplications,
     quantizable,
     quantize_residual,
     quantized_layers,
@@ -184,6 +186,16 @@ def test_every_product_of_a_head_that_is_named_is_quantized(family):
     found = products(dict(targets=['backbone', *['neck'] * hasattr(model, 'neck'), head]), True)
     assert len(found) > len(without)
     assert all(len(operands) == 2 and all(operands) for _, operands in found), found
+
+
+def test_the_error_and_the_cost_of_every_layer_are_measured(family):
+    model, images = family[0], images_for(family[0], 1)
+    quantized = calibrated(model, {}, images)
+    layers = quantized_layers(quantized)
+    errors = layer_errors(quantized, lambda: extract_features(quantized, images, False))
+    costs = multiplications(quantized, lambda: extract_features(quantized, images, False))
+    assert {error.name for error in errors} == layers.keys() == costs.keys()
+    assert all(10 < error.sqnr < 100 for error in errors) and all(cost > 0 for cost in costs.values())
 
 
 def test_parameters_keep_their_names_and_a_state_dict_brings_the_scales(family):

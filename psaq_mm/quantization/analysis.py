@@ -115,7 +115,7 @@ def layer_errors(model: nn.Module, run: Callable[[], None]) -> list[LayerError]:
         def hook(layer, inputs, output):
             with quantizer_mode(layer, Mode.FLOAT):
                 exact = type(layer).forward(layer, *inputs)
-            exact, output = exact.float(), output.float()
+            exact, output = _joined(exact).float(), _joined(output).float()
             error.power += exact.square().sum(dtype=torch.float64).item()
             error.noise += (output - exact).square().sum(dtype=torch.float64).item()
         return hook
@@ -144,6 +144,12 @@ def layer_errors(model: nn.Module, run: Callable[[], None]) -> list[LayerError]:
         for handle in handles:
             handle.remove()
     return [error for error in found.values() if error.operands]
+
+
+def _joined(output) -> Tensor:
+    """Return the output of a layer as one tensor; the input projection of a MultiheadAttention has one for each input.
+    """
+    return output if isinstance(output, Tensor) else torch.cat([part.flatten() for part in output])
 
 
 def _kind(layer):
@@ -224,7 +230,7 @@ def multiplications(model: nn.Module, run: Callable[[], None]) -> dict[str, int]
                 output = inputs[0] if transposed else output
             else:
                 inner = layer.weight.shape[1]
-            counts[name] = counts.get(name, 0) + output.numel() * inner
+            counts[name] = counts.get(name, 0) + _joined(output).numel() * inner
         return hook
 
     for name, layer in quantized_layers(model).items():
