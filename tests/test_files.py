@@ -8,6 +8,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
+from psaq_mm.engine import compare
 from psaq_mm.engine.checkpoint import resumable_checkpoints
 from psaq_mm.engine.pipeline import RUN
 from psaq_mm.errors import UserError
@@ -196,6 +197,15 @@ def test_files_of_the_user_that_are_named_as_ours_end_the_run_early(small_config
     with pytest.raises(UserError, match=f'{name.partition("/")[0]}.* was not written by psaq_mm'):
         run(config(small_config, tmp_path))
     assert (tmp_path / name).read_text() == 'mine'
+
+
+@pytest.mark.parametrize('name', ['W4A8_psaq_v1/quantized.pth', 'full_precision/compared.json'])
+def test_a_comparison_finds_a_file_of_the_users_before_its_first_part(small_config, tmp_path, name):
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_text('mine')
+    with pytest.raises(UserError, match=f'{name} was not written by psaq_mm'):
+        compare(config(small_config, tmp_path), ['noise', 'psaq_v1'], [(8, 8), (4, 8)], tmp_path)
+    assert (tmp_path / name).read_text() == 'mine' and not (tmp_path / 'W8A8_noise').exists()
 
 
 def test_a_checkpoint_named_as_ours_is_read_and_stays(small_config, tmp_path):

@@ -18,7 +18,7 @@ from ..stanza import QuantizationConfig
 from .checkpoint import in_own_layout, resumable_checkpoints, versions
 from .config import calibration_gap, evaluation_gap, float_config
 from .display import Display
-from .pipeline import RUN, check, evaluate, quantize, with_stanza
+from .pipeline import RESULTS, RUN, check, evaluate, quantize, with_stanza
 
 LIBRARIES = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'timm', 'torch', 'torchvision', 'psaq_mm')
 
@@ -113,14 +113,33 @@ def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]]
     gap = evaluation_gap(cfg)
     if gap:
         raise UserError(f'nothing to compare on: {gap}')
-    methods = list(methods)
+    methods, bits = list(methods), list(bits)
     gap = calibration_gap(cfg) if 'real' in methods else None
     if gap:
         raise UserError(gap)
     root = OwnedFolder(work_dir)
     with root.lock():
         root.claim(WRITTEN)
+        _claim_parts(root, ['full_precision', *(_part(*pair, method) for pair in bits for method in methods)])
         return _compare(cfg, methods, bits, root, checkpoint, quiet)
+
+
+def _part(weight: int, activation: int, method: str) -> str:
+    """Return the name of a run's folder."""
+    return f'W{weight}A{activation}_{method}'
+
+
+def _claim_parts(root: OwnedFolder, names: Iterable[str]) -> None:
+    """Refuse before the first part what would replace a file of the user's in the last one.
+
+    Args:
+        root (OwnedFolder): Holds the parts.
+        names (Iterable[str]): Folders of the parts. Finished ones may hold anything: nothing is written there.
+    """
+    for name in names:
+        folder = OwnedFolder(root.path / name)
+        if 'result' not in read_json(folder.path / 'compared.json'):
+            folder.claim(('compared.json', f'{RUN}/') if name == 'full_precision' else ('compared.json', *RESULTS))
 
 
 def _compare(cfg, methods, bits, root, checkpoint, quiet):
@@ -139,7 +158,7 @@ def _compare(cfg, methods, bits, root, checkpoint, quiet):
     for weight, activation in bits:
         for method in methods:
             name = f'W{weight}A{activation} {method}'
-            folder = OwnedFolder(root.path / name.replace(' ', '_'))
+            folder = OwnedFolder(root.path / _part(weight, activation, method))
             synthesis = dict(method=method)
             reused = images if method.startswith('psaq') else None
             if reused:
