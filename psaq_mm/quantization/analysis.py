@@ -115,7 +115,7 @@ def layer_errors(model: nn.Module, run: Callable[[], None]) -> list[LayerError]:
         def hook(layer, inputs, output):
             with quantizer_mode(layer, Mode.FLOAT):
                 exact = type(layer).forward(layer, *inputs)
-            exact, output = exact.float(), output.float()
+            exact, output = _flat(exact), _flat(output)
             error.power += exact.square().sum(dtype=torch.float64).item()
             error.noise += (output - exact).square().sum(dtype=torch.float64).item()
         return hook
@@ -144,6 +144,12 @@ def layer_errors(model: nn.Module, run: Callable[[], None]) -> list[LayerError]:
         for handle in handles:
             handle.remove()
     return [error for error in found.values() if error.operands]
+
+
+def _flat(output: Tensor | list[Tensor]) -> Tensor:
+    """What a layer puts out, or each part of an attention's projection, as one float32 vector."""
+    parts = output if isinstance(output, (list, tuple)) else [output]
+    return torch.cat([part.float().flatten() for part in parts])
 
 
 def _kind(layer):
@@ -224,7 +230,7 @@ def multiplications(model: nn.Module, run: Callable[[], None]) -> dict[str, int]
                 output = inputs[0] if transposed else output
             else:
                 inner = layer.weight.shape[1]
-            counts[name] = counts.get(name, 0) + output.numel() * inner
+            counts[name] = counts.get(name, 0) + _flat(output).numel() * inner
         return hook
 
     for name, layer in quantized_layers(model).items():
