@@ -50,7 +50,8 @@ def main():
     say('2. Images from noise: the entropy of patch similarities rises.')
     preprocessor = student.data_preprocessor
     low, high = valid_range(preprocessor.mean.flatten(), preprocessor.std.flatten())
-    tap = PatchSimilarityTap(*similarity_taps(backbone_of(teacher)))
+    noise = torch.randn(16, 3, 96, 96).maximum(low).minimum(high)
+    tap = PatchSimilarityTap(*similarity_taps(backbone_of(teacher), noise[:1]))
 
     def run(images):
         tap.run(backbone_of(teacher), images)
@@ -58,7 +59,6 @@ def main():
     def entropy(images):
         return objective(images, run, tap, stanza.synthesis, random.Random(0))[1]['entropy']
 
-    noise = torch.randn(16, 3, 96, 96).maximum(low).minimum(high)
     images = synthesize(noise, run, tap, stanza.synthesis, low, high, 'tour')
     print(f'entropy of the noise {entropy(noise):.2f}, of the images {entropy(images):.2f} nats a block')
 

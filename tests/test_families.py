@@ -426,3 +426,13 @@ def test_multihead_attention_computes_what_torch_does(options, masks):
         single = [x[0] if options.get('batch_first') else x[:, 0] for x in (query, key, value)]
         torch.testing.assert_close(model.backbone(*single)[0],
                                    expected[0] if options.get('batch_first') else expected[:, 0])
+
+
+def test_layers_of_a_multihead_attention_are_measured():
+    model = calibrated(mmseg_vit(), {}, torch.randn(1, 3, 64, 64))
+    run = lambda: extract_features(model, torch.randn(1, 3, 64, 64))  # noqa: E731
+    errors = {error.name: error for error in layer_errors(model, run)}
+    assert errors.keys() == quantized_layers(model).keys() == multiplications(model, run).keys()
+    assert all(20 < error.sqnr < 80 for error in errors.values())
+    tokens = 1 + 4 * 4
+    assert multiplications(model, run)['backbone.layers.0.attn.attn.in_proj'] == 3 * 32 * 32 * tokens

@@ -20,11 +20,14 @@ def _names_a_file(init):
     return isinstance(init, dict) and ('checkpoint' in init or init.get('type') == 'Pretrained')
 
 
-def _fetches_by_default(kind) -> bool:
-    """Whether a class that a config names, or its name, has an argument ``pretrained`` that is not off by default."""
+def _fetches_by_default(kind, scope) -> bool:
+    """Whether a class that a config names, or its name in a scope, has an argument ``pretrained`` that is not off by
+    default.
+    """
     if isinstance(kind, str):
         try:
-            kind = MODELS.get(kind)
+            with MODELS.switch_scope_and_registry(scope) as registry:
+                kind = registry.get(kind)
         except Exception:  # of a package that is not installed, say: building it will tell
             return False
     try:
@@ -39,7 +42,7 @@ def _is_address(value):
     return isinstance(value, str) and '://' in value and not value.startswith('file://')
 
 
-def without_pretrained(model):
+def without_pretrained(model, scope: str | None = None):
     """A model config that fetches nothing: no ``init_cfg`` that names a checkpoint, no ``pretrained``, no other
     checkpoint by its address, such as that of a teacher (``teacher_ckpt``), which predictions have no use for.
 
@@ -47,9 +50,11 @@ def without_pretrained(model):
 
     Args:
         model (dict | list): Changed in place.
+        scope (str, optional): Of the types in it. Default: the current one.
     """
     if isinstance(model, dict):
-        if 'type' in model and 'pretrained' not in model and _fetches_by_default(model['type']):
+        scope = model.get('_scope_', scope)
+        if 'type' in model and 'pretrained' not in model and _fetches_by_default(model['type'], scope):
             model['pretrained'] = False
         for key, value in model.items():
             if key == 'pretrained':
@@ -61,10 +66,10 @@ def without_pretrained(model):
             elif isinstance(key, str) and CHECKPOINT.search(key) and _is_address(value):
                 model[key] = None
             else:
-                without_pretrained(value)
+                without_pretrained(value, scope)
     elif isinstance(model, (list, tuple)):
         for item in model:
-            without_pretrained(item)
+            without_pretrained(item, scope)
     return model
 
 

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import UserError
-from ..quantization import Mode, quantizer_mode, set_mode
+from ..quantization import Mode, set_mode
 from ..quantization.weights import PRODUCTS
 from .backbones import backbone_of
 
@@ -68,8 +68,12 @@ class Trial:
         return made
 
     def copies(self) -> Iterator[tuple[nn.Module, torch.device]]:
-        """The copies that there are and where images for them belong, the cheap one first."""
-        for made in (self.shapes, self.real):
+        """The copies that there are and where images for them belong, the cheap one first.
+
+        The real one is not made where the cheap one does all that is asked.
+        """
+        for kind in ('shapes', 'real'):
+            made = getattr(self, kind)
             if made is not None:
                 yield made, next((t.device for t in made.parameters()), torch.device('cpu'))
 
@@ -92,19 +96,20 @@ class Trial:
         def end(*unused):
             raise _Reached
 
-        handles = [m.register_forward_hook(end) for m in self.backbone.modules() if isinstance(m, LAYERS)]
-        try:
-            with quantizer_mode(self.backbone, Mode.FLOAT):
-                device = next((p.device for p in self.backbone.parameters()), torch.device('cpu'))
-                self.backbone(torch.zeros(1, channels, *size, device=device))
-            return not handles
-        except _Reached:
-            return True
-        except Exception:  # whatever a model raises for such an image
-            return False
-        finally:
-            for handle in handles:
-                handle.remove()
+        for made, device in self.copies():
+            handles = [m.register_forward_hook(end) for m in made.modules() if isinstance(m, LAYERS)]
+            try:
+                with device:
+                    made(torch.zeros(1, channels, *size))
+                return not handles
+            except _Reached:
+                return True
+            except Exception:  # whatever a model raises for such an image
+                continue
+            finally:
+                for handle in handles:
+                    handle.remove()
+        return False
 
 
 def named_sizes(model: nn.Module) -> list[tuple[int, int]]:
