@@ -61,6 +61,11 @@ def as_json(content) -> bytes:
     return (json.dumps(content, indent=2) + '\n').encode()
 
 
+def as_data(content) -> dict:
+    """Return content as it comes back from a JSON file; what JSON does not know, such as classes, becomes text."""
+    return json.loads(json.dumps(content, default=str))
+
+
 def read_json(path) -> dict:
     """Read what :func:`write_json` wrote; return an empty dict where there is no such file."""
     try:
@@ -263,6 +268,12 @@ class OwnedFolder:
         Raises:
             UserError: If another process has it, or nothing can be written there.
         """
+        try:
+            str(self.path.absolute()).encode()
+        except UnicodeEncodeError:  # libraries write the name in UTF-8; OpenCV crashes with it
+            raise UserError(f'{ascii(str(self.path))}: Python reads this name of a folder as bytes, since the locale '
+                            f'is not UTF-8. Set PYTHONUTF8=1, or LC_ALL=C.UTF-8, or choose another {self.option}'
+                            ) from None
         holder = self.state / 'holder.json'
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:

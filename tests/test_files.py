@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from psaq_mm.engine import compare
 from psaq_mm.engine.checkpoint import resumable_checkpoints
 from psaq_mm.engine.pipeline import RUN
 from psaq_mm.errors import UserError
-from psaq_mm.files import OwnedFolder
+from psaq_mm.files import OwnedFolder, as_data
 
 from .conftest import DEMO_CHECKPOINT, ROOT, run_tool
 from .test_engine import config, killed_at, run, same, uninterrupted, weights  # noqa: F401, fixtures
@@ -138,6 +139,16 @@ def test_one_command_at_a_time_and_a_dead_one_holds_nothing(tmp_path):
         holder.wait()
     with OwnedFolder(tmp_path).lock():
         pass
+
+
+def test_a_name_that_the_locale_cannot_read_is_refused(tmp_path):
+    with pytest.raises(UserError, match='PYTHONUTF8=1.*--work-dir'), OwnedFolder(tmp_path / 'Gr\udcc3\udcbc').lock():
+        pytest.fail('it has begun')
+    assert not list(tmp_path.iterdir())
+
+
+def test_classes_and_paths_among_inputs_are_text():
+    assert as_data(dict(a=(1, Path('b')), kind=dict)) == dict(a=[1, 'b'], kind="<class 'dict'>")
 
 
 def test_a_folder_in_which_nothing_was_written_goes_away(tmp_path):

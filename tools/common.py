@@ -150,6 +150,9 @@ def run(args, work):
     """
     if getattr(args, 'device', None) == 'cpu':
         os.environ['CUDA_VISIBLE_DEVICES'] = ''
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):  # names of classes and files may be more than the locale can show
+            stream.reconfigure(errors='backslashreplace')
     try:
         for name in ('json', 'markdown'):
             if getattr(args, name, None) is not None:

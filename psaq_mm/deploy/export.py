@@ -465,12 +465,6 @@ def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | 
     if runtime not in RUNTIMES:
         raise UserError(f"--runtime {runtime}: must be one of {', '.join(RUNTIMES)}")
     target = OwnedFolder(work_dir)
-    folder = target.path
-    try:
-        str(folder.absolute()).encode()
-    except UnicodeEncodeError:  # mmengine puts the name into the config, which it then writes in UTF-8
-        raise UserError(f'{ascii(str(folder))}: Python reads this name of a folder as bytes, since the locale is not '
-                        'UTF-8. Set PYTHONUTF8=1, or LC_ALL=C.UTF-8, or choose another --work-dir') from None
     need('onnx')
     runtimes = installed(runtime)
     with target.lock():

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..files import OwnedFolder, as_json, read_json
+from ..files import OwnedFolder, as_data, as_json, read_json
 from ..models import beyond_features, extract_features, quantize_model
 from ..quantization import (
     ACTIVATION,
@@ -181,9 +180,9 @@ class Analysis:
                 quick.
         """
         stanza = self.quantization.to_dict()
-        inputs = json.loads(json.dumps(dict(
+        inputs = as_data(dict(
             stanza={key: value for key, value in stanza.items() if key not in ('overrides', 'report')},
-            model=self.cfg.model, weights=digest(self.content['state_dict'].values()), images=digest(self.batches))))
+            model=self.cfg.model, weights=digest(self.content['state_dict'].values()), images=digest(self.batches)))
         saved = read_json(folder.path / MEASURED)
         known = saved['errors'] if saved.get('inputs') == inputs else []
         self.errors = {(name, side, width): error for name, side, width, error in known}

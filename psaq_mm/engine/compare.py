@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable
@@ -12,7 +11,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 from ..errors import UserError
-from ..files import OwnedFolder, as_json, read_json
+from ..files import OwnedFolder, as_data, as_json, read_json
 from ..report import WRITTEN
 from ..stanza import QuantizationConfig
 from .checkpoint import in_own_layout, resumable_checkpoints, versions
@@ -69,7 +68,7 @@ def _done(folder: OwnedFolder, inputs: dict, work: Callable[[bool], dict], files
         work (Callable): ``work(resume) -> result``; resume is whether an interrupted run had the same inputs.
         files (Iterable[str]): What it must have left there.
     """
-    inputs = json.loads(json.dumps(inputs, default=str))
+    inputs = as_data(inputs)
     saved = read_json(folder.path / 'compared.json')
     if saved.get('inputs') == inputs and 'result' in saved and all((folder.path / name).exists() for name in files):
         return saved['result']
