@@ -256,7 +256,7 @@ def test_heads_that_nothing_compared_depends_on_stay_as_calibrated(small_config,
 def test_weight_ranges_that_the_images_disagree_with_are_put_back(small_config, tmp_path, monkeypatch):
     from psaq_mm.engine import loop
 
-    def ruin(model, parameters):
+    def ruin(model, parameters, progress):
         restore = search_weight_ranges(model, parameters)
         for name, quantizer in quantizers(model).items():
             if name.endswith('weight_quantizer'):
