@@ -249,6 +249,7 @@ def test_resume_says_when_there_is_nothing_to_resume(small_config, quantized_run
     assert {path: content for path, content in contents(tmp_path / 'done').items()} == before
 
 
+@pytest.mark.slow
 def test_a_fresh_start_beside_an_interrupted_run_is_said(small_config, tmp_path, killed_at, capfd):  # noqa: F811
     killed_at(2)
     with pytest.raises(KeyboardInterrupt):

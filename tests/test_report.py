@@ -79,6 +79,10 @@ def test_fidelity_falls_from_100_as_the_model_departs_from_full_precision(task, 
 
 def test_a_model_whose_predictions_nobody_can_ask_for_is_compared_by_features():
     class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = nn.Identity()
+
         def extract_feat(self, images):
             return [images.mean(1, keepdim=True)]
 
@@ -156,7 +160,8 @@ ZOO = ['mmdet::solov2/solov2_r50_fpn_1x_coco.py', 'mmdet::condinst/condinst_r50_
        'mmdet::grounding_dino/grounding_dino_swin-t_finetune_16xb2_1x_coco.py']
 
 
-@pytest.mark.parametrize('name', ZOO)
+@pytest.mark.parametrize('name', [pytest.param(name, marks=[pytest.mark.slow] * (number not in (0, 7)))
+                                  for number, name in enumerate(ZOO)])
 def test_a_model_of_any_kind_compared_with_itself_has_100_or_a_reason(name):
     from mmengine.hub import get_config
     from mmengine.registry import init_default_scope
@@ -447,6 +452,7 @@ def test_a_run_does_without_its_visualizer(small_config):
     assert cfg.visualizer is None and evaluation_config(cfg, 'name').visualizer is None
 
 
+@pytest.mark.slow
 def test_an_experiment_logger_that_fails_on_the_way_loses_nothing(small_config, tmp_path, experiment, capfd):
     experiment.broken = 'network'
     result = tracked_run(small_config, tmp_path, eval_float=False, eval_quantized=False)
@@ -456,6 +462,7 @@ def test_an_experiment_logger_that_fails_on_the_way_loses_nothing(small_config, 
     assert experiment.ended == 0  # what has failed is left alone
 
 
+@pytest.mark.slow
 def test_a_visualizer_that_cannot_show_the_report_loses_nothing(small_config, tmp_path, monkeypatch, capfd):
     from psaq_mm.engine import pipeline
 
