@@ -654,7 +654,7 @@ def test_two_processes_play_and_evaluate(small_config, tmp_path):
     done = torchrun(small_config, tmp_path, '--cfg-options', 'quantization.weight.bits=3',
                     'quantization.activation.bits=4', script=(tmp_path / 'every_rank.py', ROOT / 'tools' / 'dfq.py'))
     assert 'quantized W3A4' in done.stdout
-    first, second = (torch.load(tmp_path / f'rank{rank}.pth', weights_only=True) for rank in (0, 1))
+    first, second = (torch.load(tmp_path / RUN / f'rank{rank}.pth', weights_only=True) for rank in (0, 1))
     assert same(first, second) and same({k: first[k] for k in weights(tmp_path)}, weights(tmp_path))
     start = torch.load(DEMO_CHECKPOINT, weights_only=True)['state_dict']
     key = 'backbone.stages.0.blocks.0.attn.w_msa.qkv.weight'

@@ -111,7 +111,7 @@ def test_a_game_of_a_single_linear_layer(classification_config, tmp_path):
 
 
 def test_a_head_that_never_predicts_is_refused(segmentation_config, tmp_path):
-    with pytest.raises(UserError, match=r"'auxiliary_head\..*never runs in a prediction.*keep_float"):
+    with pytest.raises(UserError, match=r"'auxiliary_head\..*never runs when features are computed.*keep_float"):
         quantize(changed(segmentation_config, tmp_path, targets=['backbone', 'auxiliary_head']))
 
 
