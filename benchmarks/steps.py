@@ -31,7 +31,7 @@ NUMBER = r'([-+0-9.e]+)'
 
 def logged(folder, pattern):
     """The numbers where a run's log matches a pattern for the last time."""
-    logs = ''.join(path.read_text() for path in sorted(folder.glob('*/*.log')))
+    logs = ''.join(path.read_text() for path in sorted(folder.rglob('*.log')))
     found = re.findall(pattern, logs)
     return found[-1] if found else None
 
