@@ -32,10 +32,10 @@ from ..quantization import (
     sqnr,
 )
 from ..stanza import QuantizationConfig, reads_pixels
-from .checkpoint import load_float, resumable_checkpoints
+from .checkpoint import load_float
 from .display import Display
 from .loop import read_images
-from .pipeline import MEGABYTE, RUN, build_float, check, quantize, with_stanza
+from .pipeline import MEGABYTE, build_float, check, quantize, was_interrupted, with_stanza
 
 IMAGES = 8  # that sensitivities are measured on, at most: each part of each layer is a pass of all. Our choice
 MEASURED = 'sensitivity_measured.json'
@@ -56,10 +56,9 @@ def calibration_images(cfg: Config, checkpoint: str | None, quiet: bool = False)
             return read_images(str(path)), str(path)
     made = with_stanza(cfg, synthesis=dict(method='psaq_v1'), report=dict(images=0))
     made.work_dir = str(Path(cfg.work_dir) / 'images')
-    folder = Path(made.work_dir)
-    quantize(made, checkpoint, resume=bool(resumable_checkpoints(folder / RUN)), eval_float=False,
-             eval_quantized=False, quiet=quiet)
-    path = folder / 'synthetic.pt'
+    quantize(made, checkpoint, resume=was_interrupted(made.work_dir), eval_float=False, eval_quantized=False,
+             quiet=quiet)
+    path = Path(made.work_dir) / 'synthetic.pt'
     return read_images(str(path)), str(path)
 
 

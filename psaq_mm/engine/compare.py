@@ -14,10 +14,10 @@ from ..errors import UserError
 from ..files import OwnedFolder, as_data, as_json, read_json
 from ..report import WRITTEN
 from ..stanza import QuantizationConfig
-from .checkpoint import in_own_layout, resumable_checkpoints, versions
+from .checkpoint import in_own_layout, versions
 from .config import calibration_gap, evaluation_gap, float_config
 from .display import Display
-from .pipeline import RESULTS, RUN, check, evaluate, quantize, with_stanza
+from .pipeline import RESULTS, RUN, check, evaluate, quantize, was_interrupted, with_stanza
 
 LIBRARIES = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'timm', 'torch', 'torchvision', 'psaq_mm')
 
@@ -73,7 +73,7 @@ def _done(folder: OwnedFolder, inputs: dict, work: Callable[[bool], dict], files
     if saved.get('inputs') == inputs and 'result' in saved and all((folder.path / name).exists() for name in files):
         return saved['result']
     folder.write('compared.json', as_json(dict(inputs=inputs)))
-    result = work(saved.get('inputs') == inputs and bool(resumable_checkpoints(folder.path / RUN)))
+    result = work(saved.get('inputs') == inputs and was_interrupted(folder.path))
     folder.write('compared.json', as_json(dict(inputs=inputs, result=result)))
     return result
 

@@ -216,6 +216,11 @@ RESULTS = (QUANTIZED, 'test_config.py', 'metrics.json', 'report.html', 'fresh.pt
            'synthetic.pt', 'synthetic', 'calibration_set', f'{RUN}/')
 
 
+def was_interrupted(work_dir: str | Path) -> bool:
+    """Return whether a run in a work dir has left what it needs to go on."""
+    return bool(resumable_checkpoints(Path(work_dir) / RUN))
+
+
 def to_resume(folder: OwnedFolder) -> str | None:
     """Return the checkpoint of the interrupted run in a work dir, or None if no run has left anything.
 
