@@ -53,10 +53,10 @@ def write_json(content, path) -> None:
     """Write indented JSON, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(as_json(content), path)
+    write_atomically(_as_json(content), path)
 
 
-def as_json(content) -> bytes:
+def _as_json(content) -> bytes:
     """Return indented JSON."""
     return (json.dumps(content, indent=2) + '\n').encode()
 
@@ -252,6 +252,10 @@ class OwnedFolder:
         with self.writing(name) as temporary:
             write_atomically(content, temporary)
         return self.path / name
+
+    def write_json(self, name: str, content) -> Path:
+        """Write indented JSON; otherwise as :meth:`write`."""
+        return self.write(name, _as_json(content))
 
     def remove(self, name: str) -> None:
         """Remove a file if it is ours."""

@@ -11,7 +11,7 @@ from PIL import Image
 
 from psaq_mm.engine import quantize
 from psaq_mm.errors import UserError
-from psaq_mm.files import OwnedFolder, as_json, read_json
+from psaq_mm.files import OwnedFolder, read_json
 from psaq_mm.report.tables import plot_comparison
 
 from .conftest import ROOT, run_tool
@@ -223,7 +223,7 @@ def test_grid_continues_and_repeats_itself(classification_config, tmp_path):
     unfinished = OwnedFolder(tmp_path / 'a' / 'W4A4_psaq_v2')  # as the grid writes it: a changed file is the user's
     state = read_json(unfinished.path / 'compared.json')
     del state['result']
-    unfinished.write('compared.json', as_json(state))
+    unfinished.write_json('compared.json', state)
     grid(tmp_path / 'a')
     again = {p: p.stat().st_mtime_ns for p in (tmp_path / 'a').rglob('quantized.pth')}
     assert [p.parent.name for p in stamps if stamps[p] != again[p]] == ['W4A4_psaq_v2']

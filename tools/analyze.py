@@ -59,7 +59,6 @@ def write(args, cfg, own):
     from psaq_mm.engine.analysis import Analysis, calibration_images, sensitivity_table, suggestion
     from psaq_mm.engine.config_file import config_text
     from psaq_mm.engine.display import Display
-    from psaq_mm.files import as_json
     from psaq_mm.report.figures import sensitivity_bars
     folder, bits = own.path, sorted(set(args.bits))
     images, path = calibration_images(cfg, args.checkpoint, args.quiet)
@@ -84,7 +83,7 @@ def write(args, cfg, own):
     own.write('mixed_precision.py', config_text(suggestion(cfg, args.checkpoint, overrides)).encode())
     with own.writing('sensitivity.png') as path:
         sensitivity_bars(rows, bits).savefig(path, dpi=120)
-    own.write('sensitivity.json', as_json(result))
+    own.write_json('sensitivity.json', result)
     if args.json:
         write_json(result, args.json)
     if args.quiet:

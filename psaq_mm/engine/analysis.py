@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..files import OwnedFolder, as_data, as_json, read_json
+from ..files import OwnedFolder, as_data, read_json
 from ..models import beyond_features, extract_features, quantize_model
 from ..quantization import (
     ACTIVATION,
@@ -188,8 +188,8 @@ class Analysis:
         written = time.monotonic()
 
         def keep():
-            folder.write(MEASURED, as_json(dict(
-                inputs=inputs, errors=[[*key, error] for key, error in self.errors.items()])))
+            folder.write_json(MEASURED, dict(
+                inputs=inputs, errors=[[*key, error] for key, error in self.errors.items()]))
 
         for number, width in enumerate(bits):
             model = self.model(self.at(width, width))

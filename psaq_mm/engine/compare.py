@@ -11,7 +11,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 from ..errors import UserError
-from ..files import OwnedFolder, as_data, as_json, read_json
+from ..files import OwnedFolder, as_data, read_json
 from ..report import WRITTEN
 from ..stanza import QuantizationConfig
 from .checkpoint import in_own_layout, versions
@@ -72,9 +72,9 @@ def _done(folder: OwnedFolder, inputs: dict, work: Callable[[bool], dict], files
     saved = read_json(folder.path / 'compared.json')
     if saved.get('inputs') == inputs and 'result' in saved and all((folder.path / name).exists() for name in files):
         return saved['result']
-    folder.write('compared.json', as_json(dict(inputs=inputs)))
+    folder.write_json('compared.json', dict(inputs=inputs))
     result = work(saved.get('inputs') == inputs and was_interrupted(folder.path))
-    folder.write('compared.json', as_json(dict(inputs=inputs, result=result)))
+    folder.write_json('compared.json', dict(inputs=inputs, result=result))
     return result
 
 

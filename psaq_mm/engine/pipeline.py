@@ -16,7 +16,7 @@ from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
 from ..errors import UserError, doing
-from ..files import OwnedFolder, as_json
+from ..files import OwnedFolder
 from ..models import (
     class_counts,
     nothing_fetched,
@@ -356,7 +356,7 @@ def _quantize(cfg, folder, checkpoint, resume, amp, eval_float, eval_quantized, 
         with explained_failures(cfg, quantization):
             folder.remove('report.html')
             folder.write(test_path.name, tested.encode())
-            folder.write('metrics.json', as_json(result))
+            folder.write_json('metrics.json', result)
     barrier()
     failure = None
     if gap:
@@ -387,7 +387,7 @@ def report(runner: Runner, cfg: Config, folder: OwnedFolder, result: dict) -> No
 
     A report that fails is one warning: the model is finished by then.
     """
-    folder.write('metrics.json', as_json(result))
+    folder.write_json('metrics.json', result)
     started = time.perf_counter()
     try:
         measured = measure(runner, folder)
@@ -403,7 +403,7 @@ def report(runner: Runner, cfg: Config, folder: OwnedFolder, result: dict) -> No
             show_report(runner, result, figures)
         except Exception:  # of a Visualizer, which may be the user's own
             runner.logger.warning('The report could not be shown to the visualizer:', exc_info=True)
-    folder.write('metrics.json', as_json(result))
+    folder.write_json('metrics.json', result)
 
 
 def with_stanza(cfg: Config, **changes) -> Config:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from ..files import OwnedFolder, as_json, write_json
+from ..files import OwnedFolder, write_json
 
 # Metrics that people know: their name, and what makes a percentage of them.
 METRICS = {
@@ -163,7 +163,7 @@ def write_comparison(results: dict, folder, title: str, json_path: str | None = 
     own.write('table.md', f'{title}: {scope_of(results)}\n\n{text}'.encode())
     with own.writing('grid.png') as path:
         plot_comparison(results, title).savefig(path, dpi=120)
-    own.write('metrics.json', as_json(results))
+    own.write_json('metrics.json', results)
     if json_path:
         write_json(results, json_path)
     table = comparison_table(results, title)
