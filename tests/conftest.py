@@ -12,6 +12,11 @@ DEMO_CONFIG = ROOT / 'demo' / 'mask_rcnn_swin_mini_scenes.py'
 DEMO_CHECKPOINT = ROOT / 'demo' / 'mask_rcnn_swin_mini_scenes.pth'
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with the longest tests, those with a time limit of their own: at the end they would run on one core."""
+    items.sort(key=lambda item: item.get_closest_marker('timeout') is None)
+
+
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.manual_seed(0)
