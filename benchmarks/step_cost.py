@@ -129,8 +129,9 @@ def synthesis_case(path, batch, size, device, options, amp=False):
         features = extract_features(model, image)
         torch.autograd.grad(sum(f.sum() for f in features), image)
 
-    loop.synthesis_step(random.Random(0))
-    return bare, lambda: loop.synthesis_step(random.Random(0))
+    step = loop.find('synthesis').step
+    step(random.Random(0))
+    return bare, lambda: step(random.Random(0))
 
 
 def student_case(path, batch, size, device, options, amp=False):
@@ -140,8 +141,9 @@ def student_case(path, batch, size, device, options, amp=False):
 
     from psaq_mm.models import extract_features
     loop, model = loop_of(path, batch, size, device, options, amp)
-    loop.calibrate()
-    loop.start_game()
+    loop.find('calibration').start()
+    stage = loop.find('game')
+    stage.start()
     names = tuple(f'{t}.' for t in loop.targets)
     parameters = [p for n, p in model.named_parameters() if n.startswith(names)]
     model.requires_grad_(False)
@@ -157,7 +159,7 @@ def student_case(path, batch, size, device, options, amp=False):
         torch.stack([*map(mse_loss, extract_features(model, image, loop.heads), aim)]).mean().backward()
         adam.step()
 
-    game = loop.game
+    game = stage.game
     assert all(len(o.images) == batch for o in game.optimizers)
 
     def first():

@@ -118,15 +118,15 @@ def test_a_comparison_goes_on_where_it_was_killed(small_config, tmp_path, killed
 
 
 def test_a_batch_ends_early_when_its_entropy_ceases_to_rise(small_config, tmp_path, monkeypatch, killed_at):
-    from psaq_mm.engine import DataFreeLoop
-    monkeypatch.setattr('psaq_mm.engine.loop.PLATEAU', 1e9)  # no rise counts
-    steps, original = [], DataFreeLoop.synthesis_step
+    from psaq_mm.engine.stages import SynthesisStage
+    monkeypatch.setattr('psaq_mm.engine.stages.synthesis.PLATEAU', 1e9)  # no rise counts
+    steps, original = [], SynthesisStage.step
 
     def counted(self, rng):
-        steps.append(self._iter)
+        steps.append(self.index)
         return original(self, rng)
 
-    monkeypatch.setattr(DataFreeLoop, 'synthesis_step', counted)
+    monkeypatch.setattr(SynthesisStage, 'step', counted)
     stanza = {'synthesis.steps': 20, 'synthesis.patience': 2}
     run(config(small_config, tmp_path / 'whole', **stanza))
     assert steps == [0, 1, 2, 20, 21, 22]
@@ -459,9 +459,9 @@ def learning_rates(monkeypatch, cfg, **kwargs):
     rates = []
     original = loop.DataFreeLoop.iteration
 
-    def watched(self, step):
+    def watched(self):
         rates.append(self.runner.optim_wrapper.get_lr()['lr'][0])
-        original(self, step)
+        original(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.DataFreeLoop, 'iteration', watched)

@@ -269,30 +269,30 @@ def test_an_evaluation_that_fails_loses_nothing(small_config, tmp_path, scenes):
 
 DYING = """
 import os, runpy, sys
-from psaq_mm.engine import DataFreeLoop
 from psaq_mm.engine.pipeline import RUN, explained_failures
 from psaq_mm.errors import UserError
+from psaq_mm.engine.stages import {stage}
 from psaq_mm.stanza import QuantizationConfig
-original = DataFreeLoop.{step}
+original = {stage}.step
 
 def dies(self, rng):
-    if os.environ['RANK'] == '1' and self.iter >= {at}:
+    if os.environ['RANK'] == '1' and self.loop.iter >= {at}:
         {death}
     return original(self, rng)
 
-DataFreeLoop.{step} = dies
+{stage}.step = dies
 sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name='__main__')
 """
 
 
-@pytest.mark.parametrize('step, at, death, words', [
-    ('game_step', 6, "raise UserError('rank 1 has had enough')", 'error: rank 1 has had enough'),
-    ('synthesis_step', 2, 'os.kill(os.getpid(), 9)', r'exitcode\s*: -9')])
-def test_a_process_that_dies_ends_the_job_with_its_error(small_config, tmp_path, step, at, death, words):
+@pytest.mark.parametrize('stage, at, death, words', [
+    ('GameStage', 6, "raise UserError('rank 1 has had enough')", 'error: rank 1 has had enough'),
+    ('SynthesisStage', 2, 'os.kill(os.getpid(), 9)', r'exitcode\s*: -9')])
+def test_a_process_that_dies_ends_the_job_with_its_error(small_config, tmp_path, stage, at, death, words):
     script = tmp_path / 'dying.py'
-    script.write_text(DYING.format(step=step, at=at, death=death))
+    script.write_text(DYING.format(stage=stage, at=at, death=death))
     started = time.monotonic()
     done = torchrun(small_config, tmp_path / 'out', '--no-eval', script=(script, TOOL), check=False)
     assert done.returncode and re.search(words, done.stderr), done.stderr

@@ -478,21 +478,22 @@ def test_a_visualizer_that_cannot_show_the_report_loses_nothing(small_config, tm
 
 @pytest.mark.slow
 def test_a_run_that_was_interrupted_reports_all_of_itself(small_config, tmp_path, monkeypatch):
-    from psaq_mm.engine import DataFreeLoop, quantize, reporting
+    from psaq_mm.engine import quantize, reporting
+    from psaq_mm.engine.stages import GameStage
     cfg = Config.fromfile(small_config)
     cfg.work_dir = str(tmp_path)
     cfg.quantization.report = dict(images=0)
     cfg.default_hooks.checkpoint = dict(by_epoch=False, interval=3)
-    histories, play = [], DataFreeLoop.game_step
+    histories, play = [], GameStage.step
 
     def stops(self, rng):
-        if self.iter == 13:
+        if self.loop.iter == 13:
             raise KeyboardInterrupt
         return play(self, rng)
 
     monkeypatch.setattr(reporting.figures, 'entropy_curve', lambda history, steps: histories.append(history))
     with monkeypatch.context() as context:
-        context.setattr(DataFreeLoop, 'game_step', stops)
+        context.setattr(GameStage, 'step', stops)
         with pytest.raises(KeyboardInterrupt):
             quantize(cfg, eval_float=False, eval_quantized=False)
     quantize(cfg, resume=True, eval_float=False, eval_quantized=False)

@@ -89,12 +89,8 @@ class DisplayHook(Hook):
         self.display = display
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        loop = runner.train_loop
-        before = loop.synthesis_iters
-        if loop.iter < before:
-            self.display.show('synthesis', loop.iter + 1, before, outputs)
-        else:
-            self.display.show('game', loop.iter + 1 - before, loop.game_iters, outputs)
+        stage = runner.train_loop.stage
+        self.display.show(stage.name, stage.index + 1, stage.updates, outputs)
 
     def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         self.display.show('evaluation', batch_idx + 1, len(runner.test_dataloader))

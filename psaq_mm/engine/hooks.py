@@ -168,20 +168,10 @@ class SyntheticImageHook(Hook):
         low, high = loop.low.cpu(), loop.high.cpu()
         return [picture for batch in batches for picture in to_pixels(batch.cpu(), low, high, bgr)]
 
-    @staticmethod
-    def current(loop):
-        """The image batches as they are at this moment."""
-        batches = list(loop.images)
-        if loop.game is not None:
-            batches = [o.images.detach() for o in loop.game.optimizers] + list(loop.game.holdout)
-        elif loop.optimizer is not None:
-            batches[loop.iter // loop.quantization.synthesis.steps] = loop.optimizer.images.detach()
-        return batches
-
     @master_only
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         if self.every_n_train_iters(runner, self.interval):
-            pictures = self.pictures(runner, self.current(runner.train_loop))
+            pictures = self.pictures(runner, runner.train_loop.stage.images())
             runner.visualizer.add_image('synthetic', grid(pictures), step=runner.iter + 1)
 
     def after_train(self, runner):
@@ -189,7 +179,7 @@ class SyntheticImageHook(Hook):
         if loop.quantization.synthesis.method == 'real':
             return
         shards = dist.all_gather_object([[b.cpu() for b in batches]
-                                         for batches in (self.current(loop), loop.noise, loop.images)])
+                                         for batches in (loop.stage.images(), loop.noise, loop.images)])
         # Processes took turns in taking batches: so that as many of them take them in the same order again.
         self.write(runner, *([batch for turn in zip_longest(*(shard[kind] for shard in shards)) for batch in turn
                               if batch is not None] for kind in range(3)))
@@ -265,7 +255,6 @@ class QuantizedCheckpointHook(Hook):
     @master_only
     def after_train(self, runner):
         loop = runner.train_loop
-        game = loop.game and dict(initial=loop.game.initial, best=loop.game.best, turns=loop.game.turns)
         path = save_quantized(bare(runner.model), results_of(runner, self.folder), loop.quantization,
-                              self.dataset_meta, seed=runner.seed, game=game)
+                              self.dataset_meta, seed=runner.seed, **loop.summaries)
         runner.logger.info(f'The quantized checkpoint is {path}')

@@ -1,15 +1,14 @@
 """The data-free loop: noise -> images -> calibration -> game -> quantized model, one mmengine iteration an update.
 
-Read :meth:`DataFreeLoop.run` from top to bottom for the whole method.
+:mod:`psaq_mm.engine.stages` holds what happens; the loop takes the stages one after the other.
 """
 from __future__ import annotations
 
 import datetime
-import math
 import random
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -31,43 +30,15 @@ from ..models import (
     scope,
     similarity_taps,
 )
-from ..quantization import (
-    FakeQuantizer,
-    Mode,
-    calibrate,
-    quantizers,
-    search_weight_ranges,
-    set_mode,
-    unused_quantizers,
-)
+from ..quantization import Mode, quantizers, set_mode, unused_quantizers
 from ..registry import LOOPS
-from ..stanza import ROOT, QuantizationConfig, reads_pixels
-from ..synthesis import Game, ImageOptimizer, PatchSimilarityTap, learning_rate, objective, valid_range
+from ..stanza import ROOT, QuantizationConfig
+from ..synthesis import PatchSimilarityTap, valid_range
 from .checkpoint import load_float, load_safely, read_checkpoint
+from .stages import STAGES, Stage
 
 QUANTIZER_STATE = ('_quantizer.scale', '_quantizer.zero_point')  # ends of names
-OPERANDS = ('input_quantizer', 'a_quantizer', 'b_quantizer')  # whose ranges the game may learn
 SILENCE = 30  # seconds after which a line says how far a stage without iterations is; our choice
-PLATEAU = 0.01  # nats a block: a rise of the entropy that counts for synthesis.patience; our choice
-
-
-def reduce_range(low, high, merge):
-    """Joins the ranges that the processes observed: their extremes or their mean."""
-    if dist.get_world_size() == 1:
-        return low, high
-    low, high = low.clone(), high.clone()
-    dist.all_reduce(low, 'min' if merge == 'extreme' else 'mean')
-    dist.all_reduce(high, 'max' if merge == 'extreme' else 'mean')
-    return low, high
-
-
-def mean_over_processes(value: float) -> float:
-    """The mean of a number over all processes."""
-    if dist.get_world_size() == 1:
-        return value
-    value = torch.tensor(value, device=dist.get_comm_device())
-    dist.all_reduce(value, 'mean')
-    return value.item()
 
 
 def read_images(path: str, key: str = f'{ROOT}.synthesis.reuse', name: str = 'synthetic.pt') -> list[torch.Tensor]:
@@ -94,8 +65,20 @@ def read_images(path: str, key: str = f'{ROOT}.synthesis.reuse', name: str = 'sy
 class DataFreeLoop(BaseLoop):
     """Quantizes the runner's model without data, as ``runner.train()``.
 
-    Needs :class:`QuantizationHook` (converts the model before the run). Iterations: first ``steps`` for each batch of
-    images, then those of the game.
+    Needs :class:`QuantizationHook` (converts the model before the run). Iterations are the updates of the stages, one
+    stage after the other.
+
+    Attributes:
+        stages (list[Stage]): Those that the stanza asks for, in their order.
+        stage (Stage): The present one; after the run the last one.
+        student, teacher (nn.Module): The model to quantize, and its full-precision copy.
+        images, noise (list[Tensor]): Batches, (B, C, H, W) each, in the model's input space; what they came from.
+        low, high (Tensor): Valid pixel range, (1, C, 1, 1).
+        tap (PatchSimilarityTap | None): On the teacher's backbone, where images are synthesised.
+        heads (bool): Whether features go on to the heads' raw outputs.
+        history (list[dict]): What the report draws: the numbers of each update, its stage and number in it.
+        minutes (dict[str, float]): Of each stage.
+        summaries (dict[str, dict]): What finished stages say of themselves.
 
     Args:
         runner (Runner): The runner.
@@ -111,26 +94,23 @@ class DataFreeLoop(BaseLoop):
         self.checkpoint = checkpoint
         self.amp = amp
         self._epoch = self._iter = 0
-        synthesis = self.quantization.synthesis
-        self.synthesized = synthesis.method.startswith('psaq')
-        wanted = self.synthesized and not synthesis.reuse
-        self.synthesis_iters = len(self.dataloader) * synthesis.steps if wanted else 0
-        self.game_iters = self.quantization.game.steps if synthesis.method == 'psaq_v2' else 0
-        self.images, self.noise = [], []
-        self.history = []  # what the report draws: the numbers of each update, its stage and number in it
-        self.optimizer = self.game = self.restored = None
-        self.plateau, self.ranges, self.uncached = {}, {}, []
-        self.minutes = dict(synthesis=0.0, calibration=0.0, game=0.0)
+        self.synthesized = self.quantization.synthesis.method.startswith('psaq')
+        self.images, self.noise, self.history = [], [], []
+        self.tap = self.restored = None
+        self.stages = [kind(self) for kind in STAGES if kind.wanted(self)]
+        self.stage = self.stages[0]
+        self.minutes = {kind.name: 0.0 for kind in STAGES}
+        self.summaries = {}
 
     epoch = property(lambda self: self._epoch)
     iter = property(lambda self: self._iter)
     max_epochs = property(lambda self: 1)
-    max_iters = property(lambda self: self.synthesis_iters + self.game_iters)
+    max_iters = property(lambda self: sum(stage.updates for stage in self.stages))
 
     # -- the method ------------------------------------------------------------------------------------------------
 
     def run(self):
-        """Runs what is left of all stages.
+        """Run what is left of all stages.
 
         Returns:
             nn.Module: The quantized model.
@@ -138,46 +118,51 @@ class DataFreeLoop(BaseLoop):
         self.prepare()
         self.runner.call_hook('before_train')
         self.runner.call_hook('before_train_epoch')
-        if self.synthesis_iters:
-            self.announce(f'synthesis of {sum(map(len, self.images))} images in {len(self.images)} batches', 1)
-            while self._iter < self.synthesis_iters:
-                self.iteration(self.synthesis_step)
-        if not self.is_calibrated():
-            self.announce(f'calibration on {sum(map(len, self.images))} images', 2)
-            self.calibrate()
-        if self.game_iters:
-            self.start_game()
-        if self.game_iters:
-            while self._iter < self.max_iters:
-                self.iteration(self.game_step)
-            self.finish_game()
+        for stage in self.stages[self.stages.index(self.stage):]:
+            self.stage = stage
+            with self.clock():
+                stage.start()
+            stage.restored = None
+            while stage.index < stage.updates:
+                self.iteration()
+            stage.finish()
+            summary = stage.summary()
+            if summary is not None:
+                self.summaries[stage.name] = summary
         self.runner.call_hook('after_train_epoch')
         self.runner.call_hook('after_train')
         return self.runner.model
 
-    def announce(self, what, stage):
-        if self._iter < (self.synthesis_iters if stage == 1 else self.max_iters) or stage == 2:
-            self.runner.logger.info(f'Stage {stage}/3: {what}')
-
-    def iteration(self, step):
-        """One update, between mmengine's hooks."""
+    def iteration(self):
+        """Make one update of the present stage, between mmengine's hooks."""
+        stage = self.stage
         self.runner.call_hook('before_train_iter', batch_idx=self._iter, data_batch=None)
-        stage = 'synthesis' if self._iter < self.synthesis_iters else 'game'
-        # counted within the stage: with images of an earlier run the game is the same
-        if stage == 'game':
-            rank, index = dist.get_rank(), self._iter - self.synthesis_iters
-        else:  # by the batch: however many processes share the batches, each becomes what it would
-            batch, update = divmod(self._iter, self.quantization.synthesis.steps)
-            batch = batch * dist.get_world_size() + dist.get_rank()
-            rank, index = 0, batch * self.quantization.synthesis.steps + update
-        rng = random.Random(f'{self.runner.seed}-{rank}-{index}')
-        started = time.perf_counter()
-        turn = self.game and self.game.turn
-        outputs = step(rng)
-        self.remember(stage, index, turn, outputs)
-        self.minutes[stage] += (time.perf_counter() - started) / 60
+        (rank, index), tags = stage.place(), stage.tags()
+        with self.clock():
+            outputs = stage.step(random.Random(f'{self.runner.seed}-{rank}-{index}'))
+        if outputs:
+            self.history.append(dict(outputs, stage=stage.name, index=index, **tags))
         self.runner.call_hook('after_train_iter', batch_idx=self._iter, data_batch=None, outputs=outputs)
         self._iter += 1
+
+    def skip(self, updates: int) -> None:
+        """Leave out so many of the next updates."""
+        self._iter += updates
+
+    def updates_before(self, stage: Stage) -> int:
+        """Return how many updates precede a stage."""
+        return sum(other.updates for other in self.stages[:self.stages.index(stage)])
+
+    def find(self, name: str) -> Stage | None:
+        """Return the stage of a name, or None if the run has none."""
+        return next((stage for stage in self.stages if stage.name == name), None)
+
+    @contextmanager
+    def clock(self):
+        """Add the time within to the minutes of the present stage."""
+        started = time.perf_counter()
+        yield
+        self.minutes[self.stage.name] += (time.perf_counter() - started) / 60
 
     def progress(self, stage: str, total: int) -> Callable[[], None]:
         """Return a function to call after each of so many steps that are no iterations.
@@ -203,14 +188,9 @@ class DataFreeLoop(BaseLoop):
 
         return step
 
-    def remember(self, stage, index, turn, numbers):
-        """Adds an update to the history."""
-        if numbers:
-            known = {key: value for key, value in numbers.items() if isinstance(value, (int, float))}
-            self.history.append(dict(known, stage=stage, index=index, **(dict(turn=turn) if turn else {})))
-
     def prepare(self):
-        """Student in place, teacher beside it, images at their start or where the interrupted run left them."""
+        """Put the student in place, the teacher beside it, images at their start or where an interrupted run left them.
+        """
         model = self.runner.model
         self.student = model.module if is_model_wrapper(model) else model
         if not quantizers(self.student):
@@ -232,15 +212,13 @@ class DataFreeLoop(BaseLoop):
                 checkpoint_blocks(backbone_of(player))
         self.low, self.high = (v.to(self.device) for v in valid_range(*pixel_statistics(self.student)))
         self.load_images()
-        if self.game_iters and sum(map(len, self.images)) < 2:
-            raise UserError(f'{ROOT}.synthesis: each process needs at least 2 images for the game, one evolves and one '
-                            'is held back: raise num_images or start fewer processes')
+        for stage in self.stages:
+            stage.prepare()
         self.heads = beyond_features(self.targets)
         unused = unused_quantizers(self.student, self.first_features)
         if unused:
             raise UserError(f"'{unused[0]}' (and {len(unused) - 1} more) never runs when features are computed, so it "
                             f'cannot be calibrated: keep it in float ({ROOT}.keep_float) or take it out of the targets')
-        self.tap = None
         if self.synthesized:
             self.tap = self.new_tap()
         if self.restored is not None:
@@ -330,279 +308,36 @@ class DataFreeLoop(BaseLoop):
         with self.precision():
             (tap or self.tap).run(backbone_of(self.teacher), images)
 
-    def synthesis_step(self, rng):
-        """One update of one batch of images towards higher patch-similarity entropy."""
-        config = self.quantization.synthesis
-        index, step = divmod(self._iter, config.steps)
-        if step == 0:
-            self.plateau = dict(entropy=-math.inf, since=0)
-        if self.has_plateaued():
-            return {}  # other processes still work on theirs
-        if self.optimizer is None:
-            start = self.images[index]
-            if index and config.warm_start and self.images[index - 1].shape == start.shape:
-                start = start.lerp(self.images[index - 1], config.warm_start)
-            self.optimizer = ImageOptimizer(start, self.low, self.high, config.lr)
-            if self.restored is not None and self.restored['optimizer'] is not None:
-                self.optimizer.load_state_dict(self.restored['optimizer'])
-                self.restored['optimizer'] = None
-        log = {}
-
-        def lowered(images):
-            loss, numbers = objective(images, self.run_teacher, self.tap, config, rng)
-            log.update(numbers)
-            return loss
-
-        self.optimizer.step(lowered, learning_rate(step, config))
-        self.follow(log['entropy'])
-        if self.has_plateaued() and dist.get_world_size() == 1:
-            self._iter += config.steps - 1 - step  # the steps that are left do not take place
-        if self.has_plateaued() or step == config.steps - 1:
-            self.images[index] = self.optimizer.images.detach()
-            self.optimizer = None
-        return log
-
-    def follow(self, entropy):
-        """Takes note of the entropy of the batch, in nats a block."""
-        if entropy > self.plateau['entropy'] + PLATEAU:
-            self.plateau = dict(entropy=entropy, since=0)
-        else:
-            self.plateau['since'] += 1
-
-    def has_plateaued(self):
-        """Whether the entropy of the batch has ceased to rise."""
-        patience = self.quantization.synthesis.patience
-        return patience is not None and self.plateau['since'] >= patience
-
-    def is_calibrated(self):
-        return all(q.calibrated for q in quantizers(self.student).values())
-
-    def calibrate(self):
-        """Choose all scales from the images, as the float student sees them."""
-        step = self.progress('calibration', len(self.images))
-
-        def run():
-            for batch in self.images:
-                extract_features(self.student, batch, self.heads)  # in float32 even with amp, as inference will be
-                step()
-
-        started = time.perf_counter()
-        calibrate(self.student, run, reduce_range)
-        self.minutes['calibration'] = (time.perf_counter() - started) / 60
-
-    def start_game(self):
-        """Sets the players up; a resumed run takes its seat where it left.
-
-        There is no game where nothing that is compared depends on what may change, as with the heads of two-stage
-        detectors alone as targets.
-        """
-        started = time.perf_counter()
-        config, synthesis = self.quantization.game, self.quantization.synthesis
-        evolving, held = self.split(config.holdout)
-        names = tuple(f'{t}.' for t in self.targets)
-        inside = {n: p for n, p in self.student.named_parameters() if n.startswith(names)}
-        # A frozen stage stays as it is. Where all is frozen, as in the teacher of a semi-supervised model, nothing is.
-        parameters = {n: p for n, p in inside.items() if p.requires_grad} or inside
-        for name, parameter in self.student.named_parameters():
-            parameter.requires_grad_(name in parameters)
-        parameters.update(self.learn_ranges(names))
-        compared = self.depended_on(parameters)
-        if compared:
-            compared |= self.uncache({n: p for n, p in parameters.items() if p not in compared})
-        if not compared:
-            self.runner.logger.warning('No game: features and raw outputs do not depend on any weight of the targets '
-                                       f'({", ".join(self.targets)}), which stay as they are')
-            self.game_iters = 0
-            self.fix_ranges()
-            return
-        self.game = Game(config, synthesis, self.features(self.teacher), self.features(self.student), self.tap,
-                         parameters, self.update_student, evolving, held, self.low, self.high, mean_over_processes)
-        if self.restored is not None and self.restored['game'] is not None:
-            self.game.load_state_dict(self.restored['game'])
-        else:
-            self.game.start(self.progress('comparison', len(evolving) + len(held)))
-            if not math.isfinite(self.game.initial):
-                raise UserError('the teacher or the calibrated student gives features that are no finite numbers on '
-                                'the synthetic images. Try without --amp; check the checkpoint')
-            if config.weight_ranges == 'mse':
-                restore = search_weight_ranges(self.student, compared, self.progress)
-                found = self.game.consider()
-                worse = found > self.game.best
-                if worse:
-                    restore()
-                self.runner.logger.info(
-                    f'Weight ranges of least squared error {"put back" if worse else "kept"}: '
-                    f'discrepancy on held-back images {self.game.initial:.4f} -> {found:.4f}')
-            self.minutes['game'] += (time.perf_counter() - started) / 60
-            self.announce(f'game, discrepancy of the plain calibration {self.game.initial:.4f} on held-back images', 3)
-
-    def depended_on(self, parameters):
-        """Those that anything compared depends on; the rest of the targets stays as calibrated."""
-        maps = []
-        maps.extend(self.features(self.student)(self.images[0][:1], maps.append))
-        maps = [m for m in maps if m.requires_grad]
-        if not maps:
-            return set()
-        parameters = list(parameters.values())
-        grads = torch.autograd.grad([m.float().sum() for m in maps], parameters, allow_unused=True)
-        return {p for p, grad in zip(parameters, grads) if grad is not None}
-
-    def uncache(self, parameters):
-        """Makes modules that keep what they computed of a parameter, while they do not train, compute it each time.
-
-        A module is told that it trains, and keeps to that only if nothing it puts out changes. What the features do not
-        depend on even then stays as calibrated, and the log says so.
-
-        Args:
-            parameters (dict[str, Tensor]): That features do not depend on, by name.
-
-        Returns:
-            set[Tensor]: Those that they depend on now.
-        """
-        names = {name.rpartition('.')[0] for name in parameters}
-        owners, found = {}, set()
-        for name, module in self.student.named_modules():
-            if name in names and not isinstance(module, (torch.nn.modules.batchnorm._BatchNorm, FakeQuantizer)):
-                owners.setdefault(type(module), []).append(module)
-        image = self.images[0][:1]
-        for modules in owners.values():
-            with torch.no_grad():
-                expected = self.features(self.student)(image)
-                for module in modules:
-                    module.training = True
-                same = all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(
-                    expected, self.features(self.student)(image)))
-            reached = self.depended_on(parameters) - found if same else set()
-            found |= reached
-            if reached:
-                self.uncached += modules
-            else:
-                for module in modules:
-                    module.training = False
-        left = [name for name, p in parameters.items() if p not in found and not name.endswith('.stretch')]
-        if left:
-            self.runner.logger.info(f'{len(left)} parameters of the targets stay as they are, since neither features '
-                                    f"nor raw outputs depend on them: {', '.join(left[:3])}"
-                                    + ', ...' * (len(left) > 3))
-        return found
-
-    def learn_ranges(self, targets):
-        """Makes the ranges of activations trainable where the stanza wants it.
-
-        Only those of operands of products: residual sums and logits carry outliers that synthetic images may lack. Not
-        that of the pixels, which is known.
-
-        Args:
-            targets (tuple[str]): Beginnings of names.
-
-        Returns:
-            dict[str, Tensor]: What the game trains, by name.
-        """
-        lr = self.quantization.game.range_lr
-        self.ranges = {name: quantizer for name, quantizer in quantizers(self.student).items()
-                       if lr and name.startswith(targets) and name.rpartition('.')[2] in OPERANDS
-                       and not reads_pixels(self.student.get_submodule(name.rpartition('.')[0]))}
-        if not self.ranges:
-            return {}
-        stretches = {f'{name}.stretch': q.learn_range() for name, q in self.ranges.items()}
-        self.range_adam = torch.optim.Adam(stretches.values(), lr=lr, fused=True)
-        if self.restored is not None and self.restored['ranges'] is not None:
-            for stretch, saved in zip(stretches.values(), self.restored['ranges']['stretches']):
-                stretch.data.copy_(saved)
-            self.range_adam.load_state_dict(self.restored['ranges']['adam'])
-        return stretches
-
-    def fix_ranges(self):
-        """Makes the learned ranges those of the model."""
-        for quantizer in self.ranges.values():
-            quantizer.fix_range()
-        self.ranges = {}
-
-    def split(self, holdout):
-        """Divides the images into evolving and held-back batches."""
-        total = sum(map(len, self.images))
-        hold = min(max(1, round(holdout * total)), total - 1)
-        evolving, held = [], []
-        for batch in reversed(self.images):
-            take = min(hold, len(batch))
-            hold -= take
-            if take:
-                held.insert(0, batch[len(batch) - take:])
-            if take < len(batch):
-                evolving.insert(0, batch[:len(batch) - take])
-        return evolving, held
-
-    def update_student(self, loss):
-        """One optimiser step on the student, gradients averaged over processes."""
-        wrapper = self.runner.optim_wrapper
-        wrapper.backward(loss)
-        dist.all_reduce_params([p.grad for p in self.game.parameters.values() if p.grad is not None], op='mean')
-        wrapper.step()
-        wrapper.zero_grad()
-        if self.ranges:
-            self.range_adam.step()
-            self.range_adam.zero_grad()
-
-    def game_step(self, rng):
-        """One update of the game, the student's learning rates on half a cosine down to a hundredth."""
-        done = (self._iter - self.synthesis_iters) / self.game_iters
-        share = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
-        for group in self.runner.optim_wrapper.param_groups:
-            group['lr'] = self.quantization.student_lr * share
-        if self.ranges:
-            self.range_adam.param_groups[0]['lr'] = self.quantization.game.range_lr * share
-        log = self.game.step(rng)
-        if not math.isfinite(log['ratio']):
-            self.runner.logger.warning(
-                f'The game ends early, at update {self._iter - self.synthesis_iters + 1}: the discrepancy became '
-                f"{log['ratio']}. The best student until then is kept. If it is not good enough, try without --amp, or "
-                f'a smaller {ROOT}.game.student_lr or {ROOT}.game.range_lr')
-            self._iter = self.max_iters - 1
-        if 'entropy' in log:
-            log['entropy'] /= self.tap.count
-        return log
-
-    def finish_game(self):
-        """Keeps the best student."""
-        game = self.game
-        game.finish()
-        self.fix_ranges()
-        for module in self.uncached:  # as at the end of a training: what was kept is forgotten
-            module.train()
-            module.eval()
-        self.runner.logger.info(
-            f'Game over after {game.turns} turns, {game.student_updates} student and '
-            f'{game.image_updates} image updates: discrepancy on held-back images '
-            f'{game.initial:.4f} -> {game.best:.4f}')
-
     # -- resume ----------------------------------------------------------------------------------------------------
 
     def state_dict(self):
-        """All that the model's and the optimiser's state don't hold."""
+        """Return all that the model's and the optimiser's state don't hold."""
         return dict(
             images=[batch.detach().cpu() for batch in self.images],
-            optimizer=self.optimizer and self.optimizer.state_dict(),
-            plateau=dict(self.plateau),
-            ranges=self.ranges and dict(stretches=[q.stretch.detach() for q in self.ranges.values()],
-                                        adam=self.range_adam.state_dict()) or None,
-            game=self.game and self.game.state_dict(),
+            stage=self.stage.name,
+            state=self.stage.state_dict(),
+            updates={stage.name: stage.updates for stage in self.stages},
             minutes=dict(self.minutes),
+            summaries=dict(self.summaries),
             history=list(self.history),
             settings=self.settings())
 
     def settings(self):
-        """What an interrupted run and the one that goes on from it must share: all but memory and the report."""
+        """Return what an interrupted run and the one that goes on from it must share: all but memory and the report."""
         stanza = self.quantization.to_dict()
         stanza['synthesis'].pop('checkpointing')
         stanza.pop('report')
         return dict(stanza, checkpoint=self.checkpoint, seed=self.runner.seed, amp=self.amp)
 
     def load_state_dict(self, state):
-        """Takes the state in; :meth:`prepare` and the stages put it in place.
+        """Take the state in; :meth:`prepare` and the stages put it in place.
 
         Raises:
-            UserError: If the interrupted run had other settings.
+            UserError: If the interrupted run had other settings, or another version of psaq_mm.
         """
+        if 'stage' not in state:
+            raise UserError('--resume: an earlier version of psaq_mm began the run in this work dir. Finish it with '
+                            'that version, or start afresh without --resume')
         theirs, ours = state['settings'], self.settings()
         changed = sorted(key for key in ours if ours[key] != theirs.get(key))
         if changed:
@@ -610,6 +345,9 @@ class DataFreeLoop(BaseLoop):
                             + '; '.join(f'{key} was {theirs.get(key)!r}, is {ours[key]!r}' for key in changed)
                             + '). Restore them, or start afresh without --resume or with another --work-dir')
         self.restored = state
-        self.plateau = dict(state['plateau'])
-        self.minutes = dict(state['minutes'])
+        self.stage = self.find(state['stage'])
+        self.stage.restored = state['state']
+        for stage in self.stages:
+            stage.updates = state['updates'][stage.name]
+        self.minutes, self.summaries = dict(state['minutes']), dict(state['summaries'])
         self.history = list(state['history'])

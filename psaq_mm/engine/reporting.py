@@ -146,7 +146,7 @@ def gallery(runner) -> list[dict]:
     loop = runner.train_loop
     if loop.quantization.synthesis.method == 'real':  # not ours to pass on
         return []
-    images = SyntheticImageHook.pictures(runner, SyntheticImageHook.current(loop))
+    images = SyntheticImageHook.pictures(runner, loop.stage.images())
     starts = [None] * len(images)
     if loop.noise and loop.synthesized:
         starts = SyntheticImageHook.pictures(runner, loop.noise)
@@ -167,7 +167,7 @@ def draw_figures(runner, measured: dict) -> dict:
     drawn = dict(
         entropy=figures.entropy_curve(loop.history, loop.quantization.synthesis.steps),
         densities=figures.similarity_densities(measured['densities']),
-        game=figures.game_curve(loop.history, loop.game and loop.game.initial),
+        game=figures.game_curve(loop.history, loop.summaries.get('game', {}).get('initial')),
         layers=figures.layer_bars(measured['layers']),
         weights=figures.range_bars(measured['layers'], 'weight'),
         activations=figures.range_bars(measured['layers'], 'activation'))
@@ -191,8 +191,7 @@ def write_report(runner, cfg: Config, folder: OwnedFolder, result: dict, measure
     loop = runner.train_loop
     content = dict(result=result, layers=measured['layers'], gallery=gallery(runner), figures={
         name: figures.svg(figure) for name, figure in drawn.items()}, stanza=loop.quantization.to_dict(),
-        game=loop.game and dict(initial=loop.game.initial, best=loop.game.best, turns=loop.game.turns,
-                                student=loop.game.student_updates, images=loop.game.image_updates),
+        game=loop.summaries.get('game'),
         command=command(), config=str(cfg.filename or ''), title=Path(
             cfg.filename or folder.path).stem)
     return folder.write('report.html', page.render(content).encode())

@@ -1,0 +1,9 @@
+"""The stages of a data-free run, in their order. A new stage is one file here and one entry in STAGES."""
+from .base import Stage
+from .calibration import CalibrationStage
+from .game import GameStage
+from .synthesis import SynthesisStage
+
+STAGES = (SynthesisStage, CalibrationStage, GameStage)
+
+__all__ = ['STAGES', 'CalibrationStage', 'GameStage', 'Stage', 'SynthesisStage']

@@ -1,0 +1,93 @@
+"""What the loop, the hooks, the report and ``--resume`` know of a stage."""
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+from mmengine import dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..loop import DataFreeLoop
+
+
+class Stage:
+    """One part of a data-free run: its updates, its numbers for the log, its state for resume.
+
+    The loop makes the stages that are :meth:`wanted`, calls :meth:`prepare` of all before the work, and then, one stage
+    after the other, :meth:`start`, :meth:`step` as often as ``updates`` says, and :meth:`finish`. A stage without
+    updates does its work in :meth:`start`; an interrupted run does it again.
+
+    Attributes:
+        name (str): In the log, the history, the bar and ``metrics.json``.
+        updates (int): How many mmengine iterations the stage takes at most. :meth:`start` may lower it.
+        restored (dict | None): What :meth:`state_dict` gave in the run that was interrupted within this stage.
+
+    Args:
+        loop (DataFreeLoop): Holds what stages share: settings, teacher, student, images.
+    """
+    name = ''
+
+    def __init__(self, loop: DataFreeLoop):
+        self.loop, self.quantization = loop, loop.quantization
+        self.updates = 0
+        self.restored = None
+
+    @classmethod
+    def wanted(cls, loop: DataFreeLoop) -> bool:
+        """Return whether the settings ask for this stage."""
+        return True
+
+    @property
+    def index(self) -> int:
+        """The number of the present update within the stage, from 0."""
+        return self.loop.iter - self.loop.updates_before(self)
+
+    def prepare(self) -> None:
+        """Check what the stage needs, before any work.
+
+        Raises:
+            UserError: Where the stage cannot run with these settings.
+        """
+
+    def start(self) -> None:
+        """Set the stage up; after an interruption, put ``restored`` in place."""
+
+    def step(self, rng: random.Random) -> dict:
+        """Make one update.
+
+        Args:
+            rng (random.Random): Seeded for this update alone: an interrupted run draws the same numbers.
+
+        Returns:
+            dict[str, float]: Numbers for the log.
+        """
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Leave the result in the loop's images and student."""
+
+    def place(self) -> tuple[int, int]:
+        """Return the rank and the number that seed an update; the history counts by the latter."""
+        return dist.get_rank(), self.index
+
+    def tags(self) -> dict:
+        """Return what the history keeps of the coming update besides its numbers."""
+        return {}
+
+    def images(self) -> list[Tensor]:
+        """Return the image batches as they are at this moment, (B, C, H, W) each."""
+        return list(self.loop.images)
+
+    def summary(self) -> dict | None:
+        """Return what checkpoint and report say of the finished stage; None: nothing."""
+        return None
+
+    def state_dict(self) -> dict:
+        """Return what an interrupted run needs to go on within this stage."""
+        return {}
+
+    def announce(self, what: str) -> None:
+        """Tell the log that the stage begins."""
+        stages = self.loop.stages
+        self.loop.runner.logger.info(f'Stage {stages.index(self) + 1}/{len(stages)}: {what}')

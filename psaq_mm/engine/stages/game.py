@@ -1,0 +1,252 @@
+"""The game of PSAQ-ViT V2: images and student evolve against each other."""
+from __future__ import annotations
+
+import math
+
+import torch
+from mmengine import dist
+
+from ...errors import UserError
+from ...quantization import FakeQuantizer, quantizers, search_weight_ranges
+from ...stanza import ROOT, reads_pixels
+from ...synthesis import Game
+from .base import Stage
+
+OPERANDS = ('input_quantizer', 'a_quantizer', 'b_quantizer')  # whose ranges the game may learn
+
+
+def mean_over_processes(value: float) -> float:
+    """Return the mean of a number over all processes."""
+    if dist.get_world_size() == 1:
+        return value
+    value = torch.tensor(value, device=dist.get_comm_device())
+    dist.all_reduce(value, 'mean')
+    return value.item()
+
+
+class GameStage(Stage):
+    """Takes ``game.steps`` updates of images and student together, and keeps the best student.
+
+    There is no game where nothing that is compared depends on what may change, as with the heads of two-stage
+    detectors alone as targets.
+    """
+    name = 'game'
+
+    def __init__(self, loop):
+        super().__init__(loop)
+        self.updates = self.quantization.game.steps
+        self.game = None
+        self.ranges, self.uncached = {}, []
+
+    @classmethod
+    def wanted(cls, loop):
+        return loop.quantization.synthesis.method == 'psaq_v2' and loop.quantization.game.steps > 0
+
+    def prepare(self):
+        if sum(map(len, self.loop.images)) < 2:
+            raise UserError(f'{ROOT}.synthesis: each process needs at least 2 images for the game, one evolves and one '
+                            'is held back: raise num_images or start fewer processes')
+
+    def start(self):
+        loop, student = self.loop, self.loop.student
+        config, synthesis = self.quantization.game, self.quantization.synthesis
+        evolving, held = self.split(config.holdout)
+        names = tuple(f'{t}.' for t in loop.targets)
+        inside = {n: p for n, p in student.named_parameters() if n.startswith(names)}
+        # A frozen stage stays as it is. Where all is frozen, as in the teacher of a semi-supervised model, nothing is.
+        parameters = {n: p for n, p in inside.items() if p.requires_grad} or inside
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(name in parameters)
+        parameters.update(self.learn_ranges(names))
+        compared = self.depended_on(parameters)
+        if compared:
+            compared |= self.uncache({n: p for n, p in parameters.items() if p not in compared})
+        if not compared:
+            loop.runner.logger.warning('No game: features and raw outputs do not depend on any weight of the targets '
+                                       f'({", ".join(loop.targets)}), which stay as they are')
+            self.updates = 0
+            self.fix_ranges()
+            return
+        self.game = Game(config, synthesis, loop.features(loop.teacher), loop.features(student), loop.tap,
+                         parameters, self.update_student, evolving, held, loop.low, loop.high, mean_over_processes)
+        if self.restored is not None:
+            self.game.load_state_dict(self.restored['game'])
+            return
+        self.game.start(loop.progress('comparison', len(evolving) + len(held)))
+        if not math.isfinite(self.game.initial):
+            raise UserError('the teacher or the calibrated student gives features that are no finite numbers on '
+                            'the synthetic images. Try without --amp; check the checkpoint')
+        if config.weight_ranges == 'mse':
+            self.choose_weight_ranges(compared)
+        self.announce(f'game, discrepancy of the plain calibration {self.game.initial:.4f} on held-back images')
+
+    def choose_weight_ranges(self, weights):
+        """Give weights the ranges of least squared error, unless these are worse on the held-back images."""
+        restore = search_weight_ranges(self.loop.student, weights, self.loop.progress)
+        found = self.game.consider()
+        worse = found > self.game.best
+        if worse:
+            restore()
+        self.loop.runner.logger.info(
+            f'Weight ranges of least squared error {"put back" if worse else "kept"}: '
+            f'discrepancy on held-back images {self.game.initial:.4f} -> {found:.4f}')
+
+    def depended_on(self, parameters):
+        """Return those that anything compared depends on; the rest of the targets stays as calibrated."""
+        student, image = self.loop.features(self.loop.student), self.loop.images[0][:1]
+        maps = []
+        maps.extend(student(image, maps.append))
+        maps = [m for m in maps if m.requires_grad]
+        if not maps:
+            return set()
+        parameters = list(parameters.values())
+        grads = torch.autograd.grad([m.float().sum() for m in maps], parameters, allow_unused=True)
+        return {p for p, grad in zip(parameters, grads) if grad is not None}
+
+    def uncache(self, parameters):
+        """Make modules that keep what they computed of a parameter, while they do not train, compute it each time.
+
+        A module is told that it trains, and keeps to that only if nothing it puts out changes. What the features do not
+        depend on even then stays as calibrated, and the log says so.
+
+        Args:
+            parameters (dict[str, Tensor]): That features do not depend on, by name.
+
+        Returns:
+            set[Tensor]: Those that they depend on now.
+        """
+        names = {name.rpartition('.')[0] for name in parameters}
+        owners, found = {}, set()
+        for name, module in self.loop.student.named_modules():
+            if name in names and not isinstance(module, (torch.nn.modules.batchnorm._BatchNorm, FakeQuantizer)):
+                owners.setdefault(type(module), []).append(module)
+        image, features = self.loop.images[0][:1], self.loop.features(self.loop.student)
+        for modules in owners.values():
+            with torch.no_grad():
+                expected = features(image)
+                for module in modules:
+                    module.training = True
+                same = all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(expected, features(image)))
+            reached = self.depended_on(parameters) - found if same else set()
+            found |= reached
+            if reached:
+                self.uncached += modules
+            else:
+                for module in modules:
+                    module.training = False
+        left = [name for name, p in parameters.items() if p not in found and not name.endswith('.stretch')]
+        if left:
+            self.loop.runner.logger.info(
+                f'{len(left)} parameters of the targets stay as they are, since neither features '
+                f"nor raw outputs depend on them: {', '.join(left[:3])}" + ', ...' * (len(left) > 3))
+        return found
+
+    def learn_ranges(self, targets):
+        """Make the ranges of activations trainable where the stanza wants it.
+
+        Only those of operands of products: residual sums and logits carry outliers that synthetic images may lack. Not
+        that of the pixels, which is known.
+
+        Args:
+            targets (tuple[str]): Beginnings of names.
+
+        Returns:
+            dict[str, Tensor]: What the game trains, by name.
+        """
+        lr, student = self.quantization.game.range_lr, self.loop.student
+        self.ranges = {name: quantizer for name, quantizer in quantizers(student).items()
+                       if lr and name.startswith(targets) and name.rpartition('.')[2] in OPERANDS
+                       and not reads_pixels(student.get_submodule(name.rpartition('.')[0]))}
+        if not self.ranges:
+            return {}
+        stretches = {f'{name}.stretch': q.learn_range() for name, q in self.ranges.items()}
+        self.range_adam = torch.optim.Adam(stretches.values(), lr=lr, fused=True)
+        if self.restored is not None and self.restored['ranges'] is not None:
+            for stretch, saved in zip(stretches.values(), self.restored['ranges']['stretches']):
+                stretch.data.copy_(saved)
+            self.range_adam.load_state_dict(self.restored['ranges']['adam'])
+        return stretches
+
+    def fix_ranges(self):
+        """Make the learned ranges those of the model."""
+        for quantizer in self.ranges.values():
+            quantizer.fix_range()
+        self.ranges = {}
+
+    def split(self, holdout):
+        """Divide the images into evolving and held-back batches."""
+        images = self.loop.images
+        total = sum(map(len, images))
+        hold = min(max(1, round(holdout * total)), total - 1)
+        evolving, held = [], []
+        for batch in reversed(images):
+            take = min(hold, len(batch))
+            hold -= take
+            if take:
+                held.insert(0, batch[len(batch) - take:])
+            if take < len(batch):
+                evolving.insert(0, batch[:len(batch) - take])
+        return evolving, held
+
+    def update_student(self, loss):
+        """Take one optimiser step on the student, gradients averaged over processes."""
+        wrapper = self.loop.runner.optim_wrapper
+        wrapper.backward(loss)
+        dist.all_reduce_params([p.grad for p in self.game.parameters.values() if p.grad is not None], op='mean')
+        wrapper.step()
+        wrapper.zero_grad()
+        if self.ranges:
+            self.range_adam.step()
+            self.range_adam.zero_grad()
+
+    def step(self, rng):
+        """Make one update of the game, the student's learning rates on half a cosine down to a hundredth."""
+        loop = self.loop
+        share = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * self.index / self.updates))
+        for group in loop.runner.optim_wrapper.param_groups:
+            group['lr'] = self.quantization.student_lr * share
+        if self.ranges:
+            self.range_adam.param_groups[0]['lr'] = self.quantization.game.range_lr * share
+        log = self.game.step(rng)
+        if not math.isfinite(log['ratio']):
+            loop.runner.logger.warning(
+                f'The game ends early, at update {self.index + 1}: the discrepancy became '
+                f"{log['ratio']}. The best student until then is kept. If it is not good enough, try without --amp, or "
+                f'a smaller {ROOT}.game.student_lr or {ROOT}.game.range_lr')
+            loop.skip(self.updates - 1 - self.index)
+        if 'entropy' in log:
+            log['entropy'] /= loop.tap.count
+        return log
+
+    def tags(self):
+        return dict(turn=self.game.turn)
+
+    def finish(self):
+        """Keep the best student."""
+        if self.game is None:
+            return
+        game = self.game
+        game.finish()
+        self.fix_ranges()
+        for module in self.uncached:  # as at the end of a training: what was kept is forgotten
+            module.train()
+            module.eval()
+        self.loop.runner.logger.info(
+            f'Game over after {game.turns} turns, {game.student_updates} student and '
+            f'{game.image_updates} image updates: discrepancy on held-back images '
+            f'{game.initial:.4f} -> {game.best:.4f}')
+
+    def images(self):
+        if self.game is None:
+            return super().images()
+        return [o.images.detach() for o in self.game.optimizers] + list(self.game.holdout)
+
+    def summary(self):
+        game = self.game
+        return game and dict(initial=game.initial, best=game.best, turns=game.turns, student=game.student_updates,
+                             images=game.image_updates)
+
+    def state_dict(self):
+        return dict(game=self.game.state_dict(),
+                    ranges=self.ranges and dict(stretches=[q.stretch.detach() for q in self.ranges.values()],
+                                                adam=self.range_adam.state_dict()) or None)

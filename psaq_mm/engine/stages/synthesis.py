@@ -1,0 +1,98 @@
+"""Synthesis: batch after batch of noise becomes images of high patch-similarity entropy."""
+from __future__ import annotations
+
+import math
+
+from mmengine import dist
+
+from ...synthesis import ImageOptimizer, learning_rate, objective
+from .base import Stage
+
+PLATEAU = 0.01  # nats a block: a rise of the entropy that counts for synthesis.patience; our choice
+
+
+class SynthesisStage(Stage):
+    """Takes ``synthesis.steps`` updates for each batch of images."""
+    name = 'synthesis'
+
+    def __init__(self, loop):
+        super().__init__(loop)
+        self.updates = len(loop.dataloader) * self.quantization.synthesis.steps
+        self.optimizer = None
+        self.plateau = {}
+
+    @classmethod
+    def wanted(cls, loop):
+        synthesis = loop.quantization.synthesis
+        return synthesis.method.startswith('psaq') and not synthesis.reuse
+
+    def start(self):
+        images = self.loop.images
+        if self.restored is None:
+            self.announce(f'synthesis of {sum(map(len, images))} images in {len(images)} batches')
+            return
+        self.plateau = dict(self.restored['plateau'])
+        if self.restored['optimizer'] is not None:
+            self.optimizer = self.new_optimizer(images[self.index // self.quantization.synthesis.steps])
+            self.optimizer.load_state_dict(self.restored['optimizer'])
+
+    def place(self):
+        """By the batch: however many processes share the batches, each becomes what it would."""
+        steps = self.quantization.synthesis.steps
+        batch, update = divmod(self.index, steps)
+        batch = batch * dist.get_world_size() + dist.get_rank()
+        return 0, batch * steps + update
+
+    def new_optimizer(self, images):
+        """Return an optimiser of a batch (B, C, H, W)."""
+        return ImageOptimizer(images, self.loop.low, self.loop.high, self.quantization.synthesis.lr)
+
+    def step(self, rng):
+        """Raise the patch-similarity entropy of one batch of images by one update."""
+        loop, config = self.loop, self.quantization.synthesis
+        index, step = divmod(self.index, config.steps)
+        if step == 0:
+            self.plateau = dict(entropy=-math.inf, since=0)
+        if self.has_plateaued():
+            return {}  # other processes still work on theirs
+        if self.optimizer is None:
+            start = loop.images[index]
+            if index and config.warm_start and loop.images[index - 1].shape == start.shape:
+                start = start.lerp(loop.images[index - 1], config.warm_start)
+            self.optimizer = self.new_optimizer(start)
+        log = {}
+
+        def lowered(images):
+            loss, numbers = objective(images, loop.run_teacher, loop.tap, config, rng)
+            log.update(numbers)
+            return loss
+
+        self.optimizer.step(lowered, learning_rate(step, config))
+        self.follow(log['entropy'])
+        if self.has_plateaued() and dist.get_world_size() == 1:
+            loop.skip(config.steps - 1 - step)
+        if self.has_plateaued() or step == config.steps - 1:
+            loop.images[index] = self.optimizer.images.detach()
+            self.optimizer = None
+        return log
+
+    def follow(self, entropy):
+        """Take note of the entropy of the batch, in nats a block."""
+        if entropy > self.plateau['entropy'] + PLATEAU:
+            self.plateau = dict(entropy=entropy, since=0)
+        else:
+            self.plateau['since'] += 1
+
+    def has_plateaued(self):
+        """Return whether the entropy of the batch has ceased to rise."""
+        patience = self.quantization.synthesis.patience
+        return patience is not None and self.plateau['since'] >= patience
+
+    def images(self):
+        batches = super().images()
+        if self.optimizer is not None:
+            batches[self.index // self.quantization.synthesis.steps] = self.optimizer.images.detach()
+        return batches
+
+    def state_dict(self):
+        return dict(optimizer=self.optimizer and self.optimizer.state_dict(), plateau=dict(self.plateau))
