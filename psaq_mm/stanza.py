@@ -10,9 +10,11 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from .errors import UserError
 from .quantization import ActivationConfig, FrozenConfig, LayerConfig, WeightConfig
 from .quantization.conversion import match
+from .reconstruction import ReconstructionConfig
 from .synthesis import GameConfig, SynthesisConfig
 
 ROOT = 'quantization'
+RECONSTRUCTION_STEPS = 300  # for each block, with recipe 'low_bit'; our choice
 
 
 class StanzaError(UserError):
@@ -53,7 +55,14 @@ class QuantizationConfig(FrozenConfig):
     load_weights: Literal['ema', 'plain'] | None = Field(
         None, description="of a checkpoint that holds two sets: 'ema', averaged over training, or 'plain'. None: what "
         "the library's own test tool loads")
+    recipe: Literal['paper', 'low_bit'] | None = Field(
+        None, description="what happens between images and quantized model: 'paper', PSAQ-ViT's calibration and game; "
+        "'low_bit', ours: norms reparameterised, every block reconstructed. None: 'paper' at 8 bits, 'low_bit' below")
+    reparameterize: bool | None = Field(
+        None, description='bring the channels behind LayerNorms to one range, exact in float and free at inference; '
+        'None: by the recipe')
     synthesis: SynthesisConfig = SynthesisConfig()
+    reconstruction: ReconstructionConfig = ReconstructionConfig()
     game: GameConfig = GameConfig()
     report: ReportConfig = ReportConfig()
 
@@ -88,13 +97,30 @@ class QuantizationConfig(FrozenConfig):
             StanzaError: Naming key, value and what is allowed, one line for each mistake.
         """
         if isinstance(raw, cls):
-            return raw
+            return raw.settled()
         if not isinstance(raw, dict):
             raise StanzaError(f'{ROOT} = {raw!r}: must be a dict, e.g. quantization = dict(weight=dict(bits=4))')
         try:
-            return cls.model_validate(_plain(raw))
+            return cls.model_validate(_plain(raw)).settled()
         except ValidationError as error:
             raise StanzaError(_explain(error, cls, ROOT)) from None
+
+    @property
+    def is_low_bit(self) -> bool:
+        """Whether anything but the layers that read the pixels has fewer than 8 bits."""
+        sides = [self.weight.bits, self.activation.bits]
+        sides += [side['bits'] for o in self.overrides for side in (o.weight, o.activation) if 'bits' in (side or {})]
+        return min(sides) < 8
+
+    def settled(self) -> QuantizationConfig:
+        """The stanza with what it leaves to the recipe filled in, and the recipe itself."""
+        recipe = self.recipe or ('low_bit' if self.is_low_bit else 'paper')
+        low, steps = recipe == 'low_bit', self.reconstruction.steps
+        return self.model_copy(update=dict(
+            recipe=recipe,
+            reparameterize=low if self.reparameterize is None else self.reparameterize,
+            reconstruction=self.reconstruction.model_copy(update=dict(
+                steps=(RECONSTRUCTION_STEPS if low else 0) if steps is None else steps))))
 
     def layer_configs(self, layers) -> dict[str, LayerConfig]:
         """What each quantizable layer gets.
@@ -133,6 +159,11 @@ class QuantizationConfig(FrozenConfig):
         Our choice, by trials on DeiT-Tiny.
         """
         return self.game.student_lr or 6e-6 * 2**(8 - self.weight.bits)
+
+    @property
+    def reconstruction_lr(self) -> float:
+        """The reconstruction's learning rate for weights, in proportion to their quantization step."""
+        return self.reconstruction.lr or 1e-5 * 2**(8 - self.weight.bits)
 
     def to_dict(self) -> dict:
         """The complete stanza, defaults spelled out, as plain lists and dicts that a config file can hold."""

@@ -212,8 +212,6 @@ class DataFreeLoop(BaseLoop):
                 checkpoint_blocks(backbone_of(player))
         self.low, self.high = (v.to(self.device) for v in valid_range(*pixel_statistics(self.student)))
         self.load_images()
-        for stage in self.stages:
-            stage.prepare()
         self.heads = beyond_features(self.targets)
         unused = unused_quantizers(self.student, self.first_features)
         if unused:
@@ -221,6 +219,8 @@ class DataFreeLoop(BaseLoop):
                             f'cannot be calibrated: keep it in float ({ROOT}.keep_float) or take it out of the targets')
         if self.synthesized:
             self.tap = self.new_tap()
+        for stage in self.stages:
+            stage.prepare()
         if self.restored is not None:
             for image, saved in zip(self.images, self.restored['images']):
                 image.copy_(saved)

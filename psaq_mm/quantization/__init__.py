@@ -42,6 +42,7 @@ from .layers import (
 )
 from .outputs import OUTPUT, SUMS, quantize_output, quantize_residual
 from .quantizer import FakeQuantizer, Mode, QuantizerMismatchError, UncalibratedError
+from .reparameterization import reparameterize
 
 __all__ = [
     'ACTIVATION', 'ActivationConfig', 'CONTEXT', 'Choice', 'FakeQuantizer', 'FrozenConfig', 'InfeasibleError',
@@ -50,6 +51,6 @@ __all__ = [
     'QuantizerMismatchError', 'SCORES', 'SUMS', 'UncalibratedError', 'WEIGHT', 'WeightConfig', 'allocate',
     'attention_parts', 'calibrate', 'convert', 'convert_attention', 'layer_errors', 'match', 'model_bits',
     'multiplications', 'output_error', 'parts_of', 'quantizable', 'quantize_output', 'quantize_residual',
-    'quantized_layers', 'quantizer_mode', 'quantizers', 'search_weight_ranges', 'sensitivities', 'set_mode', 'settle',
-    'show_applied_weights', 'sqnr', 'unused_quantizers'
+    'quantized_layers', 'quantizer_mode', 'quantizers', 'reparameterize', 'search_weight_ranges',
+    'sensitivities', 'set_mode', 'settle', 'show_applied_weights', 'sqnr', 'unused_quantizers'
 ]

@@ -52,7 +52,8 @@ def layers_own() -> Iterator[None]:
         modes[:] = outside
 
 
-def _name(function) -> str:
+def function_name(function) -> str:
+    """Return the name of a torch function; of a property's getter, that of the property."""
     name = getattr(function, '__name__', '')
     return getattr(getattr(function, '__self__', None), '__name__', name) if name == '__get__' else name
 
@@ -94,8 +95,8 @@ class AppliedWeights(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in PRODUCTS:
             return self.product(func, args, kwargs)
-        name = _name(func)
-        if name in FORMS and any(self.form(value) for value in _flat((args, kwargs))):
+        name = function_name(func)
+        if name in FORMS and any(self.form(value) for value in nested_values((args, kwargs))):
             return self.other_form(func, name, args, kwargs)
         return func(*args, **kwargs)
 
@@ -123,7 +124,7 @@ class AppliedWeights(TorchFunctionMode):
         return nested
 
     def other_form(self, func, name, args, kwargs):
-        used = [form for value in _flat((args, kwargs)) if (form := self.form(value))]
+        used = [form for value in nested_values((args, kwargs)) if (form := self.form(value))]
         layers = list(dict.fromkeys(layer for form in used for layer in form.layers))
         result = func(*self.values(args), **self.values(kwargs))
         kind = ''
@@ -136,7 +137,7 @@ class AppliedWeights(TorchFunctionMode):
                 kind = ''
             if kind and tuple(result.shape) != (shape if kind == 'weight' else shape[::-1]):
                 kind = ''
-        for tensor in _flat(result):
+        for tensor in nested_values(result):
             if isinstance(tensor, Tensor) and tensor.is_floating_point() and id(tensor) not in self.forms:
                 self.forms[id(tensor)] = _Form(tensor, layers, kind)
         return result
@@ -147,7 +148,7 @@ class AppliedWeights(TorchFunctionMode):
         if func in LINEAR:
             inputs, weights = [named['input']], [named['weight']]
         else:
-            operands = [v for v in _flat((args[1:] if func in SUMS else args, kwargs)) if isinstance(v, Tensor)]
+            operands = [v for v in nested_values((args[1:] if func in SUMS else args, kwargs)) if isinstance(v, Tensor)]
             inputs = [value for value in operands if not self.form(value)]
             weights = [value for value in operands if self.form(value)]
         forms = [form for weight in weights if (form := self.form(weight))]
@@ -190,12 +191,13 @@ def _linear(layer, x, bias):
     return out if bias is None else out + bias
 
 
-def _flat(nested) -> Iterator:
+def nested_values(nested) -> Iterator:
+    """All values in nested dicts, tuples and lists, in order."""
     if isinstance(nested, dict):
         nested = nested.values()
     if isinstance(nested, (tuple, list, type({}.values()))):
         for item in nested:
-            yield from _flat(item)
+            yield from nested_values(item)
     else:
         yield nested
 

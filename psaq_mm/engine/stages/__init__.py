@@ -2,8 +2,9 @@
 from .base import Stage
 from .calibration import CalibrationStage
 from .game import GameStage
+from .reconstruction import ReconstructionStage
 from .synthesis import SynthesisStage
 
-STAGES = (SynthesisStage, CalibrationStage, GameStage)
+STAGES = (SynthesisStage, CalibrationStage, ReconstructionStage, GameStage)
 
-__all__ = ['STAGES', 'CalibrationStage', 'GameStage', 'Stage', 'SynthesisStage']
+__all__ = ['STAGES', 'CalibrationStage', 'GameStage', 'ReconstructionStage', 'Stage', 'SynthesisStage']

@@ -1,35 +1,39 @@
 """Calibration: all scales at once, from the images as the float student sees them."""
 from __future__ import annotations
 
-from mmengine import dist
-
 from ...models import extract_features
-from ...quantization import calibrate
+from ...quantization import calibrate, reparameterize
 from .base import Stage
-
-
-def reduce_range(low, high, merge):
-    """Join the ranges that the processes observed: their extremes or their mean."""
-    if dist.get_world_size() == 1:
-        return low, high
-    low, high = low.clone(), high.clone()
-    dist.all_reduce(low, 'min' if merge == 'extreme' else 'mean')
-    dist.all_reduce(high, 'max' if merge == 'extreme' else 'mean')
-    return low, high
+from .learning import mean_over_processes, reduce_range
 
 
 class CalibrationStage(Stage):
-    """Chooses all scales. It has no updates."""
+    """Brings the channels behind norms to one range where the recipe wants it, then chooses all scales. No updates."""
     name = 'calibration'
 
     def start(self):
         loop = self.loop
         self.announce(f'calibration on {sum(map(len, loop.images))} images')
-        step = loop.progress(self.name, len(loop.images))
+        passes = 1 + self.quantization.reparameterize
+        step = loop.progress(self.name, passes * len(loop.images))
 
         def run():
             for batch in loop.images:
                 extract_features(loop.student, batch, loop.heads)  # in float32 even with amp, as inference will be
                 step()
 
+        if self.quantization.reparameterize:
+            self.reparameterize(run)
         calibrate(loop.student, run, reduce_range)
+
+    def reparameterize(self, run):
+        """Change the student's norms and the layers that read them; say what was left alone."""
+        found = reparameterize(self.loop.student, run, self.loop.first_features, reduce_range, mean_over_processes)
+        changed, left, log = found['changed'], found['left'], self.loop.runner.logger.info
+        if changed:
+            log(f'{len(changed)} norms reparameterised: mean error of the layers behind them, squared and relative, '
+                + ' -> '.join(f'{sum(site[key] for site in changed.values()) / len(changed):.2e}'
+                              for key in ('before', 'after')))
+        for reason in dict.fromkeys(left.values()):
+            names = [name for name, why in left.items() if why == reason]
+            log(f'{len(names)} norms left alone, as {reason}: {", ".join(names[:3])}' + ', ...' * (len(names) > 3))

@@ -4,24 +4,13 @@ from __future__ import annotations
 import math
 
 import torch
-from mmengine import dist
 
 from ...errors import UserError
-from ...quantization import FakeQuantizer, quantizers, search_weight_ranges
-from ...stanza import ROOT, reads_pixels
+from ...quantization import FakeQuantizer, search_weight_ranges
+from ...stanza import ROOT
 from ...synthesis import Game
 from .base import Stage
-
-OPERANDS = ('input_quantizer', 'a_quantizer', 'b_quantizer')  # whose ranges the game may learn
-
-
-def mean_over_processes(value: float) -> float:
-    """Return the mean of a number over all processes."""
-    if dist.get_world_size() == 1:
-        return value
-    value = torch.tensor(value, device=dist.get_comm_device())
-    dist.all_reduce(value, 'mean')
-    return value.item()
+from .learning import average_gradients, learnable_ranges, mean_over_processes, trainable
 
 
 class GameStage(Stage):
@@ -51,13 +40,8 @@ class GameStage(Stage):
         loop, student = self.loop, self.loop.student
         config, synthesis = self.quantization.game, self.quantization.synthesis
         evolving, held = self.split(config.holdout)
-        names = tuple(f'{t}.' for t in loop.targets)
-        inside = {n: p for n, p in student.named_parameters() if n.startswith(names)}
-        # A frozen stage stays as it is. Where all is frozen, as in the teacher of a semi-supervised model, nothing is.
-        parameters = {n: p for n, p in inside.items() if p.requires_grad} or inside
-        for name, parameter in student.named_parameters():
-            parameter.requires_grad_(name in parameters)
-        parameters.update(self.learn_ranges(names))
+        parameters = trainable(student, loop.targets)
+        parameters.update(self.learn_ranges())
         compared = self.depended_on(parameters)
         if compared:
             compared |= self.uncache({n: p for n, p in parameters.items() if p not in compared})
@@ -141,22 +125,14 @@ class GameStage(Stage):
                 f"nor raw outputs depend on them: {', '.join(left[:3])}" + ', ...' * (len(left) > 3))
         return found
 
-    def learn_ranges(self, targets):
+    def learn_ranges(self):
         """Make the ranges of activations trainable where the stanza wants it.
-
-        Only those of operands of products: residual sums and logits carry outliers that synthetic images may lack. Not
-        that of the pixels, which is known.
-
-        Args:
-            targets (tuple[str]): Beginnings of names.
 
         Returns:
             dict[str, Tensor]: What the game trains, by name.
         """
-        lr, student = self.quantization.game.range_lr, self.loop.student
-        self.ranges = {name: quantizer for name, quantizer in quantizers(student).items()
-                       if lr and name.startswith(targets) and name.rpartition('.')[2] in OPERANDS
-                       and not reads_pixels(student.get_submodule(name.rpartition('.')[0]))}
+        lr, names = self.quantization.game.range_lr, tuple(f'{target}.' for target in self.loop.targets)
+        self.ranges = learnable_ranges(self.loop.student, names) if lr else {}
         if not self.ranges:
             return {}
         stretches = {f'{name}.stretch': q.learn_range() for name, q in self.ranges.items()}
@@ -192,7 +168,7 @@ class GameStage(Stage):
         """Take one optimiser step on the student, gradients averaged over processes."""
         wrapper = self.loop.runner.optim_wrapper
         wrapper.backward(loss)
-        dist.all_reduce_params([p.grad for p in self.game.parameters.values() if p.grad is not None], op='mean')
+        average_gradients(list(self.game.parameters.values()))
         wrapper.step()
         wrapper.zero_grad()
         if self.ranges:

@@ -1,0 +1,127 @@
+"""Reconstruction: block after block learns to put out what its full-precision original does."""
+from __future__ import annotations
+
+import math
+import random
+
+import torch
+from mmengine import dist
+
+from ...models import attention_blocks, backbone_of
+from ...quantization import search_weight_ranges
+from ...reconstruction import UnitReconstruction, find_units, importance, record
+from ...synthesis import GameConfig, lesson_view
+from .base import Stage
+from .learning import average_gradients, learnable_ranges, mean_over_processes, trainable
+
+
+class ReconstructionStage(Stage):
+    """Takes ``reconstruction.steps`` updates for each block, and for each group of layers between blocks."""
+    name = 'reconstruction'
+
+    def __init__(self, loop):
+        super().__init__(loop)
+        self.units, self.views, self.parameters, self.errors = [], [], {}, {}
+        self.current = None
+        self.ranges = {}
+
+    @classmethod
+    def wanted(cls, loop):
+        return loop.quantization.reconstruction.steps > 0
+
+    def prepare(self):
+        loop = self.loop
+        self.units = find_units(loop.student, loop.targets, attention_blocks(backbone_of(loop.student)),
+                                loop.first_features)
+        self.updates = len(self.units) * self.quantization.reconstruction.steps
+
+    def start(self):
+        loop, config = self.loop, self.quantization.reconstruction
+        self.parameters = trainable(loop.student, loop.targets)
+        if not self.units:
+            loop.runner.logger.warning('No reconstruction: features depend on no quantized layer of the targets '
+                                       f'({", ".join(loop.targets)})')
+            return
+        self.views = self.make_views(config.views)
+        if self.restored is None:
+            self.announce(f'reconstruction of {len(self.units)} units from {sum(map(len, self.views))} views')
+            return
+        self.errors = dict(self.restored['errors'])
+        if self.restored['current'] is not None:
+            self.begin(self.index // config.steps, self.restored['current'])
+
+    def make_views(self, count):
+        """Return so many random views of each image, in batches (B, C, H, W)."""
+        loop, views = self.loop, list(self.loop.images)
+        rng = random.Random(f'{loop.runner.seed}-{dist.get_rank()}-reconstruction')
+        for _ in range(count - 1):
+            for batch in loop.images:
+                others = [image for other in loop.images if other.shape[1:] == batch.shape[1:] for image in other]
+                views.append(lesson_view(batch, others, self.quantization.synthesis, GameConfig(), loop.low, loop.high,
+                                         rng))
+        return views
+
+    def begin(self, number, restored=None):
+        """Set up the reconstruction of one unit.
+
+        Args:
+            number (int): Of the unit.
+            restored (dict, optional): Where an interrupted run left it.
+        """
+        loop, config, unit = self.loop, self.quantization.reconstruction, self.units[number]
+        student, teacher = (model.get_submodule(unit.name) for model in (loop.student, loop.teacher))
+        run_student, run_teacher = loop.features(loop.student), loop.features(loop.teacher)
+        generator = torch.Generator().manual_seed(number)
+        samples = []
+        for view in self.views:
+            exact = record(teacher, unit.calls, lambda view=view: run_teacher(view))
+            found = record(student, unit.calls, lambda view=view: run_student(view))
+            weights = [None] * unit.calls
+            if config.final:
+                weights = importance(teacher, lambda view=view: run_teacher(view), config.probes, generator)
+            samples += [(a[0], b[0], a[1], w) for a, b, w in zip(exact, found, weights)]
+        inside = (f'{unit.name}.', )
+        parameters = {n: p for n, p in self.parameters.items() if n.startswith(inside)}
+        self.ranges = learnable_ranges(loop.student, inside) if config.range_lr else {}
+        stretches = [quantizer.learn_range() for quantizer in self.ranges.values()]
+        self.current = UnitReconstruction(
+            student, samples, list(parameters.values()), stretches, self.quantization.reconstruction_lr,
+            config.range_lr, config.steps, config.mix, config.final, loop.precision, average_gradients,
+            mean_over_processes)
+        if restored is not None:
+            self.current.load_state_dict(restored)
+            return
+        self.current.start()
+        if self.quantization.game.weight_ranges == 'mse':
+            initial = self.current.error
+            restore = search_weight_ranges(student, list(parameters.values()))
+            self.current.start()
+            if self.current.error > initial:
+                restore()
+                self.current.start()
+
+    def step(self, rng):
+        """Make one update of one unit, the learning rates on half a cosine down to a hundredth."""
+        config = self.quantization.reconstruction
+        number, step = divmod(self.index, config.steps)
+        if self.current is None:
+            self.begin(number)
+        share = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        log = self.current.step(step, share, rng, self.loop.device)
+        if step == config.steps - 1:
+            before, now = self.current.finish()
+            self.errors[self.units[number].name] = before, now
+            for quantizer in self.ranges.values():
+                quantizer.fix_range()
+            self.current, self.ranges = None, {}
+            self.loop.runner.logger.info(f'{self.units[number].name}: error {before:.4g} -> {now:.4g}')
+        return log
+
+    def finish(self):
+        self.views = []
+
+    def summary(self):
+        return dict(errors={name: list(pair) for name, pair in self.errors.items()}) if self.errors else None
+
+    def state_dict(self):
+        return dict(errors=dict(self.errors), current=self.current and self.current.state_dict())

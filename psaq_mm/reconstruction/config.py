@@ -1,0 +1,26 @@
+"""Settings of the reconstruction."""
+from __future__ import annotations
+
+from pydantic import Field
+
+from ..quantization.config import FrozenConfig
+
+
+class ReconstructionConfig(FrozenConfig):
+    """Block by block reconstruction: each block learns to put out what its full-precision original does."""
+    steps: int | None = Field(
+        None, ge=0, description='updates of each block; 0: no reconstruction. None: by the recipe, 0 or 300')
+    lr: float | None = Field(
+        None, gt=0, description="peak learning rate of Adam for weights; None: 1e-5 at 8-bit weights, twice that for "
+        'each bit less, as the step between two integers is')
+    range_lr: float = Field(
+        0.01, ge=0, description='peak learning rate of Adam for the logarithms of the ends of the ranges of what goes '
+        'into products and convolutions; 0: ranges stay as they were calibrated')
+    mix: float = Field(
+        0.5, ge=0, le=1, description='share of the elements of a block\'s input that are those of the full-precision '
+        'model, drawn anew for each update; the others are those of the quantized model')
+    views: int = Field(4, ge=1, description='random views of each image that the blocks learn from')
+    final: float = Field(
+        0.5, ge=0, description="weight of the error of the final features, to first order, beside the error of the "
+        "block's own output; 0: none")
+    probes: int = Field(4, ge=1, description='random directions of the final features that the former is known from')

@@ -1,0 +1,265 @@
+"""Reconstruction of one unit: its quantized output comes as close as it can to that of its full-precision original.
+
+Source: BRECQ (ICLR 2021) for blocks as units, QDrop (ICLR 2022) and GLF-Q (2026) for inputs that are a random mix of
+the full-precision and the quantized model's, GLF-Q for the error of the final features beside the local one. Ours: that
+error to first order. The Jacobian of the final features is met in random directions once, before the unit learns,
+instead of running the rest of the model at each update; its mean square weighs the squared error of each element.
+"""
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+
+class _Enough(Exception):
+    """Ends a pass of the model behind the unit."""
+
+
+def mapped(nested, function: Callable[[Tensor], Tensor]):
+    """Return nested dicts, tuples and lists with a function applied to every tensor in them."""
+    if isinstance(nested, Tensor):
+        return function(nested)
+    if isinstance(nested, dict):
+        return {key: mapped(value, function) for key, value in nested.items()}
+    if isinstance(nested, (tuple, list)):
+        return type(nested)(*(mapped(v, function) for v in nested)) if hasattr(nested, '_fields') else type(nested)(
+            mapped(value, function) for value in nested)
+    return nested
+
+
+def floats(nested) -> list[Tensor]:
+    """Return all tensors of floating-point numbers in nested dicts, tuples and lists, in order."""
+    found = []
+    mapped(nested, lambda value: found.append(value) if value.is_floating_point() else None)
+    return found
+
+
+def kept(value: Tensor) -> Tensor:
+    """Return a copy that later operations in place do not reach; float32 in half the memory, exact to 0.05 %."""
+    value = value.detach()
+    limit = torch.finfo(torch.float16).max
+    return value.clamp(-limit, limit).half() if value.dtype == torch.float32 else value.clone()
+
+
+def given(value: Tensor) -> Tensor:
+    """Return a kept tensor as the model computes with it."""
+    return value.float() if value.dtype == torch.float16 else value.clone()
+
+
+@torch.no_grad()
+def record(unit: nn.Module, calls: int, run: Callable[[], object]) -> list[tuple]:
+    """Return what a unit gets and puts out while a model runs, no deeper than it.
+
+    Args:
+        unit (nn.Module): In the model.
+        calls (int): How often a pass runs it.
+        run (Callable): Runs the model on a batch.
+
+    Returns:
+        list[tuple]: For each call, in order, its arguments (args, kwargs) and its output, detached.
+    """
+    found, inputs = [], []
+
+    def before(module, args, kwargs):
+        inputs.append((mapped(args, kept), mapped(kwargs, kept)))
+
+    def after(module, args, output):
+        found.append((inputs.pop(), mapped(output, kept)))
+        if len(found) == calls:
+            raise _Enough
+
+    handles = [unit.register_forward_pre_hook(before, with_kwargs=True), unit.register_forward_hook(after)]
+    try:
+        run()
+    except _Enough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def importance(unit: nn.Module, run: Callable[[], Sequence[Tensor]], probes: int, generator) -> list[list[Tensor]]:
+    """Return how much each element of a unit's output matters to the final features.
+
+    The mean over random directions u of (d <u, f / |f|> / d z)^2, which is the diagonal of the Gauss-Newton matrix.
+
+    Args:
+        unit (nn.Module): In the full-precision model.
+        run (Callable): Runs that model on a batch and returns the final feature maps.
+        probes (int): Directions.
+        generator (torch.Generator): Draws them; on the CPU.
+
+    Returns:
+        list[list[Tensor]]: For each call, in order, one tensor for each of floating-point numbers that it puts out, of
+        the same shape and of mean 1; all 1 where the features do not depend on it.
+    """
+    outputs = []
+
+    def watch(module, args, output):
+        def leaf(value):
+            return value.detach().requires_grad_() if value.is_floating_point() else value
+        output = mapped(output, leaf)
+        outputs.append(floats(output))
+        return mapped(output, lambda value: value * 1)  # what follows may change it in place
+
+    handle = unit.register_forward_hook(watch)
+    try:
+        with torch.enable_grad():
+            features = [f.float() for f in run() if f.requires_grad]
+            leaves = [value for call in outputs for value in call]
+            sums = [torch.zeros_like(value, dtype=torch.float32) for value in leaves]
+            for number in range(probes if features else 0):
+                score = 0
+                for f in features:
+                    signs = torch.randint(2, f.shape, generator=generator).to(f.device).float() * 2 - 1
+                    score = score + (f * signs).sum() / (f.detach().square().mean().sqrt() * f.numel() ** 0.5 + 1e-12)
+                grads = torch.autograd.grad(score, leaves, retain_graph=number < probes - 1, allow_unused=True)
+                for total, grad in zip(sums, grads):
+                    if grad is not None:
+                        total += grad.float().square()
+    finally:
+        handle.remove()
+    weights = iter([kept(total / mean) if (mean := total.mean()) > 0 else torch.ones_like(total).half()
+                    for total in sums])
+    return [[next(weights) for _ in call] for call in outputs]
+
+
+class UnitReconstruction:
+    """Learns the parameters of one unit.
+
+    Args:
+        unit (nn.Module): In the quantized model.
+        samples (list[tuple]): For each batch and call: arguments in the full-precision model, in the quantized model,
+            the full-precision output, and its :func:`importance` or None.
+        parameters (list[Tensor]): What the unit learns with ``lr``.
+        ranges (list[Tensor]): What it learns with ``range_lr``.
+        lr, range_lr (float): Peak learning rates.
+        steps (int): Updates.
+        mix (float): Share of full-precision elements in the inputs.
+        final (float): Weight of the error of the final features.
+        precision (Callable): The context in which features are computed.
+        average (Callable): Averages the gradients of a list of parameters over processes, in place.
+        mean (Callable): Averages a float over processes.
+    """
+
+    def __init__(self, unit: nn.Module, samples: list[tuple], parameters: list[Tensor], ranges: list[Tensor], lr: float,
+                 range_lr: float, steps: int, mix: float, final: float, precision: Callable = nullcontext,
+                 average: Callable[[list[Tensor]], None] = lambda parameters: None,
+                 mean: Callable[[float], float] = float):
+        self.unit, self.samples, self.parameters, self.ranges = unit, samples, parameters, ranges
+        self.steps, self.mix, self.final = steps, mix, final
+        self.precision, self.average, self.mean = precision, average, mean
+        groups = [dict(params=values, lr=rate, peak=rate) for values, rate in ((parameters, lr), (ranges, range_lr))
+                  if values]
+        self.adam = torch.optim.Adam(groups, fused=True)
+        self.before = None  # copies of what the unit learns, and the error with them
+        self.error = None
+
+    def loss(self, sample: tuple, generator=None) -> tuple[Tensor, Tensor]:
+        """Return the squared errors of the unit's output over its power, plain and by importance.
+
+        Args:
+            sample (tuple): Of ``samples``.
+            generator (torch.Generator, optional): Draws the mix; without it inputs are those of the quantized model.
+        """
+        exact, quantized, aims, weights = sample
+
+        def mixed(a, b):
+            a, b = given(a), given(b)
+            if generator is None or not b.is_floating_point() or a.shape != b.shape:
+                return b
+            return torch.where(torch.rand(b.shape, generator=generator, device=b.device) < self.mix, a, b)
+
+        sources = []
+        mapped(exact, sources.append)
+        sources = iter(sources)
+        args, kwargs = mapped(quantized, lambda value: mixed(next(sources), value))
+        with self.precision():
+            outputs = floats(self.unit(*args, **kwargs))
+        plain, weighted = [], []
+        for number, (found, aim) in enumerate(zip(outputs, floats(aims))):
+            aim = given(aim).float()
+            error = (found.float() - aim).square()
+            plain.append(error.mean() / aim.square().mean().clamp(min=1e-12))
+            if weights is not None:
+                weight = given(weights[number])
+                weighted.append((error * weight).mean() / (aim.square() * weight).mean().clamp(min=1e-12))
+        plain = torch.stack(plain).mean()
+        return plain, torch.stack(weighted).mean() if weighted else plain.detach()
+
+    @torch.no_grad()
+    def measure(self) -> float:
+        """Return the mean error of the unit on all samples, with the quantized model's inputs."""
+        found = [self.combined(*self.loss(sample)).item() for sample in self.samples]
+        return self.mean(sum(found) / len(found))
+
+    def combined(self, plain: Tensor, weighted: Tensor) -> Tensor:
+        """Return what the unit minimises."""
+        return (plain + self.final * weighted) / (1 + self.final)
+
+    def learned(self) -> list[Tensor]:
+        """Return all that the unit learns."""
+        return [*self.parameters, *self.ranges]
+
+    def start(self) -> None:
+        """Measure the unit as it is."""
+        self.before = [value.detach().clone() for value in self.learned()]
+        self.error = self.measure()
+
+    def step(self, number: int, share: float, rng: random.Random, device) -> dict:
+        """Make one update.
+
+        Args:
+            number (int): Of the update.
+            share (float): Of the peak learning rates.
+            rng (random.Random): Chooses the sample and the mix.
+            device (torch.device): Of the unit.
+
+        Returns:
+            dict: For the log: ``error``, squared, over the power of the unit's output.
+        """
+        for group in self.adam.param_groups:
+            group['lr'] = group['peak'] * share
+        sample = self.samples[rng.randrange(len(self.samples))]
+        generator = torch.Generator(device).manual_seed(rng.getrandbits(32))
+        plain, weighted = self.loss(sample, generator)
+        learned = self.learned()
+        grads = torch.autograd.grad(self.combined(plain, weighted), learned, allow_unused=True)
+        for value, grad in zip(learned, grads):
+            value.grad = torch.zeros_like(value) if grad is None else grad
+        self.average(learned)
+        self.adam.step()
+        self.adam.zero_grad()
+        return dict(error=plain.item())
+
+    @torch.no_grad()
+    def finish(self) -> tuple[float, float]:
+        """Leave the unit with what it learned, or as it was where that is better.
+
+        Returns:
+            tuple[float, float]: Its error before and now.
+        """
+        found = self.measure()
+        if not found < self.error:  # NaN neither
+            for value, old in zip(self.learned(), self.before):
+                value.copy_(old)
+            return self.error, self.error
+        return self.error, found
+
+    def state_dict(self) -> dict:
+        """Return what an interrupted reconstruction needs besides the parameters."""
+        return dict(adam=self.adam.state_dict(), ranges=[r.detach().clone() for r in self.ranges], error=self.error,
+                    before=self.before)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where another left off."""
+        self.adam.load_state_dict(state['adam'])
+        for value, saved in zip(self.ranges, state['ranges']):
+            value.copy_(saved)
+        self.error, self.before = state['error'], state['before']
