@@ -23,4 +23,5 @@ class ReconstructionConfig(FrozenConfig):
     final: float = Field(
         0.5, ge=0, description="weight of the error of the final features, to first order, beside the error of the "
         "block's own output; 0: none")
-    probes: int = Field(4, ge=1, description='random directions of the final features that the former is known from')
+    probes: int = Field(4, ge=1, description='batches, each in one random direction of the final features, that the '
+                        'former is known from')

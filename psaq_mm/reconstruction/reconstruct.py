@@ -83,22 +83,22 @@ def record(unit: nn.Module, calls: int, run: Callable[[], object]) -> list[tuple
     return found
 
 
-def importance(unit: nn.Module, run: Callable[[], Sequence[Tensor]], probes: int, generator) -> list[list[Tensor]]:
+def importance(unit: nn.Module, runs: Sequence[Callable[[], Sequence[Tensor]]], generator) -> list[list[Tensor]]:
     """Return how much each element of a unit's output matters to the final features.
 
-    The mean over random directions u of (d <u, f / |f|> / d z)^2, which is the diagonal of the Gauss-Newton matrix.
+    The mean over images and random directions u of (d <u, f / |f|> / d z)^2: the diagonal of the Gauss-Newton matrix.
 
     Args:
         unit (nn.Module): In the full-precision model.
-        run (Callable): Runs that model on a batch and returns the final feature maps.
-        probes (int): Directions.
+        runs (Sequence[Callable]): Each runs that model on a batch, all of them of one size, and returns the final
+            feature maps. Each meets one random direction for every image.
         generator (torch.Generator): Draws them; on the CPU.
 
     Returns:
         list[list[Tensor]]: For each call, in order, one tensor for each of floating-point numbers that it puts out, of
-        the same shape and of mean 1; all 1 where the features do not depend on it.
+        its shape but for the first axis, which is 1, and of mean 1; all 1 where the features do not depend on it.
     """
-    outputs = []
+    outputs, sums = [], None
 
     def watch(module, args, output):
         def leaf(value):
@@ -109,23 +109,20 @@ def importance(unit: nn.Module, run: Callable[[], Sequence[Tensor]], probes: int
 
     handle = unit.register_forward_hook(watch)
     try:
-        with torch.enable_grad():
-            features = [f.float() for f in run() if f.requires_grad]
+        for run in runs:
+            outputs.clear()
+            with torch.enable_grad():
+                features = [f.float() for f in run() if f.requires_grad]
+                score = sum((f * (torch.randint(2, f.shape, generator=generator).to(f.device) * 2 - 1)).sum() / (
+                    f.detach().square().mean().sqrt() * f.numel() ** 0.5 + 1e-12) for f in features)
             leaves = [value for call in outputs for value in call]
-            sums = [torch.zeros_like(value, dtype=torch.float32) for value in leaves]
-            for number in range(probes if features else 0):
-                score = 0
-                for f in features:
-                    signs = torch.randint(2, f.shape, generator=generator).to(f.device).float() * 2 - 1
-                    score = score + (f * signs).sum() / (f.detach().square().mean().sqrt() * f.numel() ** 0.5 + 1e-12)
-                grads = torch.autograd.grad(score, leaves, retain_graph=number < probes - 1, allow_unused=True)
-                for total, grad in zip(sums, grads):
-                    if grad is not None:
-                        total += grad.float().square()
+            grads = torch.autograd.grad(score, leaves, allow_unused=True) if features else [None] * len(leaves)
+            squares = [torch.zeros_like(value[:1], dtype=torch.float32) if grad is None else
+                       grad.float().square().mean(0, keepdim=True) for value, grad in zip(leaves, grads)]
+            sums = squares if sums is None else [a + b for a, b in zip(sums, squares)]
     finally:
         handle.remove()
-    weights = iter([kept(total / mean) if (mean := total.mean()) > 0 else torch.ones_like(total).half()
-                    for total in sums])
+    weights = iter([total / mean if (mean := total.mean()) > 0 else torch.ones_like(total) for total in sums])
     return [[next(weights) for _ in call] for call in outputs]
 
 
@@ -187,7 +184,7 @@ class UnitReconstruction:
             error = (found.float() - aim).square()
             plain.append(error.mean() / aim.square().mean().clamp(min=1e-12))
             if weights is not None:
-                weight = given(weights[number])
+                weight = weights[number]
                 weighted.append((error * weight).mean() / (aim.square() * weight).mean().clamp(min=1e-12))
         plain = torch.stack(plain).mean()
         return plain, torch.stack(weighted).mean() if weighted else plain.detach()

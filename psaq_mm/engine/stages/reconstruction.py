@@ -72,14 +72,16 @@ class ReconstructionStage(Stage):
         student, teacher = (model.get_submodule(unit.name) for model in (loop.student, loop.teacher))
         run_student, run_teacher = loop.features(loop.student), loop.features(loop.teacher)
         generator = torch.Generator().manual_seed(number)
-        samples = []
+        samples, weights, sizes = [], {}, {}
+        for view in self.views:
+            sizes.setdefault(view.shape[2:], []).append(view)
+        for size, views in sizes.items():
+            weights[size] = importance(teacher, [lambda view=view: run_teacher(view) for view in views[:config.probes]],
+                                       generator) if config.final else [None] * unit.calls
         for view in self.views:
             exact = record(teacher, unit.calls, lambda view=view: run_teacher(view))
             found = record(student, unit.calls, lambda view=view: run_student(view))
-            weights = [None] * unit.calls
-            if config.final:
-                weights = importance(teacher, lambda view=view: run_teacher(view), config.probes, generator)
-            samples += [(a[0], b[0], a[1], w) for a, b, w in zip(exact, found, weights)]
+            samples += [(a[0], b[0], a[1], w) for a, b, w in zip(exact, found, weights[view.shape[2:]])]
         inside = (f'{unit.name}.', )
         parameters = {n: p for n, p in self.parameters.items() if n.startswith(inside)}
         self.ranges = learnable_ranges(loop.student, inside) if config.range_lr else {}
