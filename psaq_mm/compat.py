@@ -93,6 +93,8 @@ def keep_freed_memory() -> None:
 
 _declared = []  # a Library takes its declarations back when it is collected
 
+KEPT = 8  # configs whose text is kept
+
 
 def complete_torchvision() -> None:
     """Declares the operators that ``import torchvision`` looks up, where its compiled part is missing or cannot load.
@@ -112,22 +114,33 @@ def complete_torchvision() -> None:
 
 
 def complete_pretty_text() -> None:
-    """Lets ``Config.pretty_text`` print every value; what mmengine prints itself stays as it is.
+    """Lets ``Config.pretty_text`` print every value, and format a config once; what mmengine prints stays as it is.
 
-    mmengine turns whatever happens while it formats a config into a SyntaxError, Ctrl-C included: that is undone.
+    A run prints each of its configs three or four times, and formatting one takes a second. mmengine turns whatever happens while it formats a config into a SyntaxError, Ctrl-C included: that is undone.
     """
     from mmengine.config import Config
     original = Config.pretty_text.fget
     if original.__module__ == __name__:
         return
 
+    formatted = {}  # by the text of the values; the newest few
+
     def pretty_text(self) -> str:
+        from .python_text import statements
         try:
+            plain = statements(self.to_dict())
+        except Exception:  # of a value without a text, which mmengine prints all the same
             return original(self)
-        except (SyntaxError, ValueError) as error:  # of very long integers
-            if isinstance(error.__context__, KeyboardInterrupt):
-                raise error.__context__ from None
-            from .python_text import statements
-            return statements(self.to_dict())
+        if plain not in formatted:
+            try:
+                text = original(self)
+            except (SyntaxError, ValueError) as error:  # of very long integers
+                if isinstance(error.__context__, KeyboardInterrupt):
+                    raise error.__context__ from None
+                text = plain
+            while len(formatted) >= KEPT:
+                del formatted[next(iter(formatted))]
+            formatted[plain] = text
+        return formatted[plain]
 
     Config.pretty_text = property(pretty_text, doc=Config.pretty_text.__doc__)

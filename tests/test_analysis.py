@@ -87,6 +87,7 @@ def test_multiplications_are_counted():
                                                product=2 * 7 * 4 * 3)
 
 
+@pytest.mark.slow
 def test_the_tool_suggests_what_runs(classification_config, tmp_path):
     folder = tmp_path / 'analysis'
     command = ['tools/analyze.py', classification_config, '--work-dir', folder]
@@ -148,6 +149,7 @@ def test_overrides_of_ones_own_are_kept_but_for_their_bits(classification_config
     assert len(cfg.quantization.overrides) == 2
 
 
+@pytest.mark.slow
 def test_layers_that_no_output_shows_keep_their_bits(small_config, tmp_path):
     """A two-stage head's outputs belong to proposals and are not compared: rounding them looks free, and is not."""
     from psaq_mm.engine.analysis import Analysis

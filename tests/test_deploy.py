@@ -465,6 +465,7 @@ def test_detector_by_mmdets_own_tools(quantized_run, tmp_path):
     assert inferred['scores'] == pytest.approx(found.scores.tolist())
 
 
+@pytest.mark.slow
 def test_segmentor_and_classifier(segmentation_run, classification_config, tmp_path):
     from mmseg.apis import inference_model, init_model
     work_dir, _ = segmentation_run
@@ -645,6 +646,7 @@ def test_a_segmentor_with_an_int8_head_by_mmsegs_own_functions(segmentation_conf
     assert (maps[0] == maps[1]).float().mean() > 0.95
 
 
+@pytest.mark.slow
 def test_a_detector_with_int8_heads_by_mmdets_own_tools(small_config, tmp_path):
     run_tool(ROOT / 'tools' / 'dfq.py', small_config, '--work-dir', tmp_path, '--cfg-options',
              "quantization.targets=['backbone','neck','rpn_head','roi_head']")

@@ -71,6 +71,7 @@ def test_python_in_pages_is_python_and_stanzas_are_stanzas(page, tmp_path):
             QuantizationConfig.parse(stanza.to_dict() if hasattr(stanza, 'to_dict') else dict(stanza))
 
 
+@pytest.mark.slow
 def test_the_tour():
     done = run_tool('demo/tour.py')
     before, after = map(float, re.search(r'entropy of the noise (\S+), of the images (\S+) nats', done.stdout).groups())

@@ -95,6 +95,7 @@ def test_resume_gives_the_same_checkpoint(small_config, tmp_path, killed_at, at,
     assert same(weights(tmp_path), uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_comparison_goes_on_where_it_was_killed(small_config, tmp_path, killed_at, uninterrupted):
     from psaq_mm.engine import compare
 
@@ -117,6 +118,7 @@ def test_a_comparison_goes_on_where_it_was_killed(small_config, tmp_path, killed
     assert (folder / 'synthetic.pt').exists()
 
 
+@pytest.mark.slow
 def test_a_batch_ends_early_when_its_entropy_ceases_to_rise(small_config, tmp_path, monkeypatch, killed_at):
     from psaq_mm.engine.stages import SynthesisStage
     monkeypatch.setattr('psaq_mm.engine.stages.synthesis.PLATEAU', 1e9)  # no rise counts
@@ -143,6 +145,7 @@ def images_of(work_dir):
     return torch.load(work_dir / 'synthetic.pt', weights_only=True)['images']
 
 
+@pytest.mark.slow
 def test_a_warm_start_takes_its_share_of_the_previous_batch(small_config, tmp_path):
     stanza = {'synthesis.method': 'psaq_v1', 'synthesis.steps': 1, 'synthesis.lr': 1e-6}
     run(config(small_config, tmp_path / 'cold', **stanza))
@@ -152,6 +155,7 @@ def test_a_warm_start_takes_its_share_of_the_previous_batch(small_config, tmp_pa
     torch.testing.assert_close(warm[1], 0.75 * cold[1] + 0.25 * cold[0], atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_checkpointing_and_the_exact_density_change_next_to_nothing(small_config, tmp_path, uninterrupted):
     stanza = {'synthesis.method': 'psaq_v1', 'synthesis.steps': 2}
     found = []
@@ -173,6 +177,7 @@ def uninterrupted(small_config, tmp_path_factory):
     return weights(work_dir)
 
 
+@pytest.mark.slow
 def test_seed_decides(small_config, tmp_path, uninterrupted):
     run(config(small_config, tmp_path / 'same'))
     assert same(weights(tmp_path / 'same'), uninterrupted)
@@ -182,6 +187,7 @@ def test_seed_decides(small_config, tmp_path, uninterrupted):
     assert not same(weights(tmp_path / 'other'), uninterrupted)
 
 
+@pytest.mark.slow
 def test_another_number_of_threads_changes_next_to_nothing(small_config, tmp_path, quantized_run):
     """Bit-equal it is with the same number; torch's sums have another order with another."""
     run_tool('tools/dfq.py', small_config, '--work-dir', tmp_path, '--no-eval', threads=2)
@@ -209,6 +215,7 @@ def test_resume_without_anything_to_resume_starts_afresh(small_config, tmp_path,
     assert same(weights(tmp_path), uninterrupted)
 
 
+@pytest.mark.slow
 def test_methods_differ_and_v1_is_v2_before_the_game(small_config, tmp_path):
     results = {}
     for method in ('noise', 'psaq_v1', 'psaq_v2', 'real'):
@@ -225,6 +232,7 @@ def test_methods_differ_and_v1_is_v2_before_the_game(small_config, tmp_path):
         assert torch.equal(results[method][weight], float_weights)
 
 
+@pytest.mark.slow
 def test_the_game_moves_ranges_unless_told_not_to(small_config, tmp_path):
     """At few bits, where the images agree that it helps."""
     bits, states = {'weight.bits': 3, 'activation.bits': 4}, {}
@@ -243,6 +251,7 @@ def test_the_game_moves_ranges_unless_told_not_to(small_config, tmp_path):
     assert len(moved) > 0.8 * len(inputs)
 
 
+@pytest.mark.slow
 def test_heads_that_nothing_compared_depends_on_stay_as_calibrated(small_config, tmp_path):
     stanza = {'targets': ['backbone', 'neck', 'roi_head.bbox_head'], 'weight.bits': 3, 'activation.bits': 4}
     results = [weights(run_in(tmp_path / name, small_config, **stanza, **{'synthesis.method': name}))
@@ -254,7 +263,7 @@ def test_heads_that_nothing_compared_depends_on_stay_as_calibrated(small_config,
 
 
 def test_weight_ranges_that_the_images_disagree_with_are_put_back(small_config, tmp_path, monkeypatch):
-    from psaq_mm.engine import loop
+    from psaq_mm.engine.stages import game
 
     def ruin(model, parameters, progress):
         restore = search_weight_ranges(model, parameters)
@@ -265,7 +274,7 @@ def test_weight_ranges_that_the_images_disagree_with_are_put_back(small_config, 
 
     stanza = {'game.range_lr': 0, 'game.steps': 1}
     run(config(small_config, tmp_path / 'a', **stanza, **{'game.weight_ranges': 'calibrated'}))
-    monkeypatch.setattr(loop, 'search_weight_ranges', ruin)
+    monkeypatch.setattr(game, 'search_weight_ranges', ruin)
     run(config(small_config, tmp_path / 'b', **stanza))
     assert same(weights(tmp_path / 'a'), weights(tmp_path / 'b'))
 
@@ -285,6 +294,7 @@ def test_reused_images_give_what_synthesising_gave(small_config, tmp_path):
         run(config(small_config, tmp_path / 'c', **{'synthesis.reuse': str(small_config)}))
 
 
+@pytest.mark.slow
 def test_each_run_of_a_process_shows_its_own_images(small_config, tmp_path):
     for name in 'ab':
         run(config(small_config, tmp_path / name, **{'synthesis.method': 'psaq_v1', 'synthesis.steps': 1}))
@@ -469,6 +479,7 @@ def learning_rates(monkeypatch, cfg, **kwargs):
     return rates
 
 
+@pytest.mark.slow
 def test_the_students_learning_rate_falls_over_the_game(small_config, tmp_path, monkeypatch):
     rates = learning_rates(monkeypatch, config(small_config, tmp_path / 'a'))
     assert len(rates) == 2 * 4 + 8 and rates[:9] == [6e-6] * 9
@@ -606,6 +617,7 @@ def torchrun(config_file, work_dir, *options, script=('tools/dfq.py', ), check=T
                     '--launcher', 'pytorch', '--device', 'cpu', *options, check=check)
 
 
+@pytest.mark.slow
 def test_two_processes_see_what_one_sees(small_config, tmp_path):
     """torchrun with gloo: each rank calibrates on its shard, the extremes are those of all images."""
     options = ['--no-eval', '--cfg-options', 'quantization.synthesis.method=noise',
@@ -673,7 +685,7 @@ DEPTH = dict(swin_t=12, swin_s=24, deit_t=12, deit_s=12, deit_b=12)
 BESIDE = dict(mask=1 + 3 + 8, cascade=1 + 3 + 8, upernet_swin=1 + 3, upernet_deit=1 + 8, swin=1 + 3 + 1, deit=1 + 1)
 MISSING = dict(mask='annotations/instances_val2017.json', cascade='annotations/instances_val2017.json',
                upernet='images/validation', swin='data/imagenet/val', deit='data/imagenet/val')
-SLOW = ('w4a8', 'deit_b', 'swin_s')  # the same code as their siblings
+FAST = ('mask_rcnn_swin_t_w8a8', 'deit_t_w8a8')  # the others are slow: the same code
 
 
 def starting_with(table, stem):
@@ -681,7 +693,7 @@ def starting_with(table, stem):
 
 
 @pytest.mark.parametrize('path', [
-    pytest.param(p, marks=[pytest.mark.slow] if any(word in p.stem for word in SLOW) else []) for p in CONFIGS
+    pytest.param(p, marks=[] if p.stem in FAST else [pytest.mark.slow]) for p in CONFIGS
 ], ids=lambda p: p.stem)
 def test_paper_configs_build_and_run_complete_steps_at_full_size(path, tmp_path):
     """The full model, its weights from a file of the official layout; a small image, two steps of synthesis, one for

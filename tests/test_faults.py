@@ -36,7 +36,8 @@ def saved(work_dir):
 # -- kills -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('seed', [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', [0, 1, 2])
 def test_killed_again_and_again_the_run_ends_in_the_same_checkpoint(small_config, quantized_run, tmp_path, seed):
     """SIGKILL at random times, a checkpoint being written after every update."""
     rng, kills, killed = random.Random(seed), 3 + 5 * (seed > 0), 0

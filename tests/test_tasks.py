@@ -90,6 +90,7 @@ def test_the_decode_head_is_quantized_when_it_is_named(segmentation_config, tmp_
     assert not torch.equal(state['decode_head.conv_seg.weight'], before['decode_head.conv_seg.weight'].float())
 
 
+@pytest.mark.slow
 def test_a_game_of_a_single_linear_layer(classification_config, tmp_path):
     """Its input has no gradient, its range does; its name is the target itself."""
 
@@ -199,6 +200,7 @@ def test_pretrained_weights_of_timm_are_used(tmp_path, monkeypatch):
 # -- the grid ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_grid_continues_and_repeats_itself(classification_config, tmp_path):
     def grid(folder, *options):
         return run_tool('tools/grid.py', classification_config, '--work-dir', folder, '--methods', 'noise', 'psaq_v2',

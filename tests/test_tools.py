@@ -203,6 +203,7 @@ def test_demo_and_benchmark_are_commands(tmp_path):
     assert 'choose from detection' in run_tool('demo/run.py', 'tracking', check=False).stderr
 
 
+@pytest.mark.slow
 def test_memory_of_a_step_is_near_that_of_a_bare_one(tmp_path):
     """Times are for people to look at; allocations are the same every time."""
     run_tool('benchmarks/step_cost.py', '--cases', 'deit_t', '--repeats', '1', '--json', tmp_path / 'j.json')
@@ -257,6 +258,7 @@ def test_end_to_end_benchmark_runs_every_variant(small_config, tmp_path):
     assert all(run['minutes'] > 0 and run['peak_gb'] > 0.1 and run['quantized'] for run in found.values())
 
 
+@pytest.mark.slow
 def test_comparison_is_not_done_twice(small_config, tmp_path, monkeypatch):
     from mmengine.config import Config
 
