@@ -22,7 +22,7 @@ class ReconstructionStage(Stage):
     def __init__(self, loop):
         super().__init__(loop)
         self.units, self.views, self.parameters, self.errors = [], [], {}, {}
-        self.current = None
+        self.current = self.initial = None
         self.ranges = {}
 
     @classmethod
@@ -48,6 +48,7 @@ class ReconstructionStage(Stage):
             return
         self.errors = dict(self.restored['errors'])
         if self.restored['current'] is not None:
+            self.initial = self.restored['initial']
             self.begin(self.index // config.steps, self.restored['current'])
 
     def make_views(self, count):
@@ -93,14 +94,14 @@ class ReconstructionStage(Stage):
         if restored is not None:
             self.current.load_state_dict(restored)
             return
-        self.current.start()
+        self.initial = self.current.measure()
+        self.current.search()
         if self.quantization.game.weight_ranges == 'mse':
-            initial = self.current.error
+            searched = self.current.measure()
             restore = search_weight_ranges(student, list(parameters.values()))
-            self.current.start()
-            if self.current.error > initial:
+            if self.current.measure() > searched:
                 restore()
-                self.current.start()
+        self.current.start()
 
     def step(self, rng):
         """Make one update of one unit, the learning rates on half a cosine down to a hundredth."""
@@ -111,12 +112,12 @@ class ReconstructionStage(Stage):
         share = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / config.steps))
         log = self.current.step(step, share, rng, self.loop.device)
         if step == config.steps - 1:
-            before, now = self.current.finish()
-            self.errors[self.units[number].name] = before, now
+            started, now = self.current.finish()
+            self.errors[self.units[number].name] = self.initial, now
             for quantizer in self.ranges.values():
                 quantizer.fix_range()
             self.current, self.ranges = None, {}
-            self.loop.runner.logger.info(f'{self.units[number].name}: error {before:.4g} -> {now:.4g}')
+            self.loop.runner.logger.info(f'{self.units[number].name}: error {self.initial:.4g} -> {started:.4g} -> {now:.4g}')
         return log
 
     def finish(self):
@@ -126,4 +127,4 @@ class ReconstructionStage(Stage):
         return dict(errors={name: list(pair) for name, pair in self.errors.items()}) if self.errors else None
 
     def state_dict(self):
-        return dict(errors=dict(self.errors), current=self.current and self.current.state_dict())
+        return dict(errors=dict(self.errors), initial=self.initial, current=self.current and self.current.state_dict())
