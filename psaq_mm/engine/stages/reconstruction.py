@@ -117,7 +117,8 @@ class ReconstructionStage(Stage):
             for quantizer in self.ranges.values():
                 quantizer.fix_range()
             self.current, self.ranges = None, {}
-            self.loop.runner.logger.info(f'{self.units[number].name}: error {self.initial:.4g} -> {started:.4g} -> {now:.4g}')
+            self.loop.runner.logger.info(f'{self.units[number].name}: squared error, relative, as calibrated '
+                                         f'{self.initial:.4g}, searched {started:.4g}, learned {now:.4g}')
         return log
 
     def finish(self):
