@@ -114,9 +114,10 @@ def complete_torchvision() -> None:
 
 
 def complete_pretty_text() -> None:
-    """Lets ``Config.pretty_text`` print every value, and format a config once; what mmengine prints stays as it is.
+    """Let ``Config.pretty_text`` print every value, and format a config once; what mmengine prints stays as it is.
 
-    A run prints each of its configs three or four times, and formatting one takes a second. mmengine turns whatever happens while it formats a config into a SyntaxError, Ctrl-C included: that is undone.
+    A run prints each of its configs three or four times, and formatting one takes a second. mmengine turns whatever
+    happens while it formats a config into a SyntaxError, Ctrl-C included: that is undone.
     """
     from mmengine.config import Config
     original = Config.pretty_text.fget
