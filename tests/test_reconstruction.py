@@ -1,0 +1,159 @@
+"""Block by block reconstruction: which blocks, what they learn from, and that they get better or stay."""
+import copy
+import random
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from torch import nn
+
+from psaq_mm.engine import quantize
+from psaq_mm.models import attention_blocks, backbone_of, copy_model, extract_features, quantize_model
+from psaq_mm.quantization import Mode, calibrate, quantizers, set_mode
+from psaq_mm.reconstruction import UnitReconstruction, find_units, importance, record
+
+from .conftest import DEMO_CONFIG
+from .test_engine import config, killed_at, run, same, weights  # noqa: F401
+from .test_families import images_for, timm_vit
+
+FOUR = dict(weight=dict(bits=4), activation=dict(bits=4))
+
+
+@pytest.fixture(scope='module')
+def players():
+    """A calibrated ViT, its full-precision original, and images."""
+    torch.manual_seed(0)
+    student = quantize_model(timm_vit().eval(), FOUR)
+    images = images_for(student, 4)
+    teacher = copy_model(student)
+    set_mode(teacher, Mode.FLOAT)
+    calibrate(student, lambda: extract_features(student, images))
+    return student, teacher, images
+
+
+def test_units_of_a_detector_in_the_order_in_which_they_run():
+    model = quantize_model(MODELS.build(Config.fromfile(DEMO_CONFIG).model).eval(), {})
+    units = find_units(model, ['backbone', 'neck'], attention_blocks(backbone_of(model)),
+                       lambda: extract_features(model, torch.randn(1, 3, 64, 96)))
+    names = [unit.name for unit in units]
+    depths = (2, 2, 4, 2)
+    expected = ['backbone.patch_embed']
+    for stage, depth in enumerate(depths):
+        expected += [f'backbone.stages.{stage}.blocks.{block}' for block in range(depth)]
+        expected += [f'backbone.stages.{stage}.downsample'] * (stage < 3)
+    assert names == [*expected, 'neck']
+    assert {unit.calls for unit in units} == {1}
+
+
+def test_a_unit_that_runs_several_times_says_so():
+    model = MODELS.build(dict(
+        _scope_='mmdet', type='RetinaNet', backbone=dict(type='ResNet', depth=18, norm_eval=True, num_stages=4,
+                                                         out_indices=(0, 1, 2, 3)),
+        neck=dict(type='FPN', in_channels=[64, 128, 256, 512], out_channels=16, num_outs=5),
+        bbox_head=dict(type='RetinaHead', num_classes=3, in_channels=16, feat_channels=16, stacked_convs=1,
+                       anchor_generator=dict(type='AnchorGenerator', scales=[8], ratios=[1.0],
+                                             strides=[4, 8, 16, 32, 64])))).eval()
+    quantize_model(model, dict(targets=['backbone', 'neck', 'bbox_head']))
+    units = find_units(model, ['backbone', 'neck', 'bbox_head'], [],
+                       lambda: extract_features(model, torch.randn(1, 3, 64, 64), True))
+    calls = {unit.name: unit.calls for unit in units}
+    assert calls['backbone.layer4'] == 1 and calls['bbox_head.cls_convs.0'] == 5
+    assert 'backbone' not in calls  # too many layers for one unit
+
+
+def test_record_keeps_what_goes_in_and_comes_out_and_stops_there(players):
+    student, teacher, images = players
+    block, later = teacher.backbone.blocks[1], []
+    handle = teacher.backbone.blocks[2].register_forward_hook(lambda *unused: later.append(1))
+    (((x, ), kwargs), output), = record(block, 1, lambda: extract_features(teacher, images))
+    handle.remove()
+    assert not later and not kwargs and x.dtype == torch.float16
+    with torch.no_grad():
+        assert torch.allclose(block(x.float()), output.float(), rtol=1e-2, atol=1e-2)
+
+
+def test_importance_is_the_mean_square_of_the_jacobian():
+    layer, weight = nn.Linear(3, 4, bias=False), torch.tensor([1.0, 0.0, 10.0, 2.0])
+    model = nn.Sequential(layer, nn.Identity())
+    runs = [lambda: [model(torch.randn(5, 3)) * weight] for _ in range(4)]
+    (found, ), = importance(layer, runs, torch.Generator().manual_seed(0))
+    assert found.shape == (1, 4) and torch.allclose(found, weight.square() / weight.square().mean(), atol=1e-5)
+    (found, ), = importance(layer, [lambda: [(model(torch.randn(5, 3)) * 0).detach()]], torch.Generator())
+    assert torch.equal(found, torch.ones(1, 4))
+
+
+def samples_of(players, name):
+    student, teacher, images = players
+    samples = []
+    for batch in images.split(2):
+        exact, = record(teacher.get_submodule(name), 1, lambda b=batch: extract_features(teacher, b))
+        found, = record(student.get_submodule(name), 1, lambda b=batch: extract_features(student, b))
+        samples.append((exact[0], found[0], exact[1], None))
+    return samples
+
+
+def reconstruction(players, name, **changes):
+    unit = copy.deepcopy(players[0].get_submodule(name))
+    ranges = [q.learn_range() for n, q in quantizers(unit).items() if not n.endswith('weight_quantizer')]
+    settings = dict(lr=1e-3, range_lr=0.01, steps=40, mix=0.5, final=0.0) | changes
+    return UnitReconstruction(unit, samples_of(players, name), list(unit.parameters()), ranges, **settings)
+
+
+def learn(current, steps=40):
+    for step in range(steps):
+        current.step(step, 1.0, random.Random(step), torch.device('cpu'))
+
+
+def test_a_block_learns(players):
+    current = reconstruction(players, 'backbone.blocks.1')
+    current.start()
+    learn(current)
+    before, now = current.finish()
+    assert now < 0.8 * before and current.measure() == pytest.approx(now)
+
+
+def test_a_block_that_learns_nothing_good_stays(players):
+    current = reconstruction(players, 'backbone.blocks.1', lr=10.0)
+    current.start()
+    kept = [value.detach().clone() for value in current.learned()]
+    learn(current, 5)
+    before, now = current.finish()
+    assert before == now
+    assert all(map(torch.equal, kept, current.learned()))
+
+
+def test_bad_ranges_are_found(players):
+    current = reconstruction(players, 'backbone.blocks.1')
+    good = current.measure()
+    with torch.no_grad():
+        for stretch in current.ranges:
+            stretch.fill_(1.5)  # 4.5 times too wide
+    bad = current.measure()
+    current.search()
+    assert bad > 1.5 * good and current.measure() < 1.2 * good
+
+
+def stanza(**more):
+    return {'weight.bits': 4, 'activation.bits': 4, 'recipe': 'low_bit', 'reconstruction.steps': 3,
+            'reconstruction.views': 1, **more}
+
+
+def test_the_whole_recipe_resumes_within_a_block(small_config, tmp_path, killed_at):  # noqa: F811
+    whole = run(config(small_config, tmp_path / 'whole', **stanza()))
+    assert whole['minutes'] > 0
+    killed_at(21)  # 8 updates of images, 13 of blocks: in the middle of the fifth
+    with pytest.raises(KeyboardInterrupt):
+        run(config(small_config, tmp_path / 'killed', **stanza()))
+    killed_at(None)
+    run(config(small_config, tmp_path / 'killed', **stanza()), resume=True)
+    assert same(weights(tmp_path / 'killed'), weights(tmp_path / 'whole'))
+
+
+def test_without_a_game_and_on_images_of_ones_own(small_config, tmp_path):
+    cfg = config(small_config, tmp_path, **stanza(**{'synthesis.method': 'real', 'report.images': 0}))
+    result = quantize(cfg, eval_float=False, eval_quantized=False)
+    meta = torch.load(result['checkpoint'], weights_only=True)['meta']
+    errors = meta['reconstruction']['errors']
+    assert len(errors) == 15 and all(now <= before for before, now in errors.values())
+    assert meta['quantization']['recipe'] == 'low_bit' and 'game' not in meta
