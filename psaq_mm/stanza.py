@@ -57,7 +57,7 @@ class QuantizationConfig(FrozenConfig):
         "the library's own test tool loads")
     recipe: Literal['paper', 'low_bit'] | None = Field(
         None, description="what happens between images and quantized model: 'paper', PSAQ-ViT's calibration and game; "
-        "'low_bit', ours: norms reparameterised, every block reconstructed. None: 'paper' at 8 bits, 'low_bit' below")
+        "'low_bit', ours for fewer than 8 bits: norms reparameterised, every block reconstructed. None: 'paper'")
     reparameterize: bool | None = Field(
         None, description='bring the channels behind LayerNorms to one range, exact in float and free at inference; '
         'None: by the recipe')
@@ -105,16 +105,9 @@ class QuantizationConfig(FrozenConfig):
         except ValidationError as error:
             raise StanzaError(_explain(error, cls, ROOT)) from None
 
-    @property
-    def is_low_bit(self) -> bool:
-        """Whether anything but the layers that read the pixels has fewer than 8 bits."""
-        sides = [self.weight.bits, self.activation.bits]
-        sides += [side['bits'] for o in self.overrides for side in (o.weight, o.activation) if 'bits' in (side or {})]
-        return min(sides) < 8
-
     def settled(self) -> QuantizationConfig:
         """The stanza with what it leaves to the recipe filled in, and the recipe itself."""
-        recipe = self.recipe or ('low_bit' if self.is_low_bit else 'paper')
+        recipe = self.recipe or 'paper'
         low, steps = recipe == 'low_bit', self.reconstruction.steps
         return self.model_copy(update=dict(
             recipe=recipe,

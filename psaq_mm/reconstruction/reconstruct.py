@@ -130,6 +130,25 @@ def importance(unit: nn.Module, runs: Sequence[Callable[[], Sequence[Tensor]]], 
     return [[next(weights) for _ in call] for call in outputs]
 
 
+@torch.no_grad()
+def neighbours(weight: Tensor, quantizer) -> tuple[Tensor, Tensor]:
+    """Return the values of the two integers around each weight.
+
+    Args:
+        weight (Tensor): Any shape.
+        quantizer (FakeQuantizer): Of the weight, calibrated.
+
+    Returns:
+        tuple[Tensor, Tensor]: Lowest and highest value, of the weight's shape.
+    """
+    scale, zero_point = quantizer.affine()
+    if quantizer.per_channel:
+        shape = [-1 if axis == quantizer.axis else 1 for axis in range(weight.dim())]
+        scale, zero_point = scale.view(shape), zero_point.view(shape)
+    below = (weight / scale + zero_point).floor().clamp(quantizer.quant_min, quantizer.quant_max - 1)
+    return (below - zero_point) * scale, (below + 1 - zero_point) * scale
+
+
 class UnitReconstruction:
     """Learns the parameters of one unit.
 
@@ -149,7 +168,8 @@ class UnitReconstruction:
     """
 
     def __init__(self, unit: nn.Module, samples: list[tuple], parameters: list[Tensor], ranges: list[Tensor], lr: float,
-                 range_lr: float, steps: int, mix: float, final: float, precision: Callable = nullcontext,
+                 range_lr: float, steps: int, mix: float, final: float,
+                 precision: Callable = nullcontext,
                  average: Callable[[list[Tensor]], None] = lambda parameters: None,
                  mean: Callable[[float], float] = float):
         self.unit, self.samples, self.parameters, self.ranges = unit, samples, parameters, ranges
@@ -160,6 +180,7 @@ class UnitReconstruction:
         self.adam = torch.optim.Adam(groups, fused=True)
         self.before = None  # copies of what the unit learns, and the error with them
         self.error = None
+        self.bounds = []  # of parameters that stay within limits: themselves, lowest and highest values
 
     def loss(self, sample: tuple, generator=None) -> tuple[Tensor, Tensor]:
         """Return the squared errors of the unit's output over its power, plain and by importance.
@@ -212,6 +233,18 @@ class UnitReconstruction:
         self.before = [value.detach().clone() for value in self.learned()]
         self.error = self.measure()
 
+    def learn_rounding(self, layers: Sequence[nn.Module]) -> None:
+        """Keep each weight between the two integers around where it started: it learns nothing but its rounding.
+
+        Source: AdaRound (ICML 2020) for the idea; ours: the straight-through estimator within these limits.
+
+        Args:
+            layers (Sequence[nn.Module]): Quantized layers of the unit, of which those are meant whose weight it learns.
+        """
+        starts = {id(value): start for value, start in zip(self.parameters, self.before)}
+        self.bounds = [(layer.weight, *neighbours(starts[id(layer.weight)], layer.weight_quantizer)) for layer in layers
+                       if getattr(layer, 'weight_quantizer', None) is not None and id(layer.weight) in starts]
+
     @torch.no_grad()
     def search(self) -> None:
         """Shrink the ranges, one after the other, to the share with the least error of the unit's output.
@@ -258,6 +291,9 @@ class UnitReconstruction:
         self.average(learned)
         self.adam.step()
         self.adam.zero_grad()
+        with torch.no_grad():
+            for value, low, high in self.bounds:
+                value.clamp_(low, high)
         return dict(error=plain.item())
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from mmengine import dist
 
 from ...models import attention_blocks, backbone_of
-from ...quantization import search_weight_ranges
+from ...quantization import quantized_layers, search_weight_ranges
 from ...reconstruction import UnitReconstruction, find_units, importance, record
 from ...synthesis import GameConfig, lesson_view
 from .base import Stage
@@ -93,15 +93,21 @@ class ReconstructionStage(Stage):
             mean_over_processes)
         if restored is not None:
             self.current.load_state_dict(restored)
-            return
-        self.initial = self.current.measure()
-        self.current.search()
-        if self.quantization.game.weight_ranges == 'mse':
-            searched = self.current.measure()
-            restore = search_weight_ranges(student, list(parameters.values()))
-            if self.current.measure() > searched:
-                restore()
-        self.current.start()
+        else:
+            self.initial = self.current.measure()
+            self.current.search()
+            if self.quantization.game.weight_ranges == 'mse':
+                self.choose_weight_ranges(student, list(parameters.values()))
+            self.current.start()
+        if config.weights == 'rounding':
+            self.current.learn_rounding(list(quantized_layers(student).values()))
+
+    def choose_weight_ranges(self, unit, weights):
+        """Give weights the ranges of least squared error, unless the unit's output is worse with them."""
+        before = self.current.measure()
+        restore = search_weight_ranges(unit, weights)
+        if self.current.measure() > before:
+            restore()
 
     def step(self, rng):
         """Make one update of one unit, the learning rates on half a cosine down to a hundredth."""
