@@ -19,8 +19,8 @@ class ReconstructionConfig(FrozenConfig):
         0.01, ge=0, description='peak learning rate of Adam for the logarithms of the ends of the ranges of what goes '
         'into products and convolutions; 0: ranges stay as they were calibrated')
     weights: Literal['rounding', 'free'] = Field(
-        'rounding', description="'rounding': a weight stays between the two integers around it and learns which of them "
-        "is better; 'free': it goes where the error leads")
+        'rounding', description="'rounding': a weight stays between the two integers around it and learns which is "
+        "better; 'free': it goes where the error leads")
     mix: float = Field(
         0.5, ge=0, le=1, description='share of the elements of a block\'s input that are those of the full-precision '
         'model, drawn anew for each update; the others are those of the quantized model')
