@@ -632,6 +632,7 @@ def test_adaptive_pooling_is_traced_for_every_size(size, bins):
         torch.testing.assert_close(pool(x), nn.AdaptiveAvgPool2d(bins)(x))
 
 
+@pytest.mark.slow
 def test_a_segmentor_with_an_int8_head_by_mmsegs_own_functions(segmentation_config, tmp_path):
     from mmseg.apis import inference_model, init_model
     run_tool(ROOT / 'tools' / 'dfq.py', segmentation_config, '--work-dir', tmp_path, '--no-eval', '--cfg-options',

@@ -95,6 +95,7 @@ def test_files_of_others_are_no_checkpoints_to_resume(tmp_path):
     assert interrupted_run(tmp_path) is None
 
 
+@pytest.mark.slow
 def test_a_run_may_go_on_with_checkpointed_activations(small_config, tmp_path, killed_at, uninterrupted):  # noqa: F811
     """What an error about memory recommends."""
     killed_at(5)
@@ -133,6 +134,7 @@ def full_for(monkeypatch, name):
     monkeypatch.setattr(checkpoint_module, 'write_atomically', write)
 
 
+@pytest.mark.slow
 def test_a_disk_too_full_for_checkpoints_does_not_end_the_run(small_config, tmp_path, uninterrupted, monkeypatch,  # noqa: F811
                                                               capfd):
     cfg = config(small_config, tmp_path)
