@@ -139,6 +139,7 @@ def stanza(**more):
             'reconstruction.views': 1, **more}
 
 
+@pytest.mark.slow
 def test_the_whole_recipe_resumes_within_a_block(small_config, tmp_path, killed_at):  # noqa: F811
     whole = run(config(small_config, tmp_path / 'whole', **stanza()))
     assert whole['minutes'] > 0
