@@ -156,7 +156,7 @@ class QuantizationConfig(FrozenConfig):
     @property
     def reconstruction_lr(self) -> float:
         """The reconstruction's learning rate for weights, in proportion to their quantization step."""
-        return self.reconstruction.lr or 1e-5 * 2**(8 - self.weight.bits)
+        return self.reconstruction.lr or 3e-5 * 2**(8 - self.weight.bits)
 
     def to_dict(self) -> dict:
         """The complete stanza, defaults spelled out, as plain lists and dicts that a config file can hold."""

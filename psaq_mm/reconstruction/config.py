@@ -13,7 +13,7 @@ class ReconstructionConfig(FrozenConfig):
     steps: int | None = Field(
         None, ge=0, description='updates of each block; 0: no reconstruction. None: by the recipe, 0 or 300')
     lr: float | None = Field(
-        None, gt=0, description="peak learning rate of Adam for weights; None: 1e-5 at 8-bit weights, twice that for "
+        None, gt=0, description="peak learning rate of Adam for weights; None: 3e-5 at 8-bit weights, twice that for "
         'each bit less, as the step between two integers is')
     range_lr: float = Field(
         0.01, ge=0, description='peak learning rate of Adam for the logarithms of the ends of the ranges of what goes '
