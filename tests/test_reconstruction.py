@@ -96,13 +96,13 @@ def samples_of(players, name):
 def reconstruction(players, name, **changes):
     unit = copy.deepcopy(players[0].get_submodule(name))
     ranges = [q.learn_range() for n, q in quantizers(unit).items() if not n.endswith('weight_quantizer')]
-    settings = dict(lr=1e-3, range_lr=0.01, steps=40, mix=0.5, final=0.0) | changes
+    settings = dict(lr=1e-3, range_lr=0.01, mix=0.5, final=0.0) | changes
     return UnitReconstruction(unit, samples_of(players, name), list(unit.parameters()), ranges, **settings)
 
 
 def learn(current, steps=40):
     for step in range(steps):
-        current.step(step, 1.0, random.Random(step), torch.device('cpu'))
+        current.step(1.0, random.Random(step), torch.device('cpu'))
 
 
 def test_a_block_learns(players):

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from .conversion import quantized_layers, quantizer_mode
 from .layers import QuantizedConv2d, QuantizedLayer, QuantizedProjection
-from .observers import affine_parameters, build_observer
+from .observers import affine_parameters, build_observer, quantization_grid
 from .quantizer import Mode
 from .weights import SAME, TRANSPOSED, function_name, nested_values
 
@@ -51,6 +51,12 @@ class Site:
     observer: object = field(default=None, repr=False)
     rows: list[Tensor] = field(default_factory=list, repr=False)  # (n, C) each: samples of what the readers take
 
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What a change of the channels changes."""
+        found = [self.norm.weight, bias_of(self.norm), *(p for r in self.readers for p in (r.weight, bias_of(r)))]
+        return [parameter for parameter in found if parameter is not None]
+
 
 def channel_axis(layer: nn.Module) -> int:
     """Return the axis of a layer's input that its channels lie along."""
@@ -72,10 +78,10 @@ def inputs_of(arguments: Sequence) -> list[Tensor]:
 
 
 def bias_of(layer: nn.Module) -> Tensor | None:
-    """Return a layer's bias; of an attention's projection, that of the attention."""
+    """Return a layer's or norm's bias, or None; of an attention's projection, that of the attention."""
     if isinstance(layer, QuantizedProjection):
         return layer.owner.in_proj_bias if layer.parameter == 'in_proj_weight' else None
-    return layer.bias
+    return getattr(layer, 'bias', None)
 
 
 class _Follower(TorchFunctionMode):
@@ -185,8 +191,8 @@ def find_sites(model: nn.Module, run: Callable[[], Sequence[Tensor]]) -> tuple[l
         if not readers:
             continue
         other = next((layers[r] for r in readers if follower.sources[r] != {norm}), None)
-        parameters = [norm.weight, norm.bias if hasattr(norm, 'bias') else None,
-                      *(p for r in readers for p in (r.weight, bias_of(r)))]
+        shifts = not any(readers.values()) and all(bias_of(part) is not None for part in (norm, *readers))
+        site = Site(name, norm, list(readers), shifts)
         if norm in follower.elsewhere:
             left[name] = 'something else than quantized linear layers reads it, too'
         elif other:
@@ -195,12 +201,10 @@ def find_sites(model: nn.Module, run: Callable[[], Sequence[Tensor]]) -> tuple[l
             left[name] = 'the input of a layer that reads it has no single scale'
         elif any(r.weight.shape[1] != len(norm.weight) for r in readers):
             left[name] = 'layers read its channels rearranged'
-        elif any(p is not None and holders.get(id(p), 0) > 1 for p in parameters):
+        elif any(holders.get(id(parameter), 0) > 1 for parameter in site.parameters):
             left[name] = 'it shares parameters with other layers'
         else:
-            shifts = getattr(norm, 'bias', None) is not None and not any(readers.values()) and all(
-                bias_of(reader) is not None for reader in readers)
-            sites.append(Site(name, norm, list(readers), shifts))
+            sites.append(site)
     return sites, left
 
 
@@ -244,7 +248,7 @@ def rounded(values: Tensor, config, axis: int | None = None) -> Tensor:
     flat = values.reshape(1, -1) if axis is None else values.movedim(axis, 0).flatten(1)
     low, high = torch.aminmax(flat, dim=1)
     scale, zero_point = affine_parameters(low, high, config.bits, config.symmetric)
-    ends = (-(1 << config.bits - 1), (1 << config.bits - 1) - 1) if config.symmetric else (0, (1 << config.bits) - 1)
+    ends = quantization_grid(config.bits, config.symmetric)
     if axis is None:
         return torch.fake_quantize_per_tensor_affine(values, scale, zero_point, *ends)
     return torch.fake_quantize_per_channel_affine(values, scale, zero_point, axis, *ends)
@@ -314,10 +318,8 @@ def apply(site: Site, ratio: Tensor, offset: Tensor) -> None:
         ratio, offset (Tensor): (C,) each: what the readers take becomes ``x / ratio - offset``.
     """
     site.norm.weight.div_(ratio)
-    if site.shifts:
+    if bias_of(site.norm) is not None:
         site.norm.bias.div_(ratio).sub_(offset)
-    elif getattr(site.norm, 'bias', None) is not None:
-        site.norm.bias.div_(ratio)
     for reader in site.readers:
         weight = reader.weight
         weight.mul_(ratio.view(1, -1, *[1] * (weight.dim() - 2)))
@@ -348,23 +350,24 @@ def reparameterize(model: nn.Module, run: Callable[[], None], example: Callable[
     if not sites:
         return dict(changed=changed, left=left)
     observe_sites(model, sites, run)
+
+    def outputs():
+        with quantizer_mode(model, Mode.FLOAT):
+            return [value.clone() for value in nested_values(example()) if isinstance(value, Tensor)]
+
+    expected = outputs()
     for site in sites:
         ratio, offset, strength, before, after = choose(site, reduce, mean)
         if after >= before:
             left[site.name] = 'its channels are as good as they are'
             continue
-        parameters = [site.norm.weight, getattr(site.norm, 'bias', None),
-                      *(p for r in site.readers for p in (r.weight, bias_of(r)))]
-        parameters = [p for p in parameters if p is not None]
-        saved = [p.detach().clone() for p in parameters]
-        with quantizer_mode(model, Mode.FLOAT):
-            expected = [value.clone() for value in nested_values(example()) if isinstance(value, Tensor)]
-            apply(site, ratio, offset)
-            found = [value for value in nested_values(example()) if isinstance(value, Tensor)]
-        if all((a - b).abs().max() <= TOLERANCE * a.abs().max().clamp(min=1e-12) for a, b in zip(expected, found)):
+        saved = [p.detach().clone() for p in site.parameters]
+        apply(site, ratio, offset)
+        if all((a - b).abs().max() <= TOLERANCE * a.abs().max().clamp(min=1e-12)
+               for a, b in zip(expected, outputs())):
             changed[site.name] = dict(strength=strength, before=before, after=after, shifted=site.shifts)
         else:
-            for parameter, value in zip(parameters, saved):
+            for parameter, value in zip(site.parameters, saved):
                 parameter.copy_(value)
             left[site.name] = 'the model computes something else with changed channels'
         site.rows = []

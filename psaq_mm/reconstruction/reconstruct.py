@@ -15,6 +15,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from ..quantization.weights import nested_values
+
 SHARES = (0.85, 0.7, 0.55, 0.42, 0.3, 0.2, 0.12, 0.07, 0.04)  # of a calibrated range, that are tried; our choice
 SEARCHED = 4  # batches that they are tried on; our choice
 
@@ -37,9 +39,7 @@ def mapped(nested, function: Callable[[Tensor], Tensor]):
 
 def floats(nested) -> list[Tensor]:
     """Return all tensors of floating-point numbers in nested dicts, tuples and lists, in order."""
-    found = []
-    mapped(nested, lambda value: found.append(value) if value.is_floating_point() else None)
-    return found
+    return [value for value in nested_values(nested) if isinstance(value, Tensor) and value.is_floating_point()]
 
 
 def kept(value: Tensor) -> Tensor:
@@ -159,7 +159,6 @@ class UnitReconstruction:
         parameters (list[Tensor]): What the unit learns with ``lr``.
         ranges (list[Tensor]): What it learns with ``range_lr``.
         lr, range_lr (float): Peak learning rates.
-        steps (int): Updates.
         mix (float): Share of full-precision elements in the inputs.
         final (float): Weight of the error of the final features.
         precision (Callable): The context in which features are computed.
@@ -168,12 +167,12 @@ class UnitReconstruction:
     """
 
     def __init__(self, unit: nn.Module, samples: list[tuple], parameters: list[Tensor], ranges: list[Tensor], lr: float,
-                 range_lr: float, steps: int, mix: float, final: float,
+                 range_lr: float, mix: float, final: float,
                  precision: Callable = nullcontext,
                  average: Callable[[list[Tensor]], None] = lambda parameters: None,
                  mean: Callable[[float], float] = float):
         self.unit, self.samples, self.parameters, self.ranges = unit, samples, parameters, ranges
-        self.steps, self.mix, self.final = steps, mix, final
+        self.mix, self.final = mix, final
         self.precision, self.average, self.mean = precision, average, mean
         groups = [dict(params=values, lr=rate, peak=rate) for values, rate in ((parameters, lr), (ranges, range_lr))
                   if values]
@@ -197,9 +196,7 @@ class UnitReconstruction:
                 return b
             return torch.where(torch.rand(b.shape, generator=generator, device=b.device) < self.mix, a, b)
 
-        sources = []
-        mapped(exact, sources.append)
-        sources = iter(sources)
+        sources = (value for value in nested_values(exact) if isinstance(value, Tensor))
         args, kwargs = mapped(quantized, lambda value: mixed(next(sources), value))
         with self.precision():
             outputs = floats(self.unit(*args, **kwargs))
@@ -267,11 +264,10 @@ class UnitReconstruction:
                     best, chosen = found, stretch.clone()
             stretch.copy_(chosen)
 
-    def step(self, number: int, share: float, rng: random.Random, device) -> dict:
+    def step(self, share: float, rng: random.Random, device) -> dict:
         """Make one update.
 
         Args:
-            number (int): Of the update.
             share (float): Of the peak learning rates.
             rng (random.Random): Chooses the sample and the mix.
             device (torch.device): Of the unit.

@@ -10,7 +10,7 @@ from ...quantization import FakeQuantizer, search_weight_ranges
 from ...stanza import ROOT
 from ...synthesis import Game
 from .base import Stage
-from .learning import average_gradients, learnable_ranges, mean_over_processes, trainable
+from .learning import annealing, average_gradients, learnable_ranges, mean_over_processes, trainable
 
 
 class GameStage(Stage):
@@ -176,9 +176,9 @@ class GameStage(Stage):
             self.range_adam.zero_grad()
 
     def step(self, rng):
-        """Make one update of the game, the student's learning rates on half a cosine down to a hundredth."""
+        """Make one update of the game, the student's learning rates by :func:`annealing`."""
         loop = self.loop
-        share = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * self.index / self.updates))
+        share = annealing(self.index / self.updates)
         for group in loop.runner.optim_wrapper.param_groups:
             group['lr'] = self.quantization.student_lr * share
         if self.ranges:

@@ -1,6 +1,8 @@
 """What the stages that train the student share: what may be trained, learned ranges, means over processes."""
 from __future__ import annotations
 
+import math
+
 import torch
 from mmengine import dist
 from torch import Tensor, nn
@@ -9,6 +11,11 @@ from ...quantization import FakeQuantizer, quantizers
 from ...stanza import reads_pixels
 
 OPERANDS = ('input_quantizer', 'a_quantizer', 'b_quantizer')  # whose ranges may be learned
+
+
+def annealing(done: float) -> float:
+    """Return the share of the peak learning rate when a share of the updates is done: half a cosine down to 0.01."""
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def reduce_range(low, high, merge):

@@ -1,7 +1,6 @@
 """Reconstruction: block after block learns to put out what its full-precision original does."""
 from __future__ import annotations
 
-import math
 import random
 
 import torch
@@ -12,7 +11,7 @@ from ...quantization import quantized_layers, search_weight_ranges
 from ...reconstruction import UnitReconstruction, find_units, importance, record
 from ...synthesis import GameConfig, lesson_view
 from .base import Stage
-from .learning import average_gradients, learnable_ranges, mean_over_processes, trainable
+from .learning import annealing, average_gradients, learnable_ranges, mean_over_processes, trainable
 
 
 class ReconstructionStage(Stage):
@@ -89,7 +88,7 @@ class ReconstructionStage(Stage):
         stretches = [quantizer.learn_range() for quantizer in self.ranges.values()]
         self.current = UnitReconstruction(
             student, samples, list(parameters.values()), stretches, self.quantization.reconstruction_lr,
-            config.range_lr, config.steps, config.mix, config.final, loop.precision, average_gradients,
+            config.range_lr, config.mix, config.final, loop.precision, average_gradients,
             mean_over_processes)
         if restored is not None:
             self.current.load_state_dict(restored)
@@ -110,13 +109,12 @@ class ReconstructionStage(Stage):
             restore()
 
     def step(self, rng):
-        """Make one update of one unit, the learning rates on half a cosine down to a hundredth."""
+        """Make one update of one unit, the learning rates by :func:`annealing`."""
         config = self.quantization.reconstruction
         number, step = divmod(self.index, config.steps)
         if self.current is None:
             self.begin(number)
-        share = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-        log = self.current.step(step, share, rng, self.loop.device)
+        log = self.current.step(annealing(step / config.steps), rng, self.loop.device)
         if step == config.steps - 1:
             started, now = self.current.finish()
             self.errors[self.units[number].name] = self.initial, now
