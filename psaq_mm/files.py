@@ -18,10 +18,13 @@ from filelock import FileLock, Timeout
 
 from .errors import UserError
 
+TEMPORARY = '.{name}.{token}.tmp'
+"""Names of files while they are written."""
+
 
 def temporary_beside(path: Path) -> Path:
     """Return a name in the same folder that no other process uses."""
-    return path.with_name(f'.{path.name}.{secrets.token_hex(8)}.tmp')
+    return path.with_name(TEMPORARY.format(name=path.name, token=secrets.token_hex(8)))
 
 
 def write_atomically(content, path: Path) -> None:
@@ -165,9 +168,14 @@ class OwnedFolder:
     # -- writing -----------------------------------------------------------------------------------------------------
 
     def own(self, name: str) -> Path:
-        """Make a sub-folder in which everything is ours, and return it."""
+        """Make a sub-folder in which everything is ours, and return it.
+
+        Half-written files of a process that was killed are removed.
+        """
         self.claim([f'{name}/'])
         (self.path / name).mkdir(parents=True, exist_ok=True)
+        for path in (self.path / name).rglob(TEMPORARY.format(name='*', token='*')):
+            path.unlink()
         if f'{name}/' not in self.manifest():
             self._record({f'{name}/': []})
         return self.path / name

@@ -308,7 +308,7 @@ def test_two_processes_resume(small_config, tmp_path):
     options = ['--no-eval', '--cfg-options', *EVERY[:1], 'default_hooks.checkpoint.interval=3']
     torchrun(small_config, tmp_path / 'whole', *options)
     script = tmp_path / 'dying.py'
-    script.write_text(DYING.format(step='game_step', at=8, death="raise UserError('enough')"))
+    script.write_text(DYING.format(stage='GameStage', at=8, death="raise UserError('enough')"))
     done = torchrun(small_config, tmp_path / 'killed', *options, script=(script, TOOL), check=False)
     assert done.returncode and 'error: enough' in done.stderr
     assert not (tmp_path / 'killed' / 'quantized.pth').exists() and saved(tmp_path / 'killed')

@@ -13,7 +13,7 @@ from psaq_mm.engine import compare
 from psaq_mm.engine.checkpoint import resumable_checkpoints
 from psaq_mm.engine.pipeline import RUN
 from psaq_mm.errors import UserError
-from psaq_mm.files import OwnedFolder, as_data
+from psaq_mm.files import OwnedFolder, as_data, temporary_beside
 
 from .conftest import DEMO_CHECKPOINT, ROOT, run_tool
 from .test_engine import config, killed_at, run, same, uninterrupted, weights  # noqa: F401, fixtures
@@ -109,7 +109,10 @@ def test_a_sub_folder_of_ones_own(tmp_path):
     own = OwnedFolder(tmp_path)
     assert own.own('logs') == tmp_path / 'logs'
     (tmp_path / 'logs' / 'a.log').write_text('')
+    half = temporary_beside(tmp_path / 'logs/iter_4.pth')
+    half.write_text('of a process that was killed')
     own.own('logs')
+    assert not half.exists()
     (tmp_path / 'mine').mkdir()
     own.own('mine')  # empty
     fill(tmp_path / 'other', ['a'])

@@ -88,7 +88,7 @@ def test_a_stanza_converts_a_model_or_is_one_clear_error(stanza):
 @given(ODD)
 def test_anything_at_all_as_a_stanza(value):
     if isinstance(value, dict) and not value:
-        assert QuantizationConfig.parse(value) == QuantizationConfig()
+        assert QuantizationConfig.parse(value) == QuantizationConfig().settled()
     else:
         with pytest.raises(StanzaError) as caught:
             QuantizationConfig.parse(value)
