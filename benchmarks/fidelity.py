@@ -65,7 +65,7 @@ def measure(grid):
         with torch.no_grad():
             found = fidelity(teacher, student, views, any(
                 target.split('.')[0] not in ('backbone', 'neck') for target in stanza.targets))
-        bits, method = name.split()
+        bits, method = name.split(' ', 1)
         rows.append(dict(bits=bits, method=method, real=result['quantized'], fidelity=dict(
             found['predictions'], cosine=found['cosine'],
             sqnr=sum(f['sqnr'] for f in found['features']) / len(found['features']))))

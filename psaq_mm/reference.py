@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from .stanza import ROOT, QuantizationConfig
+from .stanza import RECIPES, ROOT, QuantizationConfig
 
 
 def _kind(annotation) -> str:
@@ -31,13 +31,25 @@ def _limits(field) -> str:
                     if hasattr(limit, name))
 
 
+def _flat(nested: dict, path: str = ''):
+    """Yield the values of nested dicts by their dotted names."""
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f'{path}{key}.')
+        else:
+            yield path + key, value
+
+
 def reference() -> str:
     """The reference of the stanza, Markdown, from the classes it is parsed by: docs/stanza.md."""
     lines = ['# The stanza', '', 'Written by `python -m psaq_mm.reference > docs/stanza.md` from the classes that '
              'parse it; a test holds it to them.', '',
-             '`quantization = dict(...)` in a config. Everything has a default: `dict()` is W8A8 by PSAQ-ViT V2. A '
+             '`quantization = dict(...)` in a config. Everything has a default: `dict()` is W8A8 by PSAQ-ViT V2. '
+             "Where a recipe has another default, the table names it: `recipe` says when it holds. A "
              'wrong key, type, value or name pattern is one clear error before any work starts. On the command line: '
              '`--cfg-options quantization.synthesis.steps=200`.', '']
+
+    low_bit = dict(_flat(RECIPES['low_bit']))
 
     def section(cls, path, default):
         title = path or ROOT
@@ -56,6 +68,8 @@ def reference() -> str:
                              f'(#{anchor}) | {field.description or inner.__doc__.splitlines()[0]} |'.replace('``', '`'))
                 continue
             shown = 'required' if field.is_required() and default is None else f'`{_shown(value)}`'
+            if where in low_bit:
+                shown += f"; 'low_bit': `{_shown(low_bit[where])}`"
             kind = ' '.join(filter(None, (_kind(field.annotation), _limits(field))))
             lines.append(f'| `{name}` | {shown} | {kind} | {field.description or ""} |'.replace('``', '`'))
         lines.append('')

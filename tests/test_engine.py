@@ -13,7 +13,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import MODELS, TRANSFORMS
 from mmengine.runner import Runner
 
-from psaq_mm.engine import CheckpointError, NoiseDataset, evaluation_gap, quantize, read_checkpoint
+from psaq_mm.engine import CheckpointError, StartDataset, evaluation_gap, quantize, read_checkpoint
 from psaq_mm.engine.checkpoint import float_checkpoint, load_float
 from psaq_mm.engine.config import default_scope, without_pretrained
 from psaq_mm.engine.pipeline import RUN
@@ -163,7 +163,7 @@ def test_checkpointing_and_the_exact_density_change_next_to_nothing(small_config
                        ('exact', {'synthesis.density': 'exact'})):
         run(config(small_config, tmp_path / name, **stanza, **more))
         found.append(torch.cat(images_of(tmp_path / name)))
-    change = found[0] - torch.cat([b['inputs'][None] for b in NoiseDataset(6, [(64, 96)], 3)])
+    change = found[0] - torch.cat([b['inputs'][None] for b in StartDataset(6, [(64, 96)], 3)])
     for other in found[1:]:  # Adam's first steps make a difference of every rounding error whose sign matters
         assert (other - found[0]).abs().mean() < 0.1 * change.abs().mean()
     whole = run(config(small_config, tmp_path / 'game', **{'synthesis.checkpointing': True}))
@@ -329,11 +329,11 @@ def test_amp_runs_and_changes_little(small_config, tmp_path, uninterrupted):
 def test_noise_dataset_is_the_same_however_it_is_sharded(num_images):
     from mmengine.dataset import DefaultSampler
     sizes = [(8, 8), (4, 12)]
-    whole = NoiseDataset(num_images, sizes, 3, seed=5)
+    whole = StartDataset(num_images, sizes, 3, seed=5)
     assert [tuple(whole[i]['inputs'].shape[1:]) for i in range(12)] == ([(8, 8)] * 3 + [(4, 12)] * 3) * 2
-    assert torch.equal(whole[3]['inputs'], NoiseDataset(num_images, sizes, 3, seed=5)[3]['inputs'])
+    assert torch.equal(whole[3]['inputs'], StartDataset(num_images, sizes, 3, seed=5)[3]['inputs'])
     assert not torch.equal(whole[0]['inputs'], whole[1]['inputs'])
-    parts = NoiseDataset(num_images, sizes, 3, 2, seed=5)
+    parts = StartDataset(num_images, sizes, 3, 2, seed=5)
     shards = [list(range(rank, num_images, 2)) for rank in (0, 1)]
     assert list(DefaultSampler(parts, shuffle=False)) == list(range(num_images))  # processes take turns in that
     seen = set()

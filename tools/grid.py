@@ -2,8 +2,8 @@
 
     python tools/grid.py demo/dfq_w8a8.py --bits W8A8 W4A8
 
-Every combination is a run of tools/dfq.py in a folder of its own; finished ones are not done again, an interrupted one
-goes on. Writes table.md, grid.png and metrics.json.
+Every combination is a run of tools/dfq.py in a folder of its own. The command skips finished ones, and goes on with
+an interrupted one. Writes table.md, grid.png and metrics.json.
 """
 import argparse
 import re
@@ -15,6 +15,7 @@ from types import SimpleNamespace
 # By path: as a module of this name it would hide one of the user's.
 common = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name('common.py'))))
 
+RECIPES = ('paper', 'low_bit')
 METHODS = ('noise', 'psaq_v1', 'psaq_v2', 'real')
 
 
@@ -33,6 +34,8 @@ def parse_args():
                         help=f'of {", ".join(METHODS)} (default: all; real only where there is a calib_dataloader)')
     parser.add_argument('--bits', nargs='+', type=bits, metavar='WxAy', default=[(8, 8), (6, 6), (4, 8), (4, 4)],
                         help='default: W8A8 W6A6 W4A8 W4A4')
+    parser.add_argument('--recipes', nargs='+', choices=RECIPES, default=(), metavar='RECIPE',
+                        help=f"of {', '.join(RECIPES)} (default: the config's, or 'paper' at W8A8 and 'low_bit' below)")
     parser.add_argument('--title', help="of table and plot (default: the config's name)")
     return parser.parse_args()
 
@@ -47,7 +50,7 @@ def grid(args):
     if not args.methods and 'real' not in methods:
         print("method 'real' is left out: the config has no calib_dataloader (a data loader of images that are not "
               'evaluated on)')
-    results = compare(cfg, methods, args.bits, cfg.work_dir, args.checkpoint, args.quiet)
+    results = compare(cfg, methods, args.bits, cfg.work_dir, args.checkpoint, args.quiet, args.recipes)
     table = write_comparison(results, cfg.work_dir, args.title or Path(args.config).stem, args.json)
     if not args.quiet:
         Console().print(table)

@@ -88,12 +88,12 @@ def _quantize(cfg, weights, quiet, resume):
 
 
 def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]], work_dir: str,
-            checkpoint: str | None = None, quiet: bool = False) -> dict:
-    """Quantizes by every method at every bit-width and evaluates each; finished parts are not done again, unless what
-    they depend on has changed: config, checkpoint, seed, or installed software.
+            checkpoint: str | None = None, quiet: bool = False, recipes: Iterable[str] = ()) -> dict:
+    """Quantize by every method and recipe at every bit-width and evaluate each.
 
+    Finished parts are skipped, unless what they depend on has changed: config, checkpoint, seed, or installed software.
     All are compared with full precision on the same fresh synthetic images. V1 and V2 start from the same synthesised
-    images, as V2's first stage is V1: they are made once, and their time counts for both.
+    images, as V2's first stage is V1: they are made once for each recipe, and their time counts for both.
 
     Args:
         cfg (Config): With a stanza, test data, and for method 'real' a ``calib_dataloader``.
@@ -102,9 +102,11 @@ def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]]
         work_dir (str): A folder for each run goes there.
         checkpoint (str, optional): Instead of the config's ``load_from``.
         quiet (bool): Show warnings and errors only. Defaults to False.
+        recipes (Iterable[str]): Of ``quantization.recipe``. Without any, the config's own or what the bits stand for.
 
     Returns:
-        dict: ``full_precision`` metrics; ``runs``, by 'W8A8 method', each what :func:`quantize` returns.
+        dict: ``full_precision`` metrics; ``runs``, by 'W8A8 method' or 'W8A8 method recipe', each what
+        :func:`quantize` returns.
 
     Raises:
         UserError: If the config cannot be evaluated here.
@@ -112,20 +114,20 @@ def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]]
     gap = evaluation_gap(cfg)
     if gap:
         raise UserError(f'nothing to compare on: {gap}')
-    methods, bits = list(methods), list(bits)
-    gap = calibration_gap(cfg) if 'real' in methods else None
+    ways = [(*pair, method, recipe) for pair in bits for recipe in tuple(recipes) or (None, ) for method in methods]
+    gap = calibration_gap(cfg) if any(method == 'real' for *_, method, _ in ways) else None
     if gap:
         raise UserError(gap)
     root = OwnedFolder(work_dir)
     with root.lock():
         root.claim(WRITTEN)
-        _claim_parts(root, ['full_precision', *(_part(*pair, method) for pair in bits for method in methods)])
-        return _compare(cfg, methods, bits, root, checkpoint, quiet)
+        _claim_parts(root, ['full_precision', *(_name(*way).replace(' ', '_') for way in ways)])
+        return _compare(cfg, ways, root, checkpoint, quiet)
 
 
-def _part(weight: int, activation: int, method: str) -> str:
-    """Return the name of a run's folder."""
-    return f'W{weight}A{activation}_{method}'
+def _name(weight: int, activation: int, method: str, recipe: str | None) -> str:
+    """Return what a run is called; its folder has '_' for ' '."""
+    return f'W{weight}A{activation} {method}' + (f' {recipe}' if recipe else '')
 
 
 def _claim_parts(root: OwnedFolder, names: Iterable[str]) -> None:
@@ -141,7 +143,7 @@ def _claim_parts(root: OwnedFolder, names: Iterable[str]) -> None:
             folder.claim(('compared.json', f'{RUN}/') if name == 'full_precision' else ('compared.json', *RESULTS))
 
 
-def _compare(cfg, methods, bits, root, checkpoint, quiet):
+def _compare(cfg, ways, root, checkpoint, quiet):
     _, content, *_, gap = check(cfg, checkpoint)
     if gap:
         raise UserError(f'nothing to compare on: {gap}')
@@ -153,31 +155,32 @@ def _compare(cfg, methods, bits, root, checkpoint, quiet):
                   seed=(cfg.get('randomness') or {}).get('seed'))
     folder = OwnedFolder(root.path / 'full_precision')
     full = _done(folder, common, lambda _: _evaluate(cfg, weights, folder, quiet))
-    runs, images, fresh = {}, None, None
-    for weight, activation in bits:
-        for method in methods:
-            name = f'W{weight}A{activation} {method}'
-            folder = OwnedFolder(root.path / _part(weight, activation, method))
-            synthesis = dict(method=method)
-            reused = images if method.startswith('psaq') else None
-            if reused:
-                synthesis['reuse'] = reused['path']
-            changed = with_stanza(cfg, weight=dict(bits=weight), activation=dict(bits=activation), synthesis=synthesis,
-                                  report=dict(reuse=fresh) if fresh else {})
-            changed.work_dir = str(folder.path)
-            stanza = QuantizationConfig.parse(changed.quantization).to_dict()
-            del stanza['report']  # judges the model and does not change it
-            if method != 'psaq_v2':
-                del stanza['game']  # not played
-            inputs = dict(common, stanza=stanza, calib=method == 'real' and cfg.get('calib_dataloader'),
-                          images=reused and reused['made'])
-            files = ['quantized.pth', 'test_config.py'] + ['synthetic.pt'] * (method != 'real')
-            result = runs[name] = _done(folder, inputs, functools.partial(_quantize, changed, weights, quiet), files)
-            if reused:  # V2's first stage counts, though it was done once for all
-                runs[name] = dict(result, minutes=round(result['minutes'] + reused['minutes'], 2))
-            if fresh is None and (folder.path / 'fresh.pt').exists():  # all are judged by the same
-                fresh = str(folder.path / 'fresh.pt')
-            if method.startswith('psaq') and images is None:
-                path = folder.path / 'synthetic.pt'
-                images = dict(path=str(path), made=path.stat().st_mtime_ns, minutes=result['synthesis_minutes'])
+    runs, images, fresh = {}, {}, None
+    for way in ways:
+        weight, activation, method, recipe = way
+        name, drawn = _name(*way), method.startswith('psaq')
+        folder = OwnedFolder(root.path / name.replace(' ', '_'))
+        changed = with_stanza(cfg, weight=dict(bits=weight), activation=dict(bits=activation),
+                              synthesis=dict(method=method), report=dict(reuse=fresh) if fresh else {},
+                              **(dict(recipe=recipe) if recipe else {}))
+        recipe = QuantizationConfig.parse(changed.quantization).recipe
+        reused = images.get(recipe) if drawn else None
+        if reused:
+            changed = with_stanza(changed, synthesis=dict(reuse=reused['path']))
+        changed.work_dir = str(folder.path)
+        stanza = QuantizationConfig.parse(changed.quantization).to_dict()
+        del stanza['report']  # judges the model and does not change it
+        if method != 'psaq_v2':
+            del stanza['game']  # not played
+        inputs = dict(common, stanza=stanza, calib=method == 'real' and cfg.get('calib_dataloader'),
+                      images=reused and reused['made'])
+        files = ['quantized.pth', 'test_config.py'] + ['synthetic.pt'] * (method != 'real')
+        result = runs[name] = _done(folder, inputs, functools.partial(_quantize, changed, weights, quiet), files)
+        if reused:  # V2's first stage counts, though it was done once for all
+            runs[name] = dict(result, minutes=round(result['minutes'] + reused['minutes'], 2))
+        if fresh is None and (folder.path / 'fresh.pt').exists():  # all are judged by the same
+            fresh = str(folder.path / 'fresh.pt')
+        if drawn and not reused:
+            path = folder.path / 'synthetic.pt'
+            images[recipe] = dict(path=str(path), made=path.stat().st_mtime_ns, minutes=result['synthesis_minutes'])
     return dict(full_precision=full, runs=runs)

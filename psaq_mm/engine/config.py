@@ -261,8 +261,9 @@ def data_free_config(cfg: Config,
         run.train_dataloader = dict(
             batch_size=batch, num_workers=0, persistent_workers=False, drop_last=False,
             sampler=dict(type='DefaultSampler', shuffle=False), collate_fn=dict(type='default_collate'),
-            dataset=dict(type='psaq_mm.NoiseDataset', num_images=shard * world, batch_size=batch, world_size=world,
-                         sizes=synthesis.size or (DEFAULT_SIZE, ), seed=seed, metainfo=meta))
+            dataset=dict(type='psaq_mm.StartDataset', num_images=shard * world, batch_size=batch, world_size=world,
+                         sizes=synthesis.size or (DEFAULT_SIZE, ), seed=seed, metainfo=meta,
+                         start=synthesis.start))
     run.train_cfg = dict(type='psaq_mm.DataFreeLoop', quantization=stanza, checkpoint=checkpoint, amp=amp)
     run.optim_wrapper = dict(type='OptimWrapper', optimizer=dict(
         type='Adam', lr=quantization.student_lr, fused=True))

@@ -67,7 +67,8 @@ class QuantizationHook(Hook):
         model._is_init = True
         config = self.quantization
         runner.logger.info(f'{len(quantized_layers(model))} layers of {", ".join(scope(model, config))} are quantized: '
-                           f"W{config.weight.bits}A{config.activation.bits}, placement '{config.placement}'")
+                           f"W{config.weight.bits}A{config.activation.bits}, placement '{config.placement}', "
+                           f"recipe '{config.recipe}'")
 
 
 @HOOKS.register_module()

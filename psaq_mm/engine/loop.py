@@ -1,4 +1,4 @@
-"""The data-free loop: noise -> images -> calibration -> game -> quantized model, one mmengine iteration an update.
+"""The data-free loop: starts -> images -> calibration -> game -> quantized model, one mmengine iteration an update.
 
 :mod:`psaq_mm.engine.stages` holds what happens; the loop takes the stages one after the other.
 """
@@ -25,7 +25,6 @@ from ..models import (
     copy_model,
     extract_features,
     extract_inner,
-    image_channels,
     pixel_statistics,
     scope,
     similarity_taps,
@@ -82,7 +81,7 @@ class DataFreeLoop(BaseLoop):
 
     Args:
         runner (Runner): The runner.
-        dataloader (DataLoader | dict): Of :class:`NoiseDataset`; with method 'real', of images to calibrate on.
+        dataloader (DataLoader | dict): Of :class:`StartDataset`; with method 'real', of images to calibrate on.
         quantization (dict): The stanza.
         checkpoint (str): Full-precision weights.
         amp (bool): Run features in bfloat16. Defaults to False.
@@ -274,10 +273,9 @@ class DataFreeLoop(BaseLoop):
                     raise UserError(f'batch {len(self.images)} of calib_dataloader holds pixels that are no finite '
                                     'numbers: check its images and pipeline')
             return
-        self.dataloader.dataset.channels = image_channels(self.student)
+        self.dataloader.dataset.valid_range = self.low.cpu(), self.high.cpu()
         for data in self.dataloader:
-            batch = data['inputs'].to(self.device)
-            self.images.append(batch.maximum(self.low).minimum(self.high))
+            self.images.append(data['inputs'].to(self.device))
         self.noise = [batch.clone() for batch in self.images]
         if self.quantization.synthesis.reuse:
             shard = read_images(self.quantization.synthesis.reuse)[dist.get_rank()::dist.get_world_size()]
@@ -303,10 +301,19 @@ class DataFreeLoop(BaseLoop):
 
         return extract
 
-    def run_teacher(self, images, tap=None):
-        """The teacher's backbone as far as the last block of a tap (default: the run's), in its precision."""
+    def listen(self, images, tap=None):
+        """Run the teacher while a tap (default: the run's) listens, as far as the objective of synthesis needs it.
+
+        Returns:
+            list[Tensor]: Its final features where diversity counts, else none: it runs to the last tapped block.
+        """
+        tap = tap or self.tap
         with self.precision():
-            (tap or self.tap).run(backbone_of(self.teacher), images)
+            if not self.quantization.synthesis.diversity:
+                tap.run(backbone_of(self.teacher), images)
+                return []
+            with tap if self.quantization.synthesis.entropy else nullcontext():
+                return extract_inner(self.teacher, images, self.heads)
 
     # -- resume ----------------------------------------------------------------------------------------------------
 

@@ -350,8 +350,8 @@ def _quantize(cfg, folder, checkpoint, resume, amp, eval_float, eval_quantized, 
         scope=scope(runner.train_loop.student, quantization), placement=quantization.placement,
         bits=dict(weight=quantization.weight.bits, activation=quantization.activation.bits),
         mixed=any('bits' in (side or {}) for o in quantization.overrides for side in (o.weight, o.activation)),
-        method=quantization.synthesis.method, seed=runner.seed, checkpoint=str(folder.path / QUANTIZED),
-        test_config=str(test_path), versions=versions())
+        method=quantization.synthesis.method, recipe=quantization.recipe, seed=runner.seed,
+        checkpoint=str(folder.path / QUANTIZED), test_config=str(test_path), versions=versions())
     if is_main_process():  # an earlier result stays whole until this one is; nothing of both is mixed from here on
         with explained_failures(cfg, quantization):
             folder.remove('report.html')

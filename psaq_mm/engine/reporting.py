@@ -23,7 +23,7 @@ from ..stanza import ROOT
 from ..synthesis import GameConfig, lesson_view, similarity_density, synthesize
 from .hooks import SyntheticImageHook
 from .loop import DataFreeLoop, read_images
-from .noise_dataset import noise
+from .start_dataset import start_image
 
 FRESH = 500_000  # number of the first fresh image: no run synthesises so many before
 SHOWN = 8  # pairs of noise and image in the gallery
@@ -33,9 +33,9 @@ DENSITIES = 3  # blocks whose densities are drawn: the first, one in the middle,
 
 
 def fresh_images(loop: DataFreeLoop, folder: OwnedFolder) -> list[Tensor]:
-    """Images that nothing was calibrated on, by patch-similarity entropy whatever the method; also in ``fresh.pt``.
+    """Images that nothing was calibrated on, synthesised whatever the method; also in ``fresh.pt``.
 
-    Settings as those of the run, each from its own noise and for all steps.
+    Settings as those of the run, each from its own start and for all steps.
 
     Args:
         loop (DataFreeLoop): Done.
@@ -47,14 +47,14 @@ def fresh_images(loop: DataFreeLoop, folder: OwnedFolder) -> list[Tensor]:
     report, config = loop.quantization.report, loop.quantization.synthesis
     if report.reuse:
         return [batch.to(loop.device) for batch in read_images(report.reuse, f'{ROOT}.report.reuse', 'fresh.pt')]
-    channels, seed, batches = loop.low.shape[1], loop.runner.seed or 0, []
+    seed, batches = loop.runner.seed or 0, []
     for number, first in enumerate(range(0, report.images, config.batch_size)):
         size = config.size[number % len(config.size)]
         batches.append(torch.stack([
-            noise(seed, FRESH + index, size, channels)
+            start_image(config.start, seed, FRESH + index, size, loop.low.cpu(), loop.high.cpu())
             for index in range(first, min(first + config.batch_size, report.images))]).to(loop.device))
     tap = loop.tap or loop.new_tap()
-    run = functools.partial(loop.run_teacher, tap=tap)
+    run = functools.partial(loop.listen, tap=tap)
     progress, images = loop.progress('report', len(batches) * config.steps), []
     for number, batch in enumerate(batches):
         images.append(synthesize(batch, run, tap, config, loop.low, loop.high, f'{seed}-fresh-{number}', progress))

@@ -10,8 +10,7 @@ from ..quantization.config import FrozenConfig
 
 class ReconstructionConfig(FrozenConfig):
     """Block by block reconstruction: each block learns to put out what its full-precision original does."""
-    steps: int | None = Field(
-        None, ge=0, description='updates of each block; 0: no reconstruction. None: by the recipe, 0 or 300')
+    steps: int = Field(0, ge=0, description='updates of each block; 0: no reconstruction')
     lr: float | None = Field(
         None, gt=0, description="peak learning rate of Adam for weights; None: 3e-5 at 8-bit weights, twice that for "
         'each bit less, as the step between two integers is')

@@ -77,7 +77,7 @@ def result_table(result: dict) -> Table:
         caption += f"\nreport: {result['report']}"
     if 'not_evaluated' in result:
         caption += f"\nnot evaluated: {result['not_evaluated']}"
-    return _table(*rows_of(result), f"psaq_mm, {result['method']}", caption)
+    return _table(*rows_of(result), f"psaq_mm, {result['method']}, recipe '{result['recipe']}'", caption)
 
 
 def scope_of(results: dict) -> str:
@@ -119,7 +119,7 @@ def plot_comparison(results: dict, title: str):
     full = results['full_precision']
     names = metric_names([full])
     bits = list(dict.fromkeys(label.split()[0] for label in results['runs']))
-    methods = list(dict.fromkeys(label.split()[1] for label in results['runs']))
+    methods = list(dict.fromkeys(label.split(' ', 1)[1] for label in results['runs']))
     figure = Figure(figsize=(1.5 + 4 * len(names), 4), layout='constrained')
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
         axes.axhline(percent(full, name), color='black', linestyle='--', linewidth=1, label='full precision')

@@ -1,5 +1,6 @@
-"""Images from noise by patch-similarity entropy, and the teacher-student game. Knows only torch."""
+"""Images without data, and the teacher-student game. Knows only torch."""
 from .config import GameConfig, SynthesisConfig
+from .dead_leaves import dead_leaves
 from .entropy import (
     PatchSimilarityTap,
     attention_tokens,
@@ -12,11 +13,12 @@ from .entropy import (
 )
 from .game import Game, discrepancy, distillation
 from .images import ImageOptimizer, augment, learning_rate, lesson_view, prior_loss, total_variation, valid_range
-from .synthesize import objective, synthesize
+from .starts import start_image
+from .synthesize import image_diversity, objective, synthesize
 
 __all__ = [
     'Game', 'GameConfig', 'ImageOptimizer', 'PatchSimilarityTap', 'SynthesisConfig', 'attention_tokens', 'augment',
-    'discrepancy', 'distillation', 'is_grid', 'last_axis_tokens', 'learning_rate', 'lesson_view', 'map_tokens',
-    'objective', 'patch_similarity', 'patch_similarity_entropy', 'prior_loss', 'similarity_density', 'synthesize',
-    'total_variation', 'valid_range'
+    'dead_leaves', 'discrepancy', 'distillation', 'image_diversity', 'is_grid', 'last_axis_tokens', 'learning_rate',
+    'lesson_view', 'map_tokens', 'objective', 'patch_similarity', 'patch_similarity_entropy', 'prior_loss',
+    'similarity_density', 'start_image', 'synthesize', 'total_variation', 'valid_range'
 ]

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator
 
 from ..quantization.config import FrozenConfig
 
+Start = Literal['noise', 'dead_leaves']
 Method = Literal['noise', 'psaq_v1', 'psaq_v2', 'real']
 
 
@@ -18,6 +19,9 @@ class SynthesisConfig(FrozenConfig):
     reuse: str | None = Field(
         None, description="'synthetic.pt' of an earlier run on the same model: take its images, as they were before "
         'the game, instead of synthesising again (for another bit-width, say)')
+    start: Start = Field(
+        'noise', description="what images are before their first update: 'noise', Gaussian; 'dead_leaves', random "
+        'shapes that hide each other, of which every backbone sees more than of noise')
     num_images: int = Field(32, ge=1, description='images in all; 32 as in V1')
     batch_size: int = Field(8, ge=1, description='images optimised at a time, on each process')
     size: tuple[tuple[int, int], ...] | None = Field(
@@ -35,6 +39,10 @@ class SynthesisConfig(FrozenConfig):
     checkpointing: bool = Field(
         False, description='compute attention blocks again in the backward pass instead of keeping their activations: '
         'for images too large for the memory; slower')
+    entropy: float = Field(1.0, ge=0, description='weight of the entropy of patch similarities; 0: not computed')
+    diversity: float = Field(
+        0.0, ge=0, description='weight of the diversity of the images of a batch: how little the final features of '
+        'one tell of those of the others; 0: images know nothing of each other')
     bandwidth: float = Field(0.01, ge=0.002, le=0.5, description='of the similarity density; 0.01 as in V1')
     density: Literal['binned', 'exact'] = Field(
         'binned', description="how the density is estimated: 'exact' is the same to 1e-4 nats and tens of times slower")

@@ -19,7 +19,8 @@ from torch import Tensor
 from ..quantization.kernels import CHUNK
 from .config import GameConfig, SynthesisConfig
 from .entropy import PatchSimilarityTap
-from .images import ImageOptimizer, augment, lesson_view, prior_loss
+from .images import ImageOptimizer, augment, lesson_view
+from .synthesize import image_loss
 
 Features = Sequence[Tensor]
 IMAGES, STUDENT = 'images', 'student'
@@ -198,11 +199,11 @@ class Game:
             view = augment(images, self.synthesis, rng)
             with self.tap:
                 teacher = self.teacher(view)
-            entropy = self.tap.entropy(len(view), self.synthesis.bandwidth, self.synthesis.density)
+            loss, numbers = image_loss(view, teacher, self.tap, self.synthesis)
             gap = discrepancy(teacher, self.student(view), len(view))
-            log.update(discrepancy=gap.mean().item(), entropy=entropy.mean().item())
+            log.update(numbers, discrepancy=gap.mean().item())
             gain = (gap / self.reference).clamp(max=self.config.bound)
-            return (prior_loss(view, self.synthesis) - entropy - self.config.weight * gain).mean()
+            return (loss - self.config.weight * gain).mean()
 
         for parameter in self.parameters.values():  # images alone need gradients
             parameter.requires_grad_(False)

@@ -190,8 +190,6 @@ class GameStage(Stage):
                 f"{log['ratio']}. The best student until then is kept. If it is not good enough, try without --amp, or "
                 f'a smaller {ROOT}.game.student_lr or {ROOT}.game.range_lr')
             loop.skip(self.updates - 1 - self.index)
-        if 'entropy' in log:
-            log['entropy'] /= loop.tap.count
         return log
 
     def tags(self):

@@ -1,4 +1,4 @@
-"""Synthesis: batch after batch of noise becomes images of high patch-similarity entropy."""
+"""Synthesis: batch after batch of noise or dead leaves becomes images of high entropy or diversity."""
 from __future__ import annotations
 
 import math
@@ -48,7 +48,7 @@ class SynthesisStage(Stage):
         return ImageOptimizer(images, self.loop.low, self.loop.high, self.quantization.synthesis.lr)
 
     def step(self, rng):
-        """Raise the patch-similarity entropy of one batch of images by one update."""
+        """Raise the entropy or the diversity of one batch of images by one update."""
         loop, config = self.loop, self.quantization.synthesis
         index, step = divmod(self.index, config.steps)
         if step == 0:
@@ -63,12 +63,12 @@ class SynthesisStage(Stage):
         log = {}
 
         def lowered(images):
-            loss, numbers = objective(images, loop.run_teacher, loop.tap, config, rng)
+            loss, numbers = objective(images, loop.listen, loop.tap, config, rng)
             log.update(numbers)
             return loss
 
         self.optimizer.step(lowered, learning_rate(step, config))
-        self.follow(log['entropy'])
+        self.follow(log.get('entropy', log.get('diversity', 0.0)))
         if self.has_plateaued() and dist.get_world_size() == 1:
             loop.skip(config.steps - 1 - step)
         if self.has_plateaued() or step == config.steps - 1:
@@ -77,7 +77,7 @@ class SynthesisStage(Stage):
         return log
 
     def follow(self, entropy):
-        """Take note of the entropy of the batch, in nats a block."""
+        """Take note of the entropy of the batch, in nats a block, or of its diversity where it has no entropy."""
         if entropy > self.plateau['entropy'] + PLATEAU:
             self.plateau = dict(entropy=entropy, since=0)
         else:

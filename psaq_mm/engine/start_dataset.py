@@ -1,20 +1,15 @@
-"""Gaussian noise as a data set: where synthesis starts, and what lets a train loop run without data."""
+"""Starts of images as a data set: what lets a train loop run without data."""
 from __future__ import annotations
 
-import torch
 from torch.utils.data import Dataset
 
 from ..registry import DATASETS
-
-
-def noise(seed: int, number: int, size: tuple[int, int], channels: int = 3) -> torch.Tensor:
-    """The standard normal noise of one image, (channels, height, width), by the run's seed and the image's number."""
-    return torch.randn(channels, *size, generator=torch.Generator().manual_seed(seed * 1_000_003 + number))
+from ..synthesis import start_image, valid_range
 
 
 @DATASETS.register_module()
-class NoiseDataset(Dataset):
-    """Standard normal noise in the model's input space, the same for a seed however it is sharded.
+class StartDataset(Dataset):
+    """Noise or dead leaves in the model's input space, the same for a seed however it is sharded.
 
     mmengine's sampler deals images to the processes one by one; here they are numbered so that each process gets whole
     batches of those that a single one would make, in turn (where their number can be divided so).
@@ -26,15 +21,20 @@ class NoiseDataset(Dataset):
         world_size (int): Number of processes. Defaults to 1.
         seed (int): Defaults to 0.
         metainfo (dict, optional): Of the data set the model was trained on (classes, palette).
-        channels (int): Of an image. Defaults to 3; the loop sets the model's own.
+        start (str): What an image is, see :func:`psaq_mm.synthesis.start_image`. Defaults to 'noise'.
+
+    Attributes:
+        valid_range (tuple[Tensor, Tensor]): Lowest and highest pixel, (1, channels, 1, 1) each; the loop sets the
+            model's own.
 
     Each item is ``dict(inputs=Tensor (channels, height, width))``.
     """
 
-    def __init__(self, num_images, sizes, batch_size, world_size=1, seed=0, metainfo=None, channels=3):
-        self.num_images, self.sizes, self.seed = num_images, sizes, seed
+    def __init__(self, num_images, sizes, batch_size, world_size=1, seed=0, metainfo=None, start='noise'):
+        self.num_images, self.sizes, self.seed, self.start = num_images, sizes, seed, start
         self.batch_size, self.world_size = batch_size, world_size
-        self.metainfo, self.channels = dict(metainfo or {}), channels
+        self.metainfo = dict(metainfo or {})
+        self.valid_range = valid_range([127.5] * 3, [127.5] * 3)
 
     def __len__(self):
         return self.num_images
@@ -43,10 +43,11 @@ class NoiseDataset(Dataset):
         if not 0 <= index < self.num_images:
             raise IndexError(index)
         image, batch = self.place(index)
-        return dict(inputs=noise(self.seed, image, self.sizes[batch % len(self.sizes)], self.channels))
+        size = self.sizes[batch % len(self.sizes)]
+        return dict(inputs=start_image(self.start, self.seed, image, size, *self.valid_range))
 
     def place(self, index: int) -> tuple[int, int]:
-        """The image that the sampler's index stands for, and the batch that it is in."""
+        """Return the image that the sampler's index stands for, and the batch that it is in."""
         group = self.batch_size * self.world_size  # what the processes hold at a time; the last time maybe fewer each
         turn, place = divmod(index, group)
         position, rank = divmod(place, self.world_size)
