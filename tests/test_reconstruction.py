@@ -10,7 +10,7 @@ from torch import nn
 
 from psaq_mm.engine import quantize
 from psaq_mm.models import attention_blocks, backbone_of, copy_model, extract_features, quantize_model
-from psaq_mm.quantization import Mode, calibrate, quantizers, set_mode
+from psaq_mm.quantization import Mode, calibrate, quantized_layers, quantizers, set_mode
 from psaq_mm.reconstruction import UnitReconstruction, find_units, importance, record
 
 from .conftest import DEMO_CONFIG
@@ -113,6 +113,25 @@ def test_a_block_learns(players):
     assert now < 0.8 * before and current.measure() == pytest.approx(now)
 
 
+def test_learned_rounding_leaves_a_weight_on_one_of_its_two_integers(players):
+    current = reconstruction(players, 'backbone.blocks.1', final=0.5)
+    layers = [layer for layer in quantized_layers(current.unit).values() if hasattr(layer, 'weight')]
+    before = [layer.weight.detach().clone() for layer in layers]
+    current.start()
+    current.learn_rounding(layers)
+    learn(current)
+    started, now = current.finish()
+    assert now < 0.9 * started and current.measure() == pytest.approx(now)
+    moved = 0
+    for layer, old in zip(layers, before):
+        quantized = layer.weight_quantizer(layer.weight)
+        assert torch.equal(layer.weight, quantized)  # nothing hovers between two integers
+        scale, _ = layer.weight_quantizer.affine()
+        assert ((quantized - old).abs() <= scale.view(-1, *[1] * (old.dim() - 1)) * 1.001).all()
+        moved += (quantized != layer.weight_quantizer(old)).sum().item()
+    assert moved > 0
+
+
 def test_a_block_that_learns_nothing_good_stays(players):
     current = reconstruction(players, 'backbone.blocks.1', lr=10.0)
     current.start()
@@ -149,6 +168,27 @@ def test_the_whole_recipe_resumes_within_a_block(small_config, tmp_path, killed_
     killed_at(None)
     run(config(small_config, tmp_path / 'killed', **stanza()), resume=True)
     assert same(weights(tmp_path / 'killed'), weights(tmp_path / 'whole'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('more', [
+    {'reconstruction.weights': 'free'}, {'reparameterize': False}, {'reconstruction.final': 0.0},
+    {'reconstruction.steps': 0}, {'synthesis.start': 'noise', 'synthesis.entropy': 1.0},
+    {'synthesis.size': ((64, 96), (96, 64))}, {'synthesis.diversity': 0.0, 'synthesis.entropy': 0.0}])
+def test_every_part_of_the_recipe_can_be_switched_off(small_config, tmp_path, more):
+    result = quantize(config(small_config, tmp_path, **stanza(**more)), eval_float=False, eval_quantized=False)
+    content = torch.load(result['checkpoint'], weights_only=True)
+    assert result['recipe'] == content['meta']['quantization']['recipe'] == 'low_bit'
+    assert ('reconstruction' in content['meta']) == (more.get('reconstruction.steps') != 0)
+    assert all(torch.isfinite(value).all() for value in content['state_dict'].values())
+
+
+@pytest.mark.slow
+def test_the_recipe_in_bfloat16(small_config, tmp_path):
+    cfg = config(small_config, tmp_path, **stanza(**{'report.images': 0}))
+    result = quantize(cfg, amp=True, eval_float=False, eval_quantized=False)
+    errors = torch.load(result['checkpoint'], weights_only=True)['meta']['reconstruction']['errors']
+    assert all(now <= before for before, now in errors.values())
 
 
 def test_without_a_game_and_on_images_of_ones_own(small_config, tmp_path):
