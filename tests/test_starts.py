@@ -88,4 +88,5 @@ def test_the_recipe_follows_the_bits_and_the_stanza_goes_before(stanza, recipe):
 
 
 def test_noise_is_noise_with_any_recipe():
-    assert QuantizationConfig.parse(dict(weight=dict(bits=4), synthesis=dict(method='noise'))).synthesis.start == 'noise'
+    found = QuantizationConfig.parse(dict(weight=dict(bits=4), synthesis=dict(method='noise')))
+    assert (found.recipe, found.synthesis.start) == ('low_bit', 'noise')

@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-SHOWN = ('entropy', 'discrepancy', 'ratio')  # numbers of an update that stand beside the bar
+SHOWN = ('entropy', 'diversity', 'error', 'discrepancy', 'ratio')  # numbers of an update that stand beside the bar
 LINES = ('Iter(', 'Exp name:')  # log lines that the bar stands in for; the log file has them
 
 

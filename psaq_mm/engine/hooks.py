@@ -149,7 +149,7 @@ def grid(pictures: list[np.ndarray], columns: int = 8, gap: int = 4) -> np.ndarr
 class SyntheticImageHook(Hook):
     """Shows the images as they evolve, through the Visualizer, and writes them out at the end.
 
-    Writes ``synthetic.png`` (a grid, the noise they came from in a second grid below), ``synthetic/*.png``, and
+    Writes ``synthetic.png`` (a grid, what they started from in a second grid below), ``synthetic/*.png``, and
     ``synthetic.pt``, the images before the game as tensors (see ``quantization.synthesis.reuse``).
 
     Args:
@@ -180,13 +180,13 @@ class SyntheticImageHook(Hook):
         if loop.quantization.synthesis.method == 'real':
             return
         shards = dist.all_gather_object([[b.cpu() for b in batches]
-                                         for batches in (loop.stage.images(), loop.noise, loop.images)])
+                                         for batches in (loop.stage.images(), loop.starts, loop.images)])
         # Processes took turns in taking batches: so that as many of them take them in the same order again.
         self.write(runner, *([batch for turn in zip_longest(*(shard[kind] for shard in shards)) for batch in turn
                               if batch is not None] for kind in range(3)))
 
     @master_only
-    def write(self, runner, final, noise, before_game):
+    def write(self, runner, final, starts, before_game):
         """Write the pictures and tensors of all processes."""
         loop, out = runner.train_loop, results_of(runner, self.folder)
         pictures = self.pictures(runner, final)
@@ -196,8 +196,8 @@ class SyntheticImageHook(Hook):
         with out.writing('calibration_set') as folder:
             self.write_calibration_set(runner, before_game, folder)
         both = grid(pictures)
-        if noise and loop.synthesized:
-            both = np.concatenate([both, grid(self.pictures(runner, noise))])
+        if starts and loop.synthesized:
+            both = np.concatenate([both, grid(self.pictures(runner, starts))])
         with out.writing('synthetic.png') as path:
             Image.fromarray(both).save(path)
         runner.logger.info(f'{len(pictures)} images are in {out.path / "synthetic"}, all at a glance in '

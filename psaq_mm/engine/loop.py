@@ -71,7 +71,7 @@ class DataFreeLoop(BaseLoop):
         stages (list[Stage]): Those that the stanza asks for, in their order.
         stage (Stage): The present one; after the run the last one.
         student, teacher (nn.Module): The model to quantize, and its full-precision copy.
-        images, noise (list[Tensor]): Batches, (B, C, H, W) each, in the model's input space; what they came from.
+        images, starts (list[Tensor]): Batches, (B, C, H, W) each, in the model's input space; what they came from.
         low, high (Tensor): Valid pixel range, (1, C, 1, 1).
         tap (PatchSimilarityTap | None): On the teacher's backbone, where images are synthesised.
         heads (bool): Whether features go on to the heads' raw outputs.
@@ -94,7 +94,7 @@ class DataFreeLoop(BaseLoop):
         self.amp = amp
         self._epoch = self._iter = 0
         self.synthesized = self.quantization.synthesis.method.startswith('psaq')
-        self.images, self.noise, self.history = [], [], []
+        self.images, self.starts, self.history = [], [], []
         self.tap = self.restored = None
         self.stages = [kind(self) for kind in STAGES if kind.wanted(self)]
         self.stage = self.stages[0]
@@ -262,7 +262,7 @@ class DataFreeLoop(BaseLoop):
                 from error
 
     def load_images(self):
-        """Noise from the data set, or with method 'real' the images of the calibration data loader."""
+        """Take starts from the data set, or with method 'real' the images of the calibration data loader."""
         if self.quantization.synthesis.method == 'real':
             for data in self.dataloader:
                 left = self.quantization.synthesis.num_images - sum(map(len, self.images))
@@ -276,7 +276,7 @@ class DataFreeLoop(BaseLoop):
         self.dataloader.dataset.valid_range = self.low.cpu(), self.high.cpu()
         for data in self.dataloader:
             self.images.append(data['inputs'].to(self.device))
-        self.noise = [batch.clone() for batch in self.images]
+        self.starts = [batch.clone() for batch in self.images]
         if self.quantization.synthesis.reuse:
             shard = read_images(self.quantization.synthesis.reuse)[dist.get_rank()::dist.get_world_size()]
             if not shard:
@@ -286,7 +286,7 @@ class DataFreeLoop(BaseLoop):
             if wrong:
                 raise UserError(f'{ROOT}.synthesis.reuse holds images of {wrong.pop()} channels, the model takes '
                                 f'{self.low.shape[1]}: give the synthetic.pt of a run on the same model')
-            self.images, self.noise = [batch.to(self.device) for batch in shard], []
+            self.images, self.starts = [batch.to(self.device) for batch in shard], []
 
     def precision(self):
         """The context in which features are computed: bfloat16 where asked for."""

@@ -26,7 +26,7 @@ from .loop import DataFreeLoop, read_images
 from .start_dataset import start_image
 
 FRESH = 500_000  # number of the first fresh image: no run synthesises so many before
-SHOWN = 8  # pairs of noise and image in the gallery
+SHOWN = 8  # pairs of start and image in the gallery
 MEASURED = 8  # images of the calibration that layers are measured on where there are no fresh ones. Our choice
 VIEWS = 4  # of each fresh image; our choice
 DENSITIES = 3  # blocks whose densities are drawn: the first, one in the middle, the last
@@ -79,11 +79,11 @@ def views_of(loop: DataFreeLoop, images: list[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def densities(loop: DataFreeLoop) -> list[dict]:
-    """Densities of patch similarities of the first images and of the noise they came from, in a few blocks."""
-    if loop.tap is None or not loop.noise:
+    """Densities of patch similarities of the first images and of what they started from, in a few blocks."""
+    if loop.tap is None or not loop.starts:
         return []
     found = {}
-    for kind, images in (('noise', loop.noise[0][:4]), ('images', loop.images[0][:4])):
+    for kind, images in (('starts', loop.starts[0][:4]), ('images', loop.images[0][:4])):
         with loop.tap:
             backbone_of(loop.teacher)(images)
         found[kind], loop.tap.tokens = loop.tap.tokens, []
@@ -142,15 +142,15 @@ def command() -> str:
 
 
 def gallery(runner) -> list[dict]:
-    """Pairs of noise and image, (H, W, 3) uint8 each; the noise is None where images were not synthesised here."""
+    """Pairs of start and image, (H, W, 3) uint8 each; the start is None where images were not synthesised here."""
     loop = runner.train_loop
     if loop.quantization.synthesis.method == 'real':  # not ours to pass on
         return []
     images = SyntheticImageHook.pictures(runner, loop.stage.images())
     starts = [None] * len(images)
-    if loop.noise and loop.synthesized:
-        starts = SyntheticImageHook.pictures(runner, loop.noise)
-    return [dict(noise=before, image=after) for before, after in zip(starts, images)][:SHOWN]
+    if loop.starts and loop.synthesized:
+        starts = SyntheticImageHook.pictures(runner, loop.starts)
+    return [dict(start=before, image=after) for before, after in zip(starts, images)][:SHOWN]
 
 
 def draw_figures(runner, measured: dict) -> dict:
@@ -165,8 +165,9 @@ def draw_figures(runner, measured: dict) -> dict:
     """
     loop = runner.train_loop
     drawn = dict(
-        entropy=figures.entropy_curve(loop.history, loop.quantization.synthesis.steps),
+        synthesis=figures.synthesis_curve(loop.history, loop.quantization.synthesis.steps),
         densities=figures.similarity_densities(measured['densities']),
+        blocks=figures.block_errors(loop.summaries.get('reconstruction', {}).get('errors', {})),
         game=figures.game_curve(loop.history, loop.summaries.get('game', {}).get('initial')),
         layers=figures.layer_bars(measured['layers']),
         weights=figures.range_bars(measured['layers'], 'weight'),

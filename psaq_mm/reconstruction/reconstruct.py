@@ -307,8 +307,8 @@ class UnitReconstruction:
             for value, old in zip(self.learned(), self.before):
                 value.copy_(old)
             return self.error, self.error
-        # Learned weights end up close to the middle between two integers, where the least change rounds many of them the
-        # other way: what follows, or another machine, starts from their integers.
+        # Learned weights end up close to the middle between two integers, where the least change rounds many of them
+        # the other way: what follows, or another machine, starts from their integers.
         for layer in self.rounded:
             layer.weight.copy_(layer.weight_quantizer(layer.weight))
         return self.error, found

@@ -61,48 +61,50 @@ def pixels(figure, dpi: int = 100) -> np.ndarray:
 
 
 @styled
-def entropy_curve(history: Sequence[dict], steps: int):
-    """Entropy of patch similarities over the steps of synthesis, a line a batch.
+def synthesis_curve(history: Sequence[dict], steps: int):
+    """Draw what synthesis raises over its steps, a line a batch: entropy of patch similarities, or diversity.
 
     Args:
         history (Sequence[dict]): Of :class:`DataFreeLoop`; ``index`` counts on from batch to batch.
         steps (int): Of a batch.
     """
-    batches = {}
-    for update in history:
-        if update['stage'] == 'synthesis' and 'entropy' in update:
-            batches.setdefault(update['index'] // steps, []).append((update['index'] % steps + 1, update['entropy']))
-    if not batches:
+    updates = [update for update in history if update['stage'] == 'synthesis']
+    raised = next((name for name in ('entropy', 'diversity') if any(name in update for update in updates)), None)
+    if raised is None:
         return None
+    batches = {}
+    for update in updates:
+        if raised in update:
+            batches.setdefault(update['index'] // steps, []).append((update['index'] % steps + 1, update[raised]))
     figure, (axes, ) = new_figure()
     for number, (batch, points) in enumerate(sorted(batches.items())):
         axes.plot(*zip(*points), color=BLUE, alpha=0.35 + 0.65 * (number == 0), linewidth=1.4,
                   label=f'batch {batch + 1}' if len(batches) == 1 else ('first batch' if number == 0 else
                                                                          'the others' if number == 1 else None))
     axes.set_xlabel('step of synthesis')
-    axes.set_ylabel('entropy, nats a block')
+    axes.set_ylabel('entropy, nats a block' if raised == 'entropy' else 'diversity')
     axes.legend(loc='lower right')
     return figure
 
 
 @styled
 def similarity_densities(densities: Sequence[dict]):
-    """Densities of patch similarities in some blocks, noise beside images.
+    """Draw densities of patch similarities in some blocks, of images and of what they started from.
 
     Args:
-        densities (Sequence[dict]): ``name``; ``grid``, ``noise`` and ``images``, arrays of one length.
+        densities (Sequence[dict]): ``name``; ``grid``, ``starts`` and ``images``, arrays of one length.
     """
     if not densities:
         return None
     figure, row = new_figure(9, 2.8, len(densities), sharex=True)
     for axes, block in zip(row, densities):
-        axes.fill_between(block['grid'], block['noise'], color=GREY, alpha=0.35, linewidth=0)
-        axes.plot(block['grid'], block['noise'], color=GREY, linewidth=1, label='noise')
+        axes.fill_between(block['grid'], block['starts'], color=GREY, alpha=0.35, linewidth=0)
+        axes.plot(block['grid'], block['starts'], color=GREY, linewidth=1, label='at the start')
         axes.plot(block['grid'], block['images'], color=BLUE, linewidth=1.6, label='images')
         axes.set_title(block['name'], fontsize=10, color=INK)
         axes.set_xlabel('similarity of two patches')
         axes.set_xlim(-1, 1)
-        axes.set_ylim(0, 1.1 * max(np.quantile(block['noise'], 0.99), max(block['images'])))
+        axes.set_ylim(0, 1.1 * max(np.quantile(block['starts'], 0.99), max(block['images'])))
     row[0].set_ylabel('density')
     row[0].legend()
     return figure
@@ -138,6 +140,29 @@ def game_curve(history: Sequence[dict], plain: float | None = None):
     axes.set_ylabel('discrepancy / plain calibration')
     axes.set_ylim(bottom=0)
     figure.legend(*axes.get_legend_handles_labels(), loc='outside upper right', ncols=3, fontsize=9)
+    return figure
+
+
+@styled
+def block_errors(errors: dict):
+    """Draw the error of each reconstructed block as calibrated and as learned, in the order of the model.
+
+    Args:
+        errors (dict): By name, both squared errors, relative to the power of the block's output.
+    """
+    if not errors:
+        return None
+    figure, (axes, ) = new_figure(8, 0.9 + 0.24 * len(errors))
+    before, after = zip(*errors.values())
+    places = range(len(errors))
+    axes.hlines(places, after, before, color=GREY, linewidth=2)
+    axes.plot(before, places, 'o', color=GREY, label='as calibrated')
+    axes.plot(after, places, 'o', color=BLUE, label='learned')
+    axes.set_yticks(places, errors, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale('log')
+    axes.set_xlabel('squared error of the output, relative')
+    axes.legend(loc='best', fontsize=9)
     return figure
 
 

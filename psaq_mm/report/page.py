@@ -112,7 +112,7 @@ def render(content: dict) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     environment = Environment(loader=PackageLoader('psaq_mm.report', ''), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
-    pairs = [dict(noise=None if pair['noise'] is None else picture(pair['noise']), image=picture(pair['image']))
+    pairs = [dict(start=None if pair['start'] is None else picture(pair['start']), image=picture(pair['image']))
              for pair in content['gallery']]
     layers = sorted(content['layers'], key=lambda layer: layer['sqnr'])
     word, sentence = verdict(content['result'])

@@ -1,0 +1,106 @@
+"""What each part of recipe 'low_bit' brings: alone beside the paper's recipe, and left out of the whole.
+
+    python benchmarks/low_bit.py --bench ../shared/bench --bits W4A4 W4A8 --out work_dirs/low_bit
+
+Writes a Markdown table and JSON. The command skips finished parts. Calibration sees synthetic images alone, but for the
+row 'real images', which takes the 32 images that the benchmark has for that.
+"""
+import argparse
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TASKS = ('deit_tiny', 'nuclei')
+PAPER = dict(start='noise', entropy=1.0, diversity=0.0, lr=0.25)
+IMAGES = dict(start='dead_leaves', entropy=0.0, diversity=3.0, lr=0.05)
+NARROW = dict(activation=dict(observer='mse'))
+ALONE = {  # on recipe 'paper', by psaq_v1
+    'nothing': {},
+    'images': dict(synthesis=IMAGES),
+    'norms': dict(reparameterize=True),
+    'ranges': NARROW,
+    'blocks': dict(reconstruction=dict(steps=300)),
+}
+LEFT_OUT = {  # of recipe 'low_bit'
+    'nothing': {},
+    'images': dict(synthesis=PAPER),
+    'dead leaves': dict(synthesis=dict(start='noise')),
+    'diversity': dict(synthesis=dict(diversity=0.0)),
+    'norms': dict(reparameterize=False),
+    'ranges': dict(activation=dict(observer='moving_average_minmax')),
+    'blocks': dict(reconstruction=dict(steps=0)),
+    'error of the final features': dict(reconstruction=dict(final=0.0)),
+    'full-precision inputs': dict(reconstruction=dict(mix=0.0)),
+    'rounding (weights are free)': dict(reconstruction=dict(weights='free')),
+}
+
+
+def load(name):
+    """Return a module of benchmarks/ or tools/ by its name."""
+    folder = 'tools' if name == 'grid' else 'benchmarks'
+    spec = importlib.util.spec_from_file_location(f'psaq_mm_{name}', ROOT / folder / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def variants():
+    """Yield label, method, and changes of the stanza."""
+    yield 'paper, psaq_v2', 'psaq_v2', dict(recipe='paper')
+    for part, changes in ALONE.items():
+        yield f'paper, psaq_v1, with {part} of ours', 'psaq_v1', dict(recipe='paper', **changes)
+    for part, changes in LEFT_OUT.items():
+        yield f'low_bit without {part}', 'psaq_v1', dict(recipe='low_bit', **changes)
+    yield 'low_bit, then the game', 'psaq_v2', dict(recipe='low_bit', game=dict(steps=200))
+    yield 'low_bit, real images', 'real', dict(recipe='low_bit')
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--bench', type=Path, required=True, help='folder with deit_tiny/ and nuclei/')
+    parser.add_argument('--tasks', nargs='+', choices=TASKS, default=list(TASKS), metavar='TASK')
+    parser.add_argument('--bits', nargs='+', type=load('grid').bits, default=[(4, 4), (4, 8)], metavar='WxAy')
+    parser.add_argument('--only', nargs='+', metavar='WORD', default=[''], help='rows whose label has one of the words')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--out', type=Path, default=Path('work_dirs/low_bit'))
+    args = parser.parse_args()
+    from mmengine.config import Config
+
+    from psaq_mm.engine import compare, markdown, with_stanza, write_json
+    from psaq_mm.engine.config import calibration_gap
+    from psaq_mm.report.tables import metric_names, percent, title_of
+    results = {}
+    for task in args.tasks:
+        path = load(task).write_config(args.bench, args.out / task)
+        if path is None:
+            return 2
+        cfg = Config.fromfile(path)
+        cfg.randomness = dict(seed=args.seed)
+        for bits in args.bits:
+            title, rows, full = f'{task}, W{bits[0]}A{bits[1]}', [], None
+            for label, method, changes in variants():
+                if not any(word in label for word in args.only) or method == 'real' and calibration_gap(cfg):
+                    continue
+                name = ''.join(c if c.isalnum() else '_' for c in label)
+                folder = args.out / task / f'seed_{args.seed}' / name
+                full = full or folder / 'full_precision'
+                if full.exists() and not (folder / 'full_precision').exists():  # it is the same for all
+                    shutil.copytree(full, folder / 'full_precision')
+                changed = with_stanza(cfg, **dict(changes, report=dict(images=0)))
+                found = compare(changed, [method], [bits], folder)
+                (run, ), names = found['runs'].values(), metric_names([found['full_precision']])
+                drops = {n: percent(run['quantized'], n) - percent(found['full_precision'], n) for n in names}
+                results.setdefault(title, {})[label] = dict(drops=drops, minutes=run['minutes'])
+                rows.append([label, *(f'{drop:+.1f}' for drop in drops.values()), f"{run['minutes']:.1f}"])
+                print(title, *rows[-1], sep=' | ', flush=True)
+                text = f'{title}\n\n' + markdown(
+                    [f'drop against full precision, seed {args.seed}', *map(title_of, names), 'minutes'], rows)
+                (args.out / f'{title.replace(", ", "_")}_seed_{args.seed}.md').write_text(text)
+                write_json(results, args.out / f'results_seed_{args.seed}.json')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
