@@ -292,7 +292,8 @@ def test_figures_take_the_colours_of_the_page():
         assert text.startswith('<svg') and 'var(--ink)' in text and '#010203' not in text
         image = figures.pixels(figure)
         assert image.dtype == np.uint8 and image.shape[2] == 3 and image.std() > 5
-    assert figures.synthesis_curve([], 4) is None and figures.game_curve([], None) is None and figures.block_errors({}) is None
+    assert figures.synthesis_curve([], 4) is None and figures.game_curve([], None) is None
+    assert figures.block_errors({}) is None
 
 
 def test_every_run_leaves_a_page_that_needs_nothing_else(quantized_run):
