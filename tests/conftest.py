@@ -55,13 +55,13 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def small_config(scenes, tmp_path_factory):
-    """A config file on top of the demo's: few small images, few steps, the scenes above."""
+    """A config file on top of the demo's: few small images, few steps, the scenes above, the paper's recipe."""
     path = tmp_path_factory.mktemp('config') / 'small.py'
     path.write_text(f"""
 _base_ = ['{DEMO_CONFIG}', '{ROOT}/configs/_base_/dfq.py']
 load_from = '{DEMO_CHECKPOINT}'
 quantization = dict(
-    synthesis=dict(num_images=6, batch_size=3, size=(64, 96), steps=4),
+    recipe='paper', synthesis=dict(num_images=6, batch_size=3, size=(64, 96), steps=4),
     game=dict(steps=8, evaluate_every=2, student_patience=3, image_patience=2), report=dict(images=2))
 default_hooks = dict(logger=dict(interval=2))
 val_dataloader = dict(dataset=dict(data_root='{scenes}/'))
@@ -93,7 +93,7 @@ def quantized_run(small_config, tmp_path_factory):
 def small_task(folder, scenes, task, **stanza):
     """A config file on top of one of the other demos': few images, few steps, on rendered images of this test run."""
     path = folder / f'small_{task}.py'
-    stanza = dict(synthesis=dict(num_images=6, batch_size=3, size=(96, 96), steps=4),
+    stanza = dict(recipe='paper', synthesis=dict(num_images=6, batch_size=3, size=(96, 96), steps=4),
                   game=dict(steps=8, evaluate_every=2, student_patience=3, image_patience=2),
                   report=dict(images=2), **stanza)
     root = f'{scenes}/objects/' if task == 'classification' else f'{scenes}/'

@@ -721,12 +721,14 @@ def test_paper_configs_build_and_run_complete_steps_at_full_size(path, tmp_path)
     del model, state
     cfg.quantization.merge(dict(synthesis=dict(num_images=2, batch_size=1, size=size, steps=2), report=dict(images=0),
                                 game=dict(steps=2, evaluate_every=1, student_patience=1, image_patience=1)))
+    if cfg.quantization.weight.bits < 8:
+        cfg.quantization.merge(dict(reconstruction=dict(steps=1, views=1)))
     cfg.work_dir = str(tmp_path / 'run')
     result = quantize(cfg, str(tmp_path / 'full.pth'))
     log = ''.join(file.read_text() for file in (tmp_path / 'run').rglob('*.log'))
     assert '1 student and 1 image updates' in log
     bits = int(path.stem.split('_w')[-1][0])
-    assert result['bits'] == dict(weight=bits, activation=8)
+    assert result['bits'] == dict(weight=bits, activation=8) and result['recipe'] == ('paper', 'low_bit')[bits < 8]
     assert f'{starting_with(MISSING, path.stem)} does not exist' in result['not_evaluated']
     depth = next(d for name, d in DEPTH.items() if name in path.stem)
     scales = [k for k in weights(tmp_path / 'run') if k.endswith('weight_quantizer.scale')]
