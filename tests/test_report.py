@@ -303,7 +303,7 @@ def test_every_run_leaves_a_page_that_needs_nothing_else(quantized_run):
     assert found['report'] == str(work_dir / 'report.html') and found['report'] in printed.replace('\n', '')
     assert not re.search(r'<(script|link|iframe)|@import|(src|href)="(?!data:|#)', text)
     assert text.count('<svg') == 6 and text.count('data:image/jpeg') == 12  # 6 images, the noise beside each
-    for words in ('Patch similarity', 'The game', 'On real data', 'box AP', 'tools/dfq.py', 'torch 2',
+    for words in ('Synthesis', 'similarities between patches', 'The game', 'On real data', 'box AP', 'tools/dfq.py', 'torch 2',
                   'backbone.stages.0.blocks.0.attn.w_msa.matmul_context'):
         assert words in text, words
     assert ('What to try' in text) != ('None is below' in text)
@@ -329,7 +329,7 @@ def test_the_same_goes_to_tensorboard_and_nothing_is_printed_if_quiet(small_conf
     tags = log.Tags()
     assert {'entropy', 'discrepancy', 'ratio', 'fidelity/box AP', 'fidelity/cosine'} <= set(tags['scalars'])
     assert {'synthetic'} | {f'report/{name}' for name in (
-        'entropy', 'densities', 'game', 'layers', 'weights', 'activations')} <= set(tags['images'])
+        'synthesis', 'densities', 'game', 'layers', 'weights', 'activations')} <= set(tags['images'])
     value = log.Scalars('fidelity/box AP')[-1].value
     metrics = json.loads((tmp_path / 'metrics.json').read_text())
     assert value == pytest.approx(metrics['fidelity']['predictions']['box AP'])
