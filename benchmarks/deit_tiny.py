@@ -5,12 +5,10 @@
 Writes a Markdown table, a plot and JSON. The command skips finished parts. Calibration never sees the 500
 evaluation images: 'real' uses 32 photographs of other classes, everything else uses none.
 """
-import argparse
-import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from common import ROOT, material, run_grid
+
 CONFIG = """
 _base_ = ['{root}/configs/deit_t_w8a8.py']
 load_from = '{bench}/deit_tiny_patch16_224.pth'
@@ -30,33 +28,16 @@ calib_dataloader = dict(
 
 
 def write_config(bench, out):
-    """Write the config of the benchmark into a folder, and return its path; None where the material is missing."""
-    bench, out = (bench / 'deit_tiny').resolve(), out.resolve()
-    if not (bench / 'val').is_dir():
-        print(f'error: {bench} does not exist: --bench names the folder that holds deit_tiny/', file=sys.stderr)
-        return None
+    """Write the config of the benchmark into a folder, and return its path and a title."""
+    bench, out = material(bench, 'deit_tiny', 'val'), out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     for split in ('val', 'calib'):  # the file name is the class index
         names = sorted(p.name for p in (bench / split).iterdir())
         (out / f'{split}.txt').write_text(''.join(f'{name} {int(name.split(".")[0])}\n' for name in names))
     config = out / 'deit_tiny.py'
     config.write_text(CONFIG.format(root=ROOT, bench=bench, out=out))
-    return config
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--bench', type=Path, required=True, help='folder with deit_tiny/')
-    parser.add_argument('--out', type=Path, default=Path('work_dirs/deit_tiny'))
-    parser.epilog = 'everything else goes to tools/grid.py, e.g. --bits W4A8 --methods psaq_v2'
-    args, rest = parser.parse_known_args()
-    config = write_config(args.bench, args.out)
-    if config is None:
-        return 2
-    title = f'DeiT-Tiny, {len((args.out / "val.txt").read_text().splitlines())} photographs'
-    command = [sys.executable, ROOT / 'tools' / 'grid.py', config, '--work-dir', args.out, '--title', title, *rest]
-    return subprocess.run(command).returncode
+    return config, f'DeiT-Tiny, {len(list((bench / "val").iterdir()))} photographs'
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(run_grid(__doc__, 'deit_tiny', write_config))

@@ -6,52 +6,45 @@ Writes a Markdown table and JSON. The command skips finished parts. Calibration 
 row 'real images', which takes the 32 images that the benchmark has for that.
 """
 import argparse
-import importlib.util
+import runpy
 import shutil
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-TASKS = ('deit_tiny', 'nuclei')
-PAPER = dict(start='noise', entropy=1.0, diversity=0.0, lr=0.25)
-IMAGES = dict(start='dead_leaves', entropy=0.0, diversity=3.0, lr=0.05)
-NARROW = dict(activation=dict(observer='mse'))
-ALONE = {  # on recipe 'paper', by psaq_v1
-    'nothing': {},
-    'images': dict(synthesis=IMAGES),
-    'norms': dict(reparameterize=True),
-    'ranges': NARROW,
-    'blocks': dict(reconstruction=dict(steps=300)),
-}
-LEFT_OUT = {  # of recipe 'low_bit'
-    'nothing': {},
-    'images': dict(synthesis=PAPER),
+import deit_tiny
+import nuclei
+from common import ROOT
+
+bits = runpy.run_path(str(ROOT / 'tools' / 'grid.py'))['bits']
+TASKS = dict(deit_tiny=deit_tiny, nuclei=nuclei)
+PARTS = dict(images='synthesis', norms='reparameterize', ranges='activation', blocks='reconstruction')  # keys of each
+SMALLER = {  # what is left out of recipe 'low_bit' besides whole parts
     'dead leaves': dict(synthesis=dict(start='noise')),
     'diversity': dict(synthesis=dict(diversity=0.0)),
-    'norms': dict(reparameterize=False),
-    'ranges': dict(activation=dict(observer='moving_average_minmax')),
-    'blocks': dict(reconstruction=dict(steps=0)),
     'error of the final features': dict(reconstruction=dict(final=0.0)),
     'full-precision inputs': dict(reconstruction=dict(mix=0.0)),
     'rounding (weights are free)': dict(reconstruction=dict(weights='free')),
 }
 
 
-def load(name):
-    """Return a module of benchmarks/ or tools/ by its name."""
-    folder = 'tools' if name == 'grid' else 'benchmarks'
-    spec = importlib.util.spec_from_file_location(f'psaq_mm_{name}', ROOT / folder / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def common_defaults(ours, everyone):
+    """Return what keys that recipe 'low_bit' sets are without it, dicts in dicts."""
+    return {key: common_defaults(value, everyone[key]) if isinstance(value, dict) else everyone[key]
+            for key, value in ours.items()}
 
 
 def variants():
     """Yield label, method, and changes of the stanza."""
+    from psaq_mm.stanza import RECIPES, QuantizationConfig
+    ours = RECIPES['low_bit']
+    others = common_defaults(ours, QuantizationConfig().to_dict())
     yield 'paper, psaq_v2', 'psaq_v2', dict(recipe='paper')
-    for part, changes in ALONE.items():
-        yield f'paper, psaq_v1, with {part} of ours', 'psaq_v1', dict(recipe='paper', **changes)
-    for part, changes in LEFT_OUT.items():
+    yield 'paper, psaq_v1', 'psaq_v1', dict(recipe='paper')
+    for part, key in PARTS.items():
+        yield f'paper, psaq_v1, with {part} of ours', 'psaq_v1', dict(recipe='paper', **{key: ours[key]})
+    yield 'low_bit', 'psaq_v1', dict(recipe='low_bit')
+    left_out = {part: {key: others[key]} for part, key in PARTS.items()}
+    for part, changes in {**left_out, **SMALLER}.items():
         yield f'low_bit without {part}', 'psaq_v1', dict(recipe='low_bit', **changes)
     yield 'low_bit, then the game', 'psaq_v2', dict(recipe='low_bit', game=dict(steps=200))
     yield 'low_bit, real images', 'real', dict(recipe='low_bit')
@@ -60,8 +53,8 @@ def variants():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--bench', type=Path, required=True, help='folder with deit_tiny/ and nuclei/')
-    parser.add_argument('--tasks', nargs='+', choices=TASKS, default=list(TASKS), metavar='TASK')
-    parser.add_argument('--bits', nargs='+', type=load('grid').bits, default=[(4, 4), (4, 8)], metavar='WxAy')
+    parser.add_argument('--tasks', nargs='+', choices=list(TASKS), default=list(TASKS), metavar='TASK')
+    parser.add_argument('--bits', nargs='+', type=bits, default=[(4, 4), (4, 8)], metavar='WxAy')
     parser.add_argument('--only', nargs='+', metavar='WORD', default=[''], help='rows whose label has one of the words')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--out', type=Path, default=Path('work_dirs/low_bit'))
@@ -73,13 +66,10 @@ def main():
     from psaq_mm.report.tables import metric_names, percent, title_of
     results = {}
     for task in args.tasks:
-        path = load(task).write_config(args.bench, args.out / task)
-        if path is None:
-            return 2
-        cfg = Config.fromfile(path)
+        cfg = Config.fromfile(TASKS[task].write_config(args.bench, args.out / task)[0])
         cfg.randomness = dict(seed=args.seed)
-        for bits in args.bits:
-            title, rows, full = f'{task}, W{bits[0]}A{bits[1]}', [], None
+        for pair in args.bits:
+            title, rows, full = f'{task}, W{pair[0]}A{pair[1]}', [], None
             for label, method, changes in variants():
                 if not any(word in label for word in args.only) or method == 'real' and calibration_gap(cfg):
                     continue
@@ -89,7 +79,7 @@ def main():
                 if full.exists() and not (folder / 'full_precision').exists():  # it is the same for all
                     shutil.copytree(full, folder / 'full_precision')
                 changed = with_stanza(cfg, **dict(changes, report=dict(images=0)))
-                found = compare(changed, [method], [bits], folder)
+                found = compare(changed, [method], [pair], folder)
                 (run, ), names = found['runs'].values(), metric_names([found['full_precision']])
                 drops = {n: percent(run['quantized'], n) - percent(found['full_precision'], n) for n in names}
                 results.setdefault(title, {})[label] = dict(drops=drops, minutes=run['minutes'])

@@ -103,6 +103,7 @@ def main():
     from psaq_mm.report.tables import metric_names, percent, title_of
     rows, results, guide = [], {}, GUIDES[args.of]
     for task, cfg in configs(args.tasks, args.bench, args.out):
+        cfg = with_stanza(cfg, recipe='paper')  # at any bits: whose steps these are
         cfg.merge_from_dict(parse_options(args.cfg_options))
         images = None
         if args.of == 'game':

@@ -28,6 +28,8 @@ def parse_args():
     parser.add_argument('tasks', nargs='*', metavar='TASK', help=f'of {", ".join(CONFIGS)} (default: all)')
     parser.add_argument('--methods', nargs='+', choices=grid.METHODS, default=grid.METHODS)
     parser.add_argument('--bits', nargs='+', type=grid.bits, metavar='WxAy', default=[(8, 8)], help='default: W8A8')
+    parser.add_argument('--recipes', nargs='+', choices=grid.RECIPES, default=(), metavar='RECIPE',
+                        help='as of tools/grid.py')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo'))
     parser.add_argument('--json', metavar='FILE', help='also write the numbers of all tasks to this file')
     args = parser.parse_args()
@@ -53,12 +55,13 @@ def main():
         out = args.work_dir / task
         cfg = Config.fromfile(HERE / CONFIGS[task])
         try:
-            everything[task] = results = compare(cfg, args.methods, args.bits, out)
+            everything[task] = results = compare(cfg, args.methods, args.bits, out, recipes=args.recipes)
         except UserError as error:
             print(f'error: {error}', file=sys.stderr)
             return 2
         table = write_comparison(results, out, TITLES[task])
-        best = results['runs'].get('W{}A{} psaq_v2'.format(*args.bits[0]))
+        first = 'W{}A{} psaq_v2'.format(*args.bits[0])
+        best = next((run for label, run in results['runs'].items() if label.startswith(first)), None)
         if best:
             picture = out / 'predictions.png'
             pictures.draw(task, (float_config(cfg), cfg.load_from), (best['test_config'], best['checkpoint']),

@@ -187,7 +187,7 @@ def _with_defaults(config: FrozenConfig, defaults: dict) -> FrozenConfig:
         inner = getattr(config, name)
         if isinstance(value, dict):
             changes[name] = _with_defaults(inner, value)
-        elif name not in config.model_fields_set or inner is None:
+        elif name not in config.model_fields_set:
             changes[name] = value
     return config.model_copy(update=changes)
 

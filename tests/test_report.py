@@ -303,8 +303,8 @@ def test_every_run_leaves_a_page_that_needs_nothing_else(quantized_run):
     assert found['report'] == str(work_dir / 'report.html') and found['report'] in printed.replace('\n', '')
     assert not re.search(r'<(script|link|iframe)|@import|(src|href)="(?!data:|#)', text)
     assert text.count('<svg') == 6 and text.count('data:image/jpeg') == 12  # 6 images, the noise beside each
-    for words in ('Synthesis', 'similarities between patches', 'The game', 'On real data', 'box AP', 'tools/dfq.py', 'torch 2',
-                  'backbone.stages.0.blocks.0.attn.w_msa.matmul_context'):
+    for words in ('Synthesis', 'similarities between patches', 'The game', 'On real data', 'box AP', 'tools/dfq.py',
+                  'torch 2', 'backbone.stages.0.blocks.0.attn.w_msa.matmul_context'):
         assert words in text, words
     assert ('What to try' in text) != ('None is below' in text)
     assert {'box AP', 'mask AP'} == set(found['fidelity']['predictions']) and found['fidelity']['images'] == 2

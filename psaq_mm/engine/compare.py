@@ -114,8 +114,9 @@ def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]]
     gap = evaluation_gap(cfg)
     if gap:
         raise UserError(f'nothing to compare on: {gap}')
-    ways = [(*pair, method, recipe) for pair in bits for recipe in tuple(recipes) or (None, ) for method in methods]
-    gap = calibration_gap(cfg) if any(method == 'real' for *_, method, _ in ways) else None
+    methods, recipes = list(methods), list(recipes) or [None]
+    ways = [(*pair, method, recipe) for pair in bits for recipe in recipes for method in methods]
+    gap = calibration_gap(cfg) if 'real' in methods else None
     if gap:
         raise UserError(gap)
     root = OwnedFolder(work_dir)

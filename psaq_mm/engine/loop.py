@@ -32,7 +32,7 @@ from ..models import (
 from ..quantization import Mode, quantizers, set_mode, unused_quantizers
 from ..registry import LOOPS
 from ..stanza import ROOT, QuantizationConfig
-from ..synthesis import PatchSimilarityTap, valid_range
+from ..synthesis import PatchSimilarityTap, listening, valid_range
 from .checkpoint import load_float, load_safely, read_checkpoint
 from .stages import STAGES, Stage
 
@@ -312,7 +312,7 @@ class DataFreeLoop(BaseLoop):
             if not self.quantization.synthesis.diversity:
                 tap.run(backbone_of(self.teacher), images)
                 return []
-            with tap if self.quantization.synthesis.entropy else nullcontext():
+            with listening(tap, self.quantization.synthesis):
                 return extract_inner(self.teacher, images, self.heads)
 
     # -- resume ----------------------------------------------------------------------------------------------------

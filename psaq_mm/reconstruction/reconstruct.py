@@ -179,8 +179,7 @@ class UnitReconstruction:
         self.adam = torch.optim.Adam(groups, fused=True)
         self.before = None  # copies of what the unit learns, and the error with them
         self.error = None
-        self.bounds = []  # of parameters that stay within limits: themselves, lowest and highest values
-        self.rounded = []  # layers whose weights learn nothing but their rounding
+        self.rounded = []  # layers whose weights learn nothing but their rounding, with lowest and highest weights
 
     def loss(self, sample: tuple, generator=None) -> tuple[Tensor, Tensor]:
         """Return the squared errors of the unit's output over its power, plain and by importance.
@@ -240,10 +239,8 @@ class UnitReconstruction:
             layers (Sequence[nn.Module]): Quantized layers of the unit, of which those are meant whose weight it learns.
         """
         starts = {id(value): start for value, start in zip(self.parameters, self.before)}
-        self.rounded = [layer for layer in layers
+        self.rounded = [(layer, *neighbours(starts[id(layer.weight)], layer.weight_quantizer)) for layer in layers
                         if getattr(layer, 'weight_quantizer', None) is not None and id(layer.weight) in starts]
-        self.bounds = [(layer.weight, *neighbours(starts[id(layer.weight)], layer.weight_quantizer))
-                       for layer in self.rounded]
 
     @torch.no_grad()
     def search(self) -> None:
@@ -291,8 +288,8 @@ class UnitReconstruction:
         self.adam.step()
         self.adam.zero_grad()
         with torch.no_grad():
-            for value, low, high in self.bounds:
-                value.clamp_(low, high)
+            for layer, low, high in self.rounded:
+                layer.weight.clamp_(low, high)
         return dict(error=plain.item())
 
     @torch.no_grad()
@@ -309,7 +306,7 @@ class UnitReconstruction:
             return self.error, self.error
         # Learned weights end up close to the middle between two integers, where the least change rounds many of them
         # the other way: what follows, or another machine, starts from their integers.
-        for layer in self.rounded:
+        for layer, *_ in self.rounded:
             layer.weight.copy_(layer.weight_quantizer(layer.weight))
         return self.error, found
 

@@ -14,11 +14,11 @@ from .entropy import (
 from .game import Game, discrepancy, distillation
 from .images import ImageOptimizer, augment, learning_rate, lesson_view, prior_loss, total_variation, valid_range
 from .starts import start_image
-from .synthesize import image_diversity, objective, synthesize
+from .synthesize import image_diversity, listening, objective, synthesize
 
 __all__ = [
     'Game', 'GameConfig', 'ImageOptimizer', 'PatchSimilarityTap', 'SynthesisConfig', 'attention_tokens', 'augment',
     'dead_leaves', 'discrepancy', 'distillation', 'image_diversity', 'is_grid', 'last_axis_tokens', 'learning_rate',
-    'lesson_view', 'map_tokens', 'objective', 'patch_similarity', 'patch_similarity_entropy', 'prior_loss',
+    'lesson_view', 'listening', 'map_tokens', 'objective', 'patch_similarity', 'patch_similarity_entropy', 'prior_loss',
     'similarity_density', 'start_image', 'synthesize', 'total_variation', 'valid_range'
 ]

@@ -20,7 +20,7 @@ from ..quantization.kernels import CHUNK
 from .config import GameConfig, SynthesisConfig
 from .entropy import PatchSimilarityTap
 from .images import ImageOptimizer, augment, lesson_view
-from .synthesize import image_loss
+from .synthesize import image_loss, listening
 
 Features = Sequence[Tensor]
 IMAGES, STUDENT = 'images', 'student'
@@ -197,7 +197,7 @@ class Game:
 
         def objective(images):
             view = augment(images, self.synthesis, rng)
-            with self.tap:
+            with listening(self.tap, self.synthesis):
                 teacher = self.teacher(view)
             loss, numbers = image_loss(view, teacher, self.tap, self.synthesis)
             gap = discrepancy(teacher, self.student(view), len(view))

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,11 @@ def image_diversity(features: Sequence[Tensor], images: int) -> Tensor:
         ridge = RIDGE * torch.eye(len(similarity), device=similarity.device)
         found.append(torch.linalg.slogdet(similarity + ridge).logabsdet / len(similarity))
     return torch.stack(found).mean() if found else torch.zeros(())
+
+
+def listening(tap: PatchSimilarityTap, config: SynthesisConfig):
+    """Return the context of a pass of the teacher: the tap listens where the entropy has a weight."""
+    return tap if config.entropy else nullcontext()
 
 
 def image_loss(view: Tensor, features: Sequence[Tensor], tap: PatchSimilarityTap, config: SynthesisConfig
