@@ -11,7 +11,7 @@ from torch import nn
 from psaq_mm.engine import quantize
 from psaq_mm.models import attention_blocks, backbone_of, copy_model, extract_features, quantize_model
 from psaq_mm.quantization import Mode, calibrate, quantized_layers, quantizers, set_mode
-from psaq_mm.reconstruction import UnitReconstruction, find_units, importance, record
+from psaq_mm.reconstruction import UnitReconstruction, find_units, importance, record, settled_share
 
 from .conftest import DEMO_CONFIG
 from .test_engine import config, killed_at, run, same, weights  # noqa: F401
@@ -102,7 +102,7 @@ def reconstruction(players, name, **changes):
 
 def learn(current, steps=40):
     for step in range(steps):
-        current.step(1.0, random.Random(step), torch.device('cpu'))
+        current.step(1.0, settled_share(step / steps), random.Random(step), torch.device('cpu'))
 
 
 def test_a_block_learns(players):
@@ -117,8 +117,7 @@ def test_learned_rounding_leaves_a_weight_on_one_of_its_two_integers(players):
     current = reconstruction(players, 'backbone.blocks.1', final=0.5)
     layers = [layer for layer in quantized_layers(current.unit).values() if hasattr(layer, 'weight')]
     before = [layer.weight.detach().clone() for layer in layers]
-    current.start()
-    current.learn_rounding(layers)
+    current.start(layers)
     learn(current)
     started, now = current.finish()
     assert now < 0.9 * started and current.measure() == pytest.approx(now)

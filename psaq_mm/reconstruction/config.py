@@ -12,14 +12,17 @@ class ReconstructionConfig(FrozenConfig):
     """Block by block reconstruction: each block learns to put out what its full-precision original does."""
     steps: int = Field(0, ge=0, description='updates of each block; 0: no reconstruction')
     lr: float | None = Field(
-        None, gt=0, description="peak learning rate of Adam for weights; None: 3e-5 at 8-bit weights, twice that for "
-        'each bit less, as the step between two integers is')
+        None, gt=0, description="peak learning rate of Adam for biases and norms, and for weights that are 'free'; "
+        'None: 3e-5 at 8-bit weights, twice that for each bit less, as the step between two integers is')
+    rounding_lr: float = Field(
+        0.02, gt=0, description='peak learning rate of Adam for weights that learn their rounding, in steps between '
+        'two integers')
     range_lr: float = Field(
         0.01, ge=0, description='peak learning rate of Adam for the logarithms of the ends of the ranges of what goes '
         'into products and convolutions; 0: ranges stay as they were calibrated')
     weights: Literal['rounding', 'free'] = Field(
-        'rounding', description="'rounding': a weight stays between the two integers around it and learns which is "
-        "better; 'free': it goes where the error leads")
+        'rounding', description="'rounding': a weight stays between the two integers around it, learns which is "
+        "better, and settles there; 'free': it goes where the error leads")
     mix: float = Field(
         0.5, ge=0, le=1, description='share of the elements of a block\'s input that are those of the full-precision '
         'model, drawn anew for each update; the others are those of the quantized model')

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quantization.weights import nested_values
+from .rounding import LearnedRounding
 
 SHARES = (0.85, 0.7, 0.55, 0.42, 0.3, 0.2, 0.12, 0.07, 0.04)  # of a calibrated range, that are tried; our choice
 SEARCHED = 4  # batches that they are tried on; our choice
@@ -130,25 +131,6 @@ def importance(unit: nn.Module, runs: Sequence[Callable[[], Sequence[Tensor]]], 
     return [[next(weights) for _ in call] for call in outputs]
 
 
-@torch.no_grad()
-def neighbours(weight: Tensor, quantizer) -> tuple[Tensor, Tensor]:
-    """Return the values of the two integers around each weight.
-
-    Args:
-        weight (Tensor): Any shape.
-        quantizer (FakeQuantizer): Of the weight, calibrated.
-
-    Returns:
-        tuple[Tensor, Tensor]: Lowest and highest value, of the weight's shape.
-    """
-    scale, zero_point = quantizer.affine()
-    if quantizer.per_channel:
-        shape = [-1 if axis == quantizer.axis else 1 for axis in range(weight.dim())]
-        scale, zero_point = scale.view(shape), zero_point.view(shape)
-    below = (weight / scale + zero_point).floor().clamp(quantizer.quant_min, quantizer.quant_max - 1)
-    return (below - zero_point) * scale, (below + 1 - zero_point) * scale
-
-
 class UnitReconstruction:
     """Learns the parameters of one unit.
 
@@ -156,30 +138,30 @@ class UnitReconstruction:
         unit (nn.Module): In the quantized model.
         samples (list[tuple]): For each batch and call: arguments in the full-precision model, in the quantized model,
             the full-precision output, and its :func:`importance` or None.
-        parameters (list[Tensor]): What the unit learns with ``lr``.
+        parameters (list[Tensor]): What the unit learns with ``lr``, or where a weight learns its rounding, with
+            ``rounding_lr``.
         ranges (list[Tensor]): What it learns with ``range_lr``.
         lr, range_lr (float): Peak learning rates.
         mix (float): Share of full-precision elements in the inputs.
         final (float): Weight of the error of the final features.
+        rounding_lr (float): Peak learning rate of weights that learn their rounding, in steps between two integers.
         precision (Callable): The context in which features are computed.
         average (Callable): Averages the gradients of a list of parameters over processes, in place.
         mean (Callable): Averages a float over processes.
     """
 
     def __init__(self, unit: nn.Module, samples: list[tuple], parameters: list[Tensor], ranges: list[Tensor], lr: float,
-                 range_lr: float, mix: float, final: float,
+                 range_lr: float, mix: float, final: float, rounding_lr: float = 0.02,
                  precision: Callable = nullcontext,
                  average: Callable[[list[Tensor]], None] = lambda parameters: None,
                  mean: Callable[[float], float] = float):
         self.unit, self.samples, self.parameters, self.ranges = unit, samples, parameters, ranges
         self.mix, self.final = mix, final
         self.precision, self.average, self.mean = precision, average, mean
-        groups = [dict(params=values, lr=rate, peak=rate) for values, rate in ((parameters, lr), (ranges, range_lr))
-                  if values]
-        self.adam = torch.optim.Adam(groups, fused=True)
+        self.lr, self.range_lr, self.rounding_lr = lr, range_lr, rounding_lr
         self.before = None  # copies of what the unit learns, and the error with them
-        self.error = None
-        self.rounded = []  # layers whose weights learn nothing but their rounding, with lowest and highest weights
+        self.error = self.adam = None
+        self.roundings: dict[int, LearnedRounding] = {}  # by id of the weight
 
     def loss(self, sample: tuple, generator=None) -> tuple[Tensor, Tensor]:
         """Return the squared errors of the unit's output over its power, plain and by importance.
@@ -225,22 +207,28 @@ class UnitReconstruction:
         """Return all that the unit learns."""
         return [*self.parameters, *self.ranges]
 
-    def start(self) -> None:
-        """Measure the unit as it is."""
-        self.before = [value.detach().clone() for value in self.learned()]
-        self.error = self.measure()
-
-    def learn_rounding(self, layers: Sequence[nn.Module]) -> None:
-        """Keep each weight between the two integers around where it started: it learns nothing but its rounding.
-
-        Source: AdaRound (ICML 2020) for the idea; ours: the straight-through estimator within these limits.
+    def start(self, rounded: Sequence[nn.Module] = ()) -> None:
+        """Measure the unit as it is, and get ready to learn.
 
         Args:
-            layers (Sequence[nn.Module]): Quantized layers of the unit, of which those are meant whose weight it learns.
+            rounded (Sequence[nn.Module]): Quantized layers, of whose weights the unit learns the rounding alone where
+                it learns them. Other parameters go where the error leads.
         """
+        self.before = [value.detach().clone() for value in self.learned()]
+        self.error = self.measure()
+        self._prepare(rounded)
+
+    def _prepare(self, rounded: Sequence[nn.Module]) -> None:
         starts = {id(value): start for value, start in zip(self.parameters, self.before)}
-        self.rounded = [(layer, *neighbours(starts[id(layer.weight)], layer.weight_quantizer)) for layer in layers
-                        if getattr(layer, 'weight_quantizer', None) is not None and id(layer.weight) in starts]
+        for layer in rounded:
+            weight = getattr(layer, 'weight', None)
+            if getattr(layer, 'weight_quantizer', None) is not None and id(weight) in starts:
+                self.roundings.setdefault(id(weight), LearnedRounding(layer, starts[id(weight)]))
+        free = [value for value in self.parameters if id(value) not in self.roundings]
+        places = [rounding.place for rounding in self.roundings.values()]
+        self.adam = torch.optim.Adam([
+            dict(params=values, lr=rate, peak=rate) for values, rate in (
+                (free, self.lr), (places, self.rounding_lr), (self.ranges, self.range_lr)) if values], fused=True)
 
     @torch.no_grad()
     def search(self) -> None:
@@ -264,11 +252,12 @@ class UnitReconstruction:
                     best, chosen = found, stretch.clone()
             stretch.copy_(chosen)
 
-    def step(self, share: float, rng: random.Random, device) -> dict:
+    def step(self, share: float, settled: float, rng: random.Random, device) -> dict:
         """Make one update.
 
         Args:
             share (float): Of the peak learning rates.
+            settled (float): Share of the weights with learned rounding that are to be on their integer for good.
             rng (random.Random): Chooses the sample and the mix.
             device (torch.device): Of the unit.
 
@@ -280,16 +269,20 @@ class UnitReconstruction:
         sample = self.samples[rng.randrange(len(self.samples))]
         generator = torch.Generator(device).manual_seed(rng.getrandbits(32))
         plain, weighted = self.loss(sample, generator)
-        learned = self.learned()
+        learned, changed = self.learned(), []
         grads = torch.autograd.grad(self.combined(plain, weighted), learned, allow_unused=True)
         for value, grad in zip(learned, grads):
-            value.grad = torch.zeros_like(value) if grad is None else grad
-        self.average(learned)
+            grad = torch.zeros_like(value) if grad is None else grad
+            rounding = self.roundings.get(id(value))
+            if rounding is not None:
+                value, grad = rounding.place, rounding.gradient(grad)
+            value.grad = grad
+            changed.append(value)
+        self.average(changed)
         self.adam.step()
         self.adam.zero_grad()
-        with torch.no_grad():
-            for layer, low, high in self.rounded:
-                layer.weight.clamp_(low, high)
+        for rounding in self.roundings.values():
+            rounding.apply(settled)
         return dict(error=plain.item())
 
     @torch.no_grad()
@@ -299,26 +292,34 @@ class UnitReconstruction:
         Returns:
             tuple[float, float]: Its error before and now.
         """
+        # What follows, or another machine, starts from the integers themselves: in the middle between two of them, the
+        # least change rounds a weight the other way.
+        for rounding in self.roundings.values():
+            rounding.apply(1.0)
         found = self.measure()
-        if not found < self.error:  # NaN neither
-            for value, old in zip(self.learned(), self.before):
-                value.copy_(old)
-            return self.error, self.error
-        # Learned weights end up close to the middle between two integers, where the least change rounds many of them
-        # the other way: what follows, or another machine, starts from their integers.
-        for layer, *_ in self.rounded:
-            layer.weight.copy_(layer.weight_quantizer(layer.weight))
-        return self.error, found
+        if found < self.error:  # NaN is not
+            return self.error, found
+        for value, old in zip(self.learned(), self.before):
+            value.copy_(old)
+        return self.error, self.error
 
     def state_dict(self) -> dict:
         """Return what an interrupted reconstruction needs besides the parameters."""
         return dict(adam=self.adam.state_dict(), ranges=[r.detach().clone() for r in self.ranges], error=self.error,
-                    before=self.before)
+                    before=self.before, roundings=[r.state_dict() for r in self.roundings.values()])
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict) -> None:
-        """Go on where another left off."""
+    def load_state_dict(self, state: dict, rounded: Sequence[nn.Module] = ()) -> None:
+        """Go on where another left off.
+
+        Args:
+            state (dict): From :meth:`state_dict`.
+            rounded (Sequence[nn.Module]): As for :meth:`start`.
+        """
+        self.error, self.before = state['error'], state['before']
+        self._prepare(rounded)
         self.adam.load_state_dict(state['adam'])
         for value, saved in zip(self.ranges, state['ranges']):
             value.copy_(saved)
-        self.error, self.before = state['error'], state['before']
+        for rounding, saved in zip(self.roundings.values(), state['roundings']):
+            rounding.load_state_dict(saved)

@@ -8,7 +8,7 @@ from mmengine import dist
 
 from ...models import attention_blocks, backbone_of
 from ...quantization import quantized_layers, search_weight_ranges
-from ...reconstruction import UnitReconstruction, find_units, importance, record
+from ...reconstruction import UnitReconstruction, find_units, importance, record, settled_share
 from ...synthesis import GameConfig, lesson_view
 from .base import Stage
 from .learning import annealing, average_gradients, learnable_ranges, mean_over_processes, trainable
@@ -88,18 +88,17 @@ class ReconstructionStage(Stage):
         stretches = [quantizer.learn_range() for quantizer in self.ranges.values()]
         self.current = UnitReconstruction(
             student, samples, list(parameters.values()), stretches, self.quantization.reconstruction_lr,
-            config.range_lr, config.mix, config.final, loop.precision, average_gradients,
+            config.range_lr, config.mix, config.final, config.rounding_lr, loop.precision, average_gradients,
             mean_over_processes)
+        rounded = list(quantized_layers(student).values()) if config.weights == 'rounding' else []
         if restored is not None:
-            self.current.load_state_dict(restored)
+            self.current.load_state_dict(restored, rounded)
         else:
             self.initial = self.current.measure()
             self.current.search()
             if self.quantization.game.weight_ranges == 'mse':
                 self.choose_weight_ranges(student, list(parameters.values()))
-            self.current.start()
-        if config.weights == 'rounding':
-            self.current.learn_rounding(list(quantized_layers(student).values()))
+            self.current.start(rounded)
 
     def choose_weight_ranges(self, unit, weights):
         """Give weights the ranges of least squared error, unless the unit's output is worse with them."""
@@ -114,7 +113,8 @@ class ReconstructionStage(Stage):
         number, step = divmod(self.index, config.steps)
         if self.current is None:
             self.begin(number)
-        log = self.current.step(annealing(step / config.steps), rng, self.loop.device)
+        log = self.current.step(annealing(step / config.steps), settled_share(step / config.steps), rng,
+                                self.loop.device)
         if step == config.steps - 1:
             started, now = self.current.finish()
             self.errors[self.units[number].name] = self.initial, now
