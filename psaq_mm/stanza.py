@@ -17,7 +17,7 @@ ROOT = 'quantization'
 RECIPES = {
     'paper': {},
     'low_bit': dict(
-        reparameterize=True, activation=dict(observer='mse'),
+        reparameterize=True, activation=dict(observer='mse', softmax='per_head'),
         synthesis=dict(start='dead_leaves', entropy=0.0, diversity=3.0, lr=0.05), reconstruction=dict(steps=300),
         game=dict(steps=0)),
 }

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UserError
 from ..quantization.quantizer import FakeQuantizer, Mode
 
 
@@ -82,9 +81,14 @@ class _Quantize(torch.autograd.Function):
 
     @staticmethod
     def symbolic(g, x, scale, zero_point, axis, low, high):
-        if high - low < 255:
+        if high - low < 255 and len(scale) == 1:
             x = g.op('Clip', x, *(_constant(g, [scale[0] * (end - zero_point[0])], torch.float32)
                                   for end in (low, high)))
+        elif high - low < 255:  # Clip takes one pair of ends
+            for name, end in (('Max', low), ('Min', high)):
+                ends = torch.tensor([s * (end - z) for s, z in zip(scale, zero_point)])
+                shape = [-1 if i == axis else 1 for i in range(x.type().dim())]
+                x = g.op(name, x, g.op('Constant', value_t=ends.view(shape)))
         kind, along = _attributes(scale, zero_point, axis, low)
         return g.op('QuantizeLinear', x, _constant(g, scale, torch.float32), _constant(g, zero_point, kind), **along)
 
@@ -114,14 +118,7 @@ def dequantize(integers: Tensor, grid: Grid) -> Tensor:
 
 
 def activation(quantizer: FakeQuantizer, x: Tensor) -> Tensor:
-    """What a quantizer computes, as a pair of operators.
-
-    Raises:
-        UserError: If they cannot express it.
-    """
-    if len(quantizer.scale) > 1 and quantizer.quant_max - quantizer.quant_min < 255:
-        raise UserError(f"'{quantizer.name}': activations of fewer than 8 bits with a scale for each channel cannot be "
-                        'exported, use granularity per_tensor')
+    """What a quantizer computes, as a pair of operators."""
     grid = _grid(quantizer, quantizer.axis % x.dim())
     return dequantize(quantize(x, grid), grid)
 

@@ -28,6 +28,7 @@ from ..models import (
     pixel_statistics,
     scope,
     similarity_taps,
+    telling_features,
 )
 from ..quantization import Mode, quantizers, set_mode, unused_quantizers
 from ..registry import LOOPS
@@ -305,7 +306,8 @@ class DataFreeLoop(BaseLoop):
         """Run the teacher while a tap (default: the run's) listens, as far as the objective of synthesis needs it.
 
         Returns:
-            list[Tensor]: Its final features where diversity counts, else none: it runs to the last tapped block.
+            list[Tensor]: Its :func:`telling_features` where diversity counts, else none: it runs to the last tapped
+            block.
         """
         tap = tap or self.tap
         with self.precision():
@@ -313,7 +315,7 @@ class DataFreeLoop(BaseLoop):
                 tap.run(backbone_of(self.teacher), images)
                 return []
             with listening(tap, self.quantization.synthesis):
-                return extract_inner(self.teacher, images, self.heads)
+                return telling_features(self.teacher, images)
 
     # -- resume ----------------------------------------------------------------------------------------------------
 

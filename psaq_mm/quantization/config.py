@@ -34,7 +34,7 @@ class ActivationConfig(WeightConfig):
     """Quantization of activations. Default: the paper's naive quantizer (per tensor, asymmetric, moving average).
 
     ``per_channel`` means one scale an input channel for Linear and Conv2d; operands of attention products, which have
-    no channel axis of their own, stay per tensor.
+    no channel axis of their own, stay per tensor, but for what ``softmax`` says.
     """
     granularity: Granularity = Field('per_tensor', description='one scale a tensor, or one an input channel')
     symmetric: bool = Field(False, description='zero point fixed at 0')
@@ -42,12 +42,22 @@ class ActivationConfig(WeightConfig):
         None, description='zero point fixed at 0 for queries, keys and values, without which OpenVINO has no int8 '
         'kernels for their products; None: with 8 bits')
     observer: Observer = Field('moving_average_minmax', description='how the range is chosen')
+    softmax: Literal['per_tensor', 'per_head'] = Field(
+        'per_tensor', description='one scale for all attention weights of a block, or one a head: some heads look at '
+        'one token and others at all, so that their weights differ by orders of magnitude. An attention that does not '
+        'keep its heads on an axis of their own has one scale')
 
     @property
     def of_products(self) -> ActivationConfig:
         """The same for queries, keys and values."""
         wanted = self.bits == 8 if self.symmetric_products is None else self.symmetric_products
         return self.model_copy(update=dict(symmetric=self.symmetric or wanted))
+
+    @property
+    def of_softmax(self) -> ActivationConfig:
+        """The same for attention weights, whose channels are the heads."""
+        return self.model_copy(update=dict(
+            granularity='per_channel' if self.softmax == 'per_head' else 'per_tensor'))
 
 
 class LayerConfig(FrozenConfig):

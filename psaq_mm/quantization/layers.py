@@ -258,14 +258,16 @@ class QuantizedMatMul(nn.Module):
     Args:
         config (LayerConfig): For both operands.
         weights (bool): Whether a is attention weights, which are not negative. Defaults to False.
+        heads (int): Of the attention; attention weights are (..., heads, queries, keys). Defaults to 1.
     """
 
-    def __init__(self, config: LayerConfig, weights: bool = False):
+    def __init__(self, config: LayerConfig, weights: bool = False, heads: int = 1):
         super().__init__()
         self.a_quantizer = self.b_quantizer = None
         if config.activation is not None:
             operand = config.activation.of_products
-            self.a_quantizer = FakeQuantizer(config.activation if weights else operand)
+            self.a_quantizer = FakeQuantizer(config.activation.of_softmax, heads, HEADS, optional=True) if weights \
+                else FakeQuantizer(operand)
             self.b_quantizer = FakeQuantizer(operand)
         self.output = nn.Identity()
 
@@ -284,6 +286,13 @@ class QuantizedMatMul(nn.Module):
 
 MATMULS = (torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.bmm)
 SCORES, CONTEXT = 'matmul_scores', 'matmul_context'  # q @ k^T and softmax(scores) @ v
+HEADS = -3  # axis of the heads in attention weights, (..., heads, queries, keys)
+
+
+def _heads(attention: nn.Module) -> int:
+    """How many heads an attention says it has; 1 if it says nothing."""
+    heads = getattr(attention, 'num_heads', 1)
+    return heads if isinstance(heads, int) else 1
 
 
 def _masked(scores, mask):
@@ -445,7 +454,7 @@ def quantize_attention(attention: nn.Module, scores: LayerConfig, context: Layer
                                         dict(__module__=__name__))
     attention.__class__ = _attention_classes[kind]
     attention.add_module(SCORES, QuantizedMatMul(scores))
-    attention.add_module(CONTEXT, QuantizedMatMul(context, weights=True))
+    attention.add_module(CONTEXT, QuantizedMatMul(context, weights=True, heads=_heads(attention)))
     return attention
 
 
@@ -565,6 +574,6 @@ def quantize_multihead_attention(attention: nn.MultiheadAttention, configs: dict
         parameter = 'in_proj_weight' if name == 'in_proj' else f'{name}_weight'
         attention.add_module(name, QuantizedProjection(attention, parameter, configs[name]))
     for name in (SCORES, CONTEXT):
-        attention.add_module(name, QuantizedMatMul(configs[name], weights=name == CONTEXT))
+        attention.add_module(name, QuantizedMatMul(configs[name], weights=name == CONTEXT, heads=_heads(attention)))
     attention.__class__ = QuantizedMultiheadAttention
     return attention

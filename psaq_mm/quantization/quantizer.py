@@ -104,15 +104,18 @@ class FakeQuantizer(nn.Module):
         config (WeightConfig | ActivationConfig): Bits, granularity, symmetry, observer.
         channels (int): Number of scales: 1 for per-tensor.
         axis (int): The axis that scales run along when ``channels > 1``. Defaults to 0.
+        optional (bool): Whether one scale for all serves where tensors turn out to have no such axis of so many
+            channels; calibration finds out, and a checkpoint says. Defaults to False.
 
     State: ``scale`` (channels,) float32, NaN until calibrated; ``zero_point`` (channels,) int32; ``grid`` (2,) int32,
     quant_min and quant_max.
     """
 
-    def __init__(self, config, channels: int = 1, axis: int = 0):
+    def __init__(self, config, channels: int = 1, axis: int = 0, optional: bool = False):
         super().__init__()
         self.config = config
         self.axis = axis
+        self.optional = optional
         self.per_channel = config.granularity == 'per_channel' and channels > 1
         self.quant_min, self.quant_max = quantization_grid(config.bits, config.symmetric)
         self.mode = Mode.QUANTIZE
@@ -236,8 +239,15 @@ class FakeQuantizer(nn.Module):
         if self.observer is None:
             self.observer = build_observer(self.config, observer)
         x = x.detach()
+        if self.per_channel and self.optional and (x.dim() <= -self.axis or x.shape[self.axis] != len(self.scale)):
+            self.keep_one_scale()
         rows = x.movedim(self.axis % x.dim(), 0).flatten(1) if self.per_channel else x.reshape(1, -1)
         self.observer.update(rows.float())
+
+    def keep_one_scale(self) -> None:
+        """Go on with one scale for all channels."""
+        self.per_channel = False
+        self.scale, self.zero_point = self.scale[:1].clone(), self.zero_point[:1].clone()
 
     @torch.no_grad()
     def calibrate(self, reduce=None) -> bool:
@@ -277,6 +287,8 @@ class FakeQuantizer(nn.Module):
         missing = [key for key in keys if key not in state_dict]
         if missing:
             raise QuantizerMismatchError(f'the checkpoint is damaged: it lacks {missing[0]}')
+        if self.optional and self.per_channel and state_dict[keys[0]].numel() == 1:
+            self.keep_one_scale()
         theirs, ours = ((state[keys[2]].tolist(), state[keys[0]].numel())
                         for state in (state_dict, {prefix + k: v for k, v in self.state_dict().items()}))
         if theirs != ours:
@@ -289,4 +301,5 @@ class FakeQuantizer(nn.Module):
 
     def extra_repr(self):
         kind = 'symmetric' if self.config.symmetric else 'asymmetric'
-        return f'bits={self.config.bits}, {self.config.granularity}, {kind}, calibrated={self.calibrated}'
+        granularity = 'per_channel' if self.per_channel else 'per_tensor'
+        return f'bits={self.config.bits}, {granularity}, {kind}, calibrated={self.calibrated}'
