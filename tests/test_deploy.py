@@ -147,6 +147,28 @@ def test_products_of_the_runtimes_are_reported(exported):
 
 
 @pytest.mark.parametrize('bits', [4, 8])
+@pytest.mark.parametrize('builder', ['mmdet_swin', 'mmseg_vit', 'timm_vit'])
+def test_a_range_for_each_head(builder, bits, tmp_path):
+    """Attention weights with a scale a head, in both runtimes, from windows, from MultiheadAttention and from timm."""
+    torch.manual_seed(0)
+    model = FAMILIES_BY_NAME[builder]().eval()
+    images = images_for(model)
+    settings = dict(activation=dict(bits=bits, softmax='per_head'), targets=['backbone'])
+    model = calibrated(model, settings, images, is_classifier(model))
+    scales = [q.scale for name, q in quantizers(model).items() if name.endswith('matmul_context.a_quantizer')]
+    assert scales and all(len(scale) > 1 and scale.unique().numel() > 1 for scale in scales)
+    export_graph(model, tmp_path / 'heads.onnx', tuple(images.shape[-2:]))
+    with torch.no_grad():
+        expected = Features(model)(images[:1])
+        set_mode(model, Mode.FLOAT)
+        full = Features(model)(images[:1])
+    for runtime in ('onnxruntime', 'openvino'):
+        found = Graph(tmp_path / 'heads.onnx', runtime).run(images[:1])
+        for reference, ours, theirs in zip(full, expected, found, strict=True):
+            assert sqnr(ours, theirs) > min(sqnr(reference, ours), 40) - 3
+
+
+@pytest.mark.parametrize('bits', [4, 8])
 @pytest.mark.parametrize('symmetric', [True, False])
 def test_one_layer_is_exact(tmp_path, bits, symmetric):
     """Nothing to pass on in a single layer: every value of the graph is the fake-quantized model's."""

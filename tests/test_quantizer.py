@@ -29,6 +29,25 @@ def calibrated(config, *batches, channels=1, axis=0):
     return quantizer
 
 
+def test_one_scale_serves_where_heads_have_no_axis_of_their_own():
+    """And a checkpoint of either kind loads."""
+    config, heads = ActivationConfig(bits=4, granularity='per_channel'), torch.rand(2, 3, 5, 5)
+    own, flat = (FakeQuantizer(config, 3, -3, optional=True) for _ in range(2))
+    own.observe(heads * torch.tensor([1.0, 0.1, 0.01]).view(3, 1, 1))
+    flat.observe(heads.flatten(0, 1))
+    assert own.calibrate() and flat.calibrate()
+    assert len(own.scale) == 3 and own.scale[0] > 5 * own.scale[1] > 25 * own.scale[2]
+    assert len(flat.scale) == 1 and flat(heads.flatten(0, 1)).unique().numel() <= 16
+    for source in (own, flat):
+        loaded = FakeQuantizer(config, 3, -3, optional=True)
+        loaded.load_state_dict(source.state_dict())
+        assert torch.equal(loaded.scale, source.scale) and loaded.per_channel == source.per_channel
+        assert torch.equal(loaded(heads), source(heads))
+    fixed = FakeQuantizer(config, 3, -3)
+    with pytest.raises(QuantizerMismatchError, match='3 scales'):
+        fixed.load_state_dict(flat.state_dict())
+
+
 def integer_reference(x, low, high, bits, symmetric):
     """Quantizes one channel with NumPy integers, from the textbook definition."""
     low, high = min(low, 0.0), max(high, 0.0)

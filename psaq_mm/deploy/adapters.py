@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..quantization import CONTEXT, SCORES, QuantizedLinear
 from ..quantization.layers import QuantizedAttention
-from .operators import already_quantized, dequantize, grid_of, in_units, quantize
+from .operators import already_quantized, dequantize, grid_of, head_product, in_units, quantize
 
 ADAPTERS: dict[Callable, dict[str, Callable]] = {}  # by the library's forward: replacements by name of the method
 
@@ -222,8 +222,7 @@ def _register():
         if mask is not None:
             shape = self.num_heads, side, side
             scores = (scores.view(-1, mask.shape[0], *shape) + mask[:, None]).view(-1, *shape)
-        weights = scores.softmax(-1)
-        return merge_heads(quantized(weights, operand_quantizers(self)[3]) @ value, self.proj)
+        return merge_heads(head_product(scores.softmax(-1), operand_quantizers(self)[3], value), self.proj)
 
     def patch_merging(self, x, input_size):
         sampler, padding = self.sampler, self.adap_padding

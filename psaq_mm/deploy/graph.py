@@ -21,12 +21,12 @@ from ..files import write_atomically
 from ..models import backbone_of, image_channels
 from ..models.features import FEATURE_PARTS, image_features, tensors
 from ..quantization import QuantizedLinear, quantized_layers, quantizer_mode, quantizers
-from ..quantization.layers import QuantizedLayer
+from ..quantization.layers import QuantizedLayer, QuantizedMatMul
 from ..quantization.quantizer import Mode, UncalibratedError
 from ..version import __version__
 from .adapters import ConstantResizing, traceable
 from .extras import need
-from .operators import Dequantize, Linear, activation, integers_of
+from .operators import Dequantize, Linear, activation, head_product, integers_of
 
 OPSET = 17  # the first with LayerNormalization; QuantizeLinear has had an axis since 13
 INPUT = 'images'
@@ -50,6 +50,11 @@ def exportable(model: nn.Module, preset: str = 'asymmetric') -> Iterator[None]:
     for name, quantizer in quantizers(model).items():
         if quantizer.mode is Mode.QUANTIZE and not name.endswith('weight_quantizer'):
             shadow(quantizer, 'forward', partial(activation, quantizer))
+    for product in model.modules():
+        quantizer = getattr(product, 'a_quantizer', None)
+        if isinstance(product, QuantizedMatMul) and quantizer is not None and len(quantizer.scale) > 1:
+            shadow(product, 'forward', lambda a, b, product=product: product.output(
+                head_product(a, product.a_quantizer, product.b_quantizer(b))))
     for name, layer in quantized_layers(model).items():
         quantizer = getattr(layer, 'weight_quantizer', None)
         if quantizer is None or quantizer.mode is not Mode.QUANTIZE:

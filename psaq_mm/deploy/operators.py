@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import UserError
 from ..quantization.quantizer import FakeQuantizer, Mode
 
 
@@ -81,14 +82,9 @@ class _Quantize(torch.autograd.Function):
 
     @staticmethod
     def symbolic(g, x, scale, zero_point, axis, low, high):
-        if high - low < 255 and len(scale) == 1:
+        if high - low < 255:
             x = g.op('Clip', x, *(_constant(g, [scale[0] * (end - zero_point[0])], torch.float32)
                                   for end in (low, high)))
-        elif high - low < 255:  # Clip takes one pair of ends
-            for name, end in (('Max', low), ('Min', high)):
-                ends = torch.tensor([s * (end - z) for s, z in zip(scale, zero_point)])
-                shape = [-1 if i == axis else 1 for i in range(x.type().dim())]
-                x = g.op(name, x, g.op('Constant', value_t=ends.view(shape)))
         kind, along = _attributes(scale, zero_point, axis, low)
         return g.op('QuantizeLinear', x, _constant(g, scale, torch.float32), _constant(g, zero_point, kind), **along)
 
@@ -118,9 +114,45 @@ def dequantize(integers: Tensor, grid: Grid) -> Tensor:
 
 
 def activation(quantizer: FakeQuantizer, x: Tensor) -> Tensor:
-    """What a quantizer computes, as a pair of operators."""
+    """What a quantizer computes, as a pair of operators.
+
+    Raises:
+        UserError: If they cannot express it.
+    """
+    if len(quantizer.scale) > 1 and quantizer.quant_max - quantizer.quant_min < 255:
+        raise UserError(f"'{quantizer.name}': activations of fewer than 8 bits with a scale for each channel cannot be "
+                        'exported, use granularity per_tensor')
     grid = _grid(quantizer, quantizer.axis % x.dim())
     return dequantize(quantize(x, grid), grid)
+
+
+def head_product(weights: Tensor, quantizer: FakeQuantizer | None, value: Tensor) -> Tensor:
+    """The product of attention weights and values, the weights quantized.
+
+    ONNX Runtime has no product of integers with a scale for each head. So the weights are brought to one scale before
+    they are quantized, and the product takes that back: plain operators that both runtimes compute in integers.
+
+    Args:
+        weights (Tensor): (..., heads, queries, keys).
+        quantizer (FakeQuantizer | None): Of the weights.
+        value (Tensor): Quantized, (..., heads, keys, d).
+
+    Raises:
+        UserError: If scales for each head have different zero points.
+    """
+    if quantizer is None:
+        return weights @ value
+    if quantizer.mode is not Mode.QUANTIZE or len(quantizer.scale) == 1:
+        return quantizer(weights) @ value
+    if quantizer.zero_point.unique().numel() > 1:
+        raise UserError(f"'{quantizer.name}': ranges of attention weights that begin below 0 cannot be exported with a "
+                        "scale for each head, use quantization.activation.softmax = 'per_tensor'")
+    scales, width = quantizer.scale.tolist(), int(value.shape[-1])
+    grid = _grid(quantizer, 0)
+    grid = grid._replace(scale=(1.0, ), zero_point=grid.zero_point[:1])
+    integers = quantize(weights * torch.tensor([[[1 / scale]] for scale in scales]), grid)
+    # One factor for each head and column: OpenVINO 2026 cannot load an int8 product followed by one for each head.
+    return dequantize(integers, grid) @ value * torch.tensor([[[scale] * width] for scale in scales])
 
 
 @contextmanager
