@@ -17,7 +17,8 @@ from common import ROOT
 
 bits = runpy.run_path(str(ROOT / 'tools' / 'grid.py'))['bits']
 TASKS = dict(deit_tiny=deit_tiny, nuclei=nuclei)
-PARTS = dict(images='synthesis', norms='reparameterize', ranges='activation', blocks='reconstruction')  # keys of each
+PARTS = dict(images=('synthesis', ), norms=('reparameterize', ), ranges=('activation', 'observer'),
+             heads=('activation', 'softmax'), blocks=('reconstruction', ))  # where the stanza says each
 SMALLER = {  # what is left out of recipe 'low_bit' besides whole parts
     'dead leaves': dict(synthesis=dict(start='noise')),
     'diversity': dict(synthesis=dict(diversity=0.0)),
@@ -33,6 +34,13 @@ def common_defaults(ours, everyone):
             for key, value in ours.items()}
 
 
+def only(settings, path):
+    """Return what nested settings say at a path, in as many dicts: ``only(dict(a=dict(b=1, c=2)), ('a', 'b'))`` is
+    ``dict(a=dict(b=1))``.
+    """
+    return {path[0]: only(settings[path[0]], path[1:])} if path else settings
+
+
 def variants():
     """Yield label, method, and changes of the stanza."""
     from psaq_mm.stanza import RECIPES, QuantizationConfig
@@ -40,10 +48,10 @@ def variants():
     others = common_defaults(ours, QuantizationConfig().to_dict())
     yield 'paper, psaq_v2', 'psaq_v2', dict(recipe='paper')
     yield 'paper, psaq_v1', 'psaq_v1', dict(recipe='paper')
-    for part, key in PARTS.items():
-        yield f'paper, psaq_v1, with {part} of ours', 'psaq_v1', dict(recipe='paper', **{key: ours[key]})
+    for part, path in PARTS.items():
+        yield f'paper, psaq_v1, with {part} of ours', 'psaq_v1', dict(recipe='paper', **only(ours, path))
     yield 'low_bit', 'psaq_v1', dict(recipe='low_bit')
-    left_out = {part: {key: others[key]} for part, key in PARTS.items()}
+    left_out = {part: only(others, path) for part, path in PARTS.items()}
     for part, changes in {**left_out, **SMALLER}.items():
         yield f'low_bit without {part}', 'psaq_v1', dict(recipe='low_bit', **changes)
     yield 'low_bit, then the game', 'psaq_v2', dict(recipe='low_bit', game=dict(steps=200))

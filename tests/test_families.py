@@ -9,11 +9,13 @@ from torch import nn
 from psaq_mm.errors import UserError
 from psaq_mm.models import (
     attention_blocks,
+    backbone_of,
     checkpoint_blocks,
     extract_features,
     extract_inner,
     quantize_model,
     similarity_taps,
+    telling_features,
 )
 from psaq_mm.quantization import (
     SUMS,
@@ -137,6 +139,21 @@ def calibrated(model, stanza, images, heads=False):
     model = quantize_model(copy.deepcopy(model), stanza)
     calibrate(model, lambda: extract_features(model, images, heads))
     return model
+
+
+def test_what_tells_images_apart(family):
+    """Maps of backbone and neck; of a classifier what its last block puts out, not what its last norm does."""
+    model, images = family[0], images_for(family[0])
+    with torch.no_grad():
+        found, features = telling_features(model, images), extract_features(model, images)
+    maps = [feature for feature in features if feature.dim() == 4]
+    if maps:
+        assert all(map(torch.equal, found, maps)) and len(found) == len(maps)
+    else:
+        vectors, = found
+        assert vectors.shape == (len(images), backbone_of(model).num_features)
+        assert not torch.allclose(vectors, features[0]) and vectors.var(0).sum() > 0
+    assert not any(module._forward_hooks for module in attention_blocks(backbone_of(model)))
 
 
 def test_with_quantizers_off_nothing_changes(family):

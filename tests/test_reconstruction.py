@@ -11,7 +11,15 @@ from torch import nn
 from psaq_mm.engine import quantize
 from psaq_mm.models import attention_blocks, backbone_of, copy_model, extract_features, quantize_model
 from psaq_mm.quantization import Mode, calibrate, quantized_layers, quantizers, set_mode
-from psaq_mm.reconstruction import UnitReconstruction, find_units, importance, record, settled_share
+from psaq_mm.reconstruction import (
+    LearnedRounding,
+    UnitReconstruction,
+    find_units,
+    importance,
+    neighbours,
+    record,
+    settled_share,
+)
 
 from .conftest import DEMO_CONFIG
 from .test_engine import config, killed_at, run, same, weights  # noqa: F401
@@ -129,6 +137,31 @@ def test_learned_rounding_leaves_a_weight_on_one_of_its_two_integers(players):
         assert ((quantized - old).abs() <= scale.view(-1, *[1] * (old.dim() - 1)) * 1.001).all()
         moved += (quantized != layer.weight_quantizer(old)).sum().item()
     assert moved > 0
+
+
+def test_weights_settle_a_share_at_a_time_and_stay(players):
+    layer = copy.deepcopy(next(layer for layer in quantized_layers(players[0]).values() if hasattr(layer, 'weight')))
+    start = layer.weight.detach().clone()
+    rounding = LearnedRounding(layer, start)
+    generator, before = torch.Generator().manual_seed(0), torch.zeros_like(rounding.settled)
+    for done in (0.1, 0.3, 0.5, 0.7, 0.95, 1.0):
+        rounding.place.add_(torch.randn(start.shape, generator=generator) * 0.05)
+        certain = (rounding.place.clamp(0, 1) - 0.5).abs().masked_fill(before, -1)
+        fixed = layer.weight.detach()[before]
+        rounding.apply(settled_share(done))
+        new = rounding.settled & ~before
+        assert rounding.settled.sum() == round(settled_share(done) * start.numel()) and rounding.settled[before].all()
+        assert torch.equal(layer.weight.detach()[before], fixed)  # momentum does not move them
+        if new.any() and not rounding.settled.all():
+            assert certain[new].min() >= certain[~rounding.settled].max()
+        before = rounding.settled.clone()
+        other = LearnedRounding(copy.deepcopy(layer), start)
+        other.load_state_dict(rounding.state_dict())
+        assert torch.equal(other.place, rounding.place) and torch.equal(other.settled, rounding.settled)
+    assert before.all() and torch.equal(layer.weight, layer.weight_quantizer(layer.weight))
+    assert not rounding.gradient(torch.ones_like(start)).any()
+    low, high = neighbours(start, layer.weight_quantizer)
+    assert ((layer.weight == low) | (layer.weight == high)).all()
 
 
 def test_a_block_that_learns_nothing_good_stays(players):
