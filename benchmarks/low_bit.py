@@ -2,7 +2,8 @@
 
     python benchmarks/low_bit.py --bench ../shared/bench --bits W4A4 W4A8 --out work_dirs/low_bit
 
-Writes a Markdown table and JSON. The command skips finished parts. Calibration sees synthetic images alone, but for the
+Writes a Markdown table and JSON. The command skips finished parts. Variants whose images are made in the same way share
+them, and the time of making them counts for each. Calibration sees synthetic images alone, but for the
 row 'real images', which takes the 32 images that the benchmark has for that.
 """
 import argparse
@@ -72,10 +73,11 @@ def main():
     from psaq_mm.engine import compare, markdown, with_stanza, write_json
     from psaq_mm.engine.config import calibration_gap
     from psaq_mm.report.tables import metric_names, percent, title_of
+    from psaq_mm.stanza import QuantizationConfig
     results = {}
     for task in args.tasks:
         cfg = Config.fromfile(TASKS[task].write_config(args.bench, args.out / task)[0])
-        cfg.randomness = dict(seed=args.seed)
+        cfg.randomness, images = dict(seed=args.seed), {}
         for pair in args.bits:
             title, rows, full = f'{task}, W{pair[0]}A{pair[1]}', [], None
             for label, method, changes in variants():
@@ -87,8 +89,16 @@ def main():
                 if full.exists() and not (folder / 'full_precision').exists():  # it is the same for all
                     shutil.copytree(full, folder / 'full_precision')
                 changed = with_stanza(cfg, **dict(changes, report=dict(images=0)))
+                made = str(QuantizationConfig.parse(with_stanza(changed, weight=dict(bits=pair[0]), activation=dict(
+                    bits=pair[1])).quantization).synthesis)
+                if method != 'real' and made in images:
+                    changed = with_stanza(changed, synthesis=dict(reuse=images[made][0]))
                 found = compare(changed, [method], [pair], folder)
                 (run, ), names = found['runs'].values(), metric_names([found['full_precision']])
+                if method != 'real' and made in images:
+                    run = dict(run, minutes=round(run['minutes'] + images[made][1], 2))
+                elif method != 'real':
+                    images[made] = str(Path(run['checkpoint']).parent / 'synthetic.pt'), run['synthesis_minutes']
                 drops = {n: percent(run['quantized'], n) - percent(found['full_precision'], n) for n in names}
                 results.setdefault(title, {})[label] = dict(drops=drops, minutes=run['minutes'])
                 rows.append([label, *(f'{drop:+.1f}' for drop in drops.values()), f"{run['minutes']:.1f}"])

@@ -149,6 +149,25 @@ def test_overrides_of_ones_own_are_kept_but_for_their_bits(classification_config
     assert len(cfg.quantization.overrides) == 2
 
 
+def test_layers_are_measured_as_the_mixture_will_be_quantized(classification_config, tmp_path):
+    from psaq_mm.engine.analysis import Analysis, with_recipe
+    cfg = Config.fromfile(classification_config)
+    cfg.work_dir = str(tmp_path)
+    cfg.quantization.pop('recipe', None)
+    assert with_recipe(cfg, [8]).quantization.recipe == 'paper'
+    measured = with_recipe(cfg, [4, 8])
+    assert measured.quantization.recipe == 'low_bit' and 'recipe' not in cfg.quantization
+    cfg.quantization.recipe = 'paper'
+    assert with_recipe(cfg, [4]).quantization.recipe == 'paper'
+    images = [torch.randn(2, 3, 96, 96)]
+    ours, paper = (Analysis(one, images) for one in (measured, cfg))
+    settings = [analysis.at(4, 8) for analysis in (ours, paper)]
+    norms = [[m.weight for m in analysis.model(one).modules() if isinstance(m, torch.nn.LayerNorm)]
+             for analysis, one in zip((ours, paper), settings)]
+    assert [one.reparameterize for one in settings] == [True, False]
+    assert any(not torch.equal(a, b) for a, b in zip(*norms))
+
+
 @pytest.mark.slow
 def test_layers_that_no_output_shows_keep_their_bits(small_config, tmp_path):
     """A two-stage head's outputs belong to proposals and are not compared: rounding them looks free, and is not."""

@@ -56,13 +56,14 @@ def write(args, cfg, own):
     from rich.table import Table
 
     from psaq_mm.engine import write_json
-    from psaq_mm.engine.analysis import Analysis, calibration_images, sensitivity_table, suggestion
+    from psaq_mm.engine.analysis import Analysis, calibration_images, sensitivity_table, suggestion, with_recipe
     from psaq_mm.engine.config_file import config_text
     from psaq_mm.engine.display import Display
     from psaq_mm.report.figures import sensitivity_bars
     folder, bits = own.path, sorted(set(args.bits))
-    images, path = calibration_images(cfg, args.checkpoint, args.quiet)
-    analysis = Analysis(cfg, images, args.checkpoint)
+    measured = with_recipe(cfg, bits)
+    images, path = calibration_images(measured, args.checkpoint, args.quiet)
+    analysis = Analysis(measured, images, args.checkpoint)
     stanza = analysis.quantization
     analysis.inspect(bits)
     analysis.check_budget(bits, args.size_mb, args.bops)
@@ -90,7 +91,7 @@ def write(args, cfg, own):
         return
     console = Console()
     console.print(sensitivity_table(rows, bits))
-    table = Table(title='The whole model, before the game', caption=f'run it: python tools/dfq.py '
+    table = Table(title='The whole model, as calibrated', caption=f'run it: python tools/dfq.py '
                   f'{folder}/mixed_precision.py\n{folder}/sensitivity.png', caption_justify='left')
     for name in ('', 'size, MB', 'SQNR of the outputs, dB', 'weights alone rounded, dB'):
         table.add_column(name, justify='right' if name else 'left')

@@ -27,6 +27,7 @@ from ..quantization import (
     output_error,
     parts_of,
     quantized_layers,
+    reparameterize,
     search_weight_ranges,
     sensitivities,
     sqnr,
@@ -54,7 +55,7 @@ def calibration_images(cfg: Config, checkpoint: str | None, quiet: bool = False)
     for path in filter(None, known):
         if path == stanza.synthesis.reuse or Path(path).exists() and synthesised(Path(path), stanza):
             return read_images(str(path)), str(path)
-    made = with_stanza(cfg, synthesis=dict(method='psaq_v1'), report=dict(images=0))
+    made = with_stanza(cfg, synthesis=dict(method='psaq_v1'), reconstruction=dict(steps=0), report=dict(images=0))
     made.work_dir = str(Path(cfg.work_dir) / 'images')
     quantize(made, checkpoint, resume=was_interrupted(made.work_dir), eval_float=False, eval_quantized=False,
              quiet=quiet)
@@ -120,13 +121,15 @@ class Analysis:
         return quantize_model(model, quantization).to(self.device)
 
     def model(self, quantization: QuantizationConfig) -> nn.Module:
-        """Converted and calibrated as a run would do it before its game."""
+        """Converted and calibrated as a run would do it before its reconstruction or game."""
         model = self.converted(quantization)
 
         def run():
             for batch in self.batches:
                 extract_features(model, batch, self.heads)
 
+        if quantization.reparameterize:
+            reparameterize(model, run, lambda: extract_features(model, self.few[0][:1], self.heads))
         calibrate(model, run)
         if quantization.synthesis.method == 'psaq_v2' and quantization.game.weight_ranges == 'mse':
             search_weight_ranges(model, [layer.weight for layer in quantized_layers(model).values()
@@ -293,6 +296,13 @@ def sensitivity_table(rows: list[dict], bits: list[int], limit: int = 20) -> Tab
         cells = [row['errors'][str(width)].get(side) for width in bits for side in (WEIGHT, ACTIVATION)]
         table.add_row(row['name'], *('-' if error is None else f'{sqnr(1, error):.1f}' for error in cells))
     return table
+
+
+def with_recipe(cfg: Config, bits: Iterable[int]) -> Config:
+    """The config whose stanza names the recipe that a mixture of these bits will be quantized by."""
+    stanza = QuantizationConfig.parse(cfg.quantization)
+    return with_stanza(cfg, recipe=cfg.quantization.get('recipe') or (
+        'low_bit' if min(*bits, stanza.least_bits) < 8 else stanza.recipe))
 
 
 def suggestion(cfg: Config, checkpoint: str | None, overrides: list[dict]) -> Config:
