@@ -21,8 +21,8 @@ from psaq_mm.reconstruction import (
     settled_share,
 )
 
-from .conftest import DEMO_CONFIG
-from .test_engine import config, killed_at, run, same, weights  # noqa: F401
+from .conftest import DEMO_CONFIG, ROOT, run_tool
+from .test_engine import EVERY_RANK, RUN, config, killed_at, run, same, torchrun, weights  # noqa: F401
 from .test_families import images_for, timm_vit
 
 FOUR = dict(weight=dict(bits=4), activation=dict(bits=4))
@@ -221,6 +221,31 @@ def test_the_recipe_in_bfloat16(small_config, tmp_path):
     result = quantize(cfg, amp=True, eval_float=False, eval_quantized=False)
     errors = torch.load(result['checkpoint'], weights_only=True)['meta']['reconstruction']['errors']
     assert all(now <= before for before, now in errors.values())
+
+
+@pytest.mark.slow
+def test_the_recipe_in_two_processes(small_config, tmp_path):
+    """Both end with one student, whose blocks have become better."""
+    options = ['--cfg-options', 'quantization.recipe=low_bit', 'quantization.weight.bits=4',
+               'quantization.activation.bits=4', 'quantization.reconstruction.steps=5', 'quantization.game.steps=0']
+    (tmp_path / 'every_rank.py').write_text(EVERY_RANK)
+    torchrun(small_config, tmp_path, '--no-eval', *options,
+             script=(tmp_path / 'every_rank.py', ROOT / 'tools' / 'dfq.py'))
+    first, second = (torch.load(tmp_path / RUN / f'rank{rank}.pth', weights_only=True) for rank in (0, 1))
+    assert same(first, second) and same({k: first[k] for k in weights(tmp_path)}, weights(tmp_path))
+    meta = torch.load(tmp_path / 'quantized.pth', weights_only=True)['meta']
+    assert sum(now < before for before, now in meta['reconstruction']['errors'].values()) > 10
+
+
+@pytest.mark.slow
+def test_the_recipe_in_an_exported_graph(small_config, tmp_path):
+    """With norms changed, weights on their integers and a range a head, the runtimes agree with the model."""
+    pytest.importorskip('onnxruntime', reason="needs pip install 'psaq_mm[deploy]'")
+    run_tool('tools/dfq.py', small_config, '--work-dir', tmp_path, '--no-eval', '--cfg-options',
+             'quantization.recipe=low_bit', 'quantization.weight.bits=4', 'quantization.activation.bits=4',
+             'quantization.reconstruction.steps=10', 'quantization.game.steps=0', 'quantization.report.images=0')
+    run_tool('tools/export.py', tmp_path / 'test_config.py', tmp_path / 'quantized.pth')  # fails where they disagree
+    assert (tmp_path / 'int8' / 'features.onnx').exists()
 
 
 def test_without_a_game_and_on_images_of_ones_own(small_config, tmp_path):
