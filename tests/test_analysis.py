@@ -151,6 +151,7 @@ def test_overrides_of_ones_own_are_kept_but_for_their_bits(classification_config
 
 def test_layers_are_measured_as_the_mixture_will_be_quantized(classification_config, tmp_path):
     from psaq_mm.engine.analysis import Analysis, with_recipe
+    from psaq_mm.engine.config import default_scope
     cfg = Config.fromfile(classification_config)
     cfg.work_dir = str(tmp_path)
     cfg.quantization.pop('recipe', None)
@@ -160,10 +161,13 @@ def test_layers_are_measured_as_the_mixture_will_be_quantized(classification_con
     cfg.quantization.recipe = 'paper'
     assert with_recipe(cfg, [4]).quantization.recipe == 'paper'
     images = [torch.randn(2, 3, 96, 96)]
-    ours, paper = (Analysis(one, images) for one in (measured, cfg))
-    settings = [analysis.at(4, 8) for analysis in (ours, paper)]
-    norms = [[m.weight for m in analysis.model(one).modules() if isinstance(m, torch.nn.LayerNorm)]
-             for analysis, one in zip((ours, paper), settings)]
+    try:
+        ours, paper = (Analysis(one, images) for one in (measured, cfg))
+        settings = [analysis.at(4, 8) for analysis in (ours, paper)]
+        norms = [[m.weight for m in analysis.model(one).modules() if isinstance(m, torch.nn.LayerNorm)]
+                 for analysis, one in zip((ours, paper), settings)]
+    finally:
+        default_scope(Config(dict(default_scope='mmdet')))
     assert [one.reparameterize for one in settings] == [True, False]
     assert any(not torch.equal(a, b) for a, b in zip(*norms))
 
