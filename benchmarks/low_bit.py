@@ -77,7 +77,8 @@ def main():
     results = {}
     for task in args.tasks:
         cfg = Config.fromfile(TASKS[task].write_config(args.bench, args.out / task)[0])
-        cfg.randomness, images = dict(seed=args.seed), {}
+        cfg.randomness = dict(seed=args.seed)
+        images = {}  # path and minutes, by the settings that they were made with
         for pair in args.bits:
             title, rows, full = f'{task}, W{pair[0]}A{pair[1]}', [], None
             for label, method, changes in variants():
@@ -91,12 +92,13 @@ def main():
                 changed = with_stanza(cfg, **dict(changes, report=dict(images=0)))
                 made = str(QuantizationConfig.parse(with_stanza(changed, weight=dict(bits=pair[0]), activation=dict(
                     bits=pair[1])).quantization).synthesis)
-                if method != 'real' and made in images:
-                    changed = with_stanza(changed, synthesis=dict(reuse=images[made][0]))
+                reused = images.get(made) if method != 'real' else None
+                if reused:
+                    changed = with_stanza(changed, synthesis=dict(reuse=reused[0]))
                 found = compare(changed, [method], [pair], folder)
                 (run, ), names = found['runs'].values(), metric_names([found['full_precision']])
-                if method != 'real' and made in images:
-                    run = dict(run, minutes=round(run['minutes'] + images[made][1], 2))
+                if reused:
+                    run = dict(run, minutes=round(run['minutes'] + reused[1], 2))
                 elif method != 'real':
                     images[made] = str(Path(run['checkpoint']).parent / 'synthetic.pt'), run['synthesis_minutes']
                 drops = {n: percent(run['quantized'], n) - percent(found['full_precision'], n) for n in names}

@@ -5,7 +5,8 @@
 The baseline is written from the formulas of the paper (Li et al., ICCV 2023): behind each LayerNorm one scale by
 reparameterisation, attention weights on powers of the square root of 2, everything else uniform. Each range is that of
 the percentile with the least squared error. As in the paper, nothing is trained. Values below the last power become 0,
-which the paper's text leaves open. Writes a Markdown table and JSON. The command skips finished parts.
+which the paper's text leaves open. Writes a Markdown table and JSON. The command skips finished runs of ours and makes
+the baseline anew.
 """
 import argparse
 import sys
@@ -95,6 +96,7 @@ def quantize_as_repq(model, images):
     from psaq_mm.quantization import Mode, quantized_layers, quantizer_mode, set_mode
     from psaq_mm.quantization.layers import QuantizedMatMul
     from psaq_mm.quantization.reparameterization import apply, find_sites
+    from psaq_mm.stanza import reads_pixels
     torch.manual_seed(0)
     layers = quantized_layers(model)
     with quantizer_mode(model, Mode.FLOAT):
@@ -110,10 +112,10 @@ def quantize_as_repq(model, images):
             apply(site, ratio, low / ratio + zero.mean() * scale.mean())
     with quantizer_mode(model, Mode.OBSERVE):  # in float, with products that show their operands
         inputs = {layer: [0, 1] if isinstance(layer, QuantizedMatMul) else [0] for layer in layers.values()}
-        seen = seen_by(model, {layer: places for layer, places in inputs.items() if not layer_reads_pixels(layer)},
+        seen = seen_by(model, {layer: places for layer, places in inputs.items() if not reads_pixels(layer)},
                        images)
     for layer in layers.values():
-        if layer_reads_pixels(layer):
+        if reads_pixels(layer):
             give_range(layer.input_quantizer, images.reshape(1, -1))
         elif isinstance(layer, QuantizedMatMul):
             for place, quantizer in ((0, layer.a_quantizer), (1, layer.b_quantizer)):
@@ -128,12 +130,6 @@ def quantize_as_repq(model, images):
             logarithmic = LogSqrt2(layer.a_quantizer.config.bits, seen[layer, 0].max().item())
             layer.a_quantizer.mode = Mode.FLOAT
             layer.register_forward_pre_hook(lambda module, arguments, q=logarithmic: (q(arguments[0]), arguments[1]))
-
-
-def layer_reads_pixels(layer):
-    """Whether a layer reads the image."""
-    from psaq_mm.stanza import reads_pixels
-    return reads_pixels(layer)
 
 
 def calibrated(cfg, images):

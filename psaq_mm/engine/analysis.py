@@ -301,8 +301,8 @@ def sensitivity_table(rows: list[dict], bits: list[int], limit: int = 20) -> Tab
 def with_recipe(cfg: Config, bits: Iterable[int]) -> Config:
     """The config whose stanza names the recipe that a mixture of these bits will be quantized by."""
     stanza = QuantizationConfig.parse(cfg.quantization)
-    return with_stanza(cfg, recipe=cfg.quantization.get('recipe') or (
-        'low_bit' if min(*bits, stanza.least_bits) < 8 else stanza.recipe))
+    fewest = with_stanza(cfg, weight=dict(bits=min(*bits, stanza.weight.bits)))
+    return with_stanza(cfg, recipe=QuantizationConfig.parse(fewest.quantization).recipe)
 
 
 def suggestion(cfg: Config, checkpoint: str | None, overrides: list[dict]) -> Config:

@@ -5,7 +5,6 @@ import torch
 from torch import Tensor, nn
 
 WAIT, SETTLED = 0.2, 0.95  # shares of the updates when the first weights settle and when all have; our choice
-EVERY = 5  # updates from one time that weights settle to the next; our choice
 
 
 @torch.no_grad()
