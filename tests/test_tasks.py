@@ -10,9 +10,10 @@ from mmengine.config import Config
 from PIL import Image
 
 from psaq_mm.engine import quantize
+from psaq_mm.engine.compare import over_seeds
 from psaq_mm.errors import UserError
 from psaq_mm.files import OwnedFolder, read_json
-from psaq_mm.report.tables import plot_comparison
+from psaq_mm.report.tables import comparison_rows, plot_comparison
 
 from .conftest import ROOT, run_tool
 
@@ -232,6 +233,32 @@ def test_grid_continues_and_repeats_itself(classification_config, tmp_path):
     assert (tmp_path / 'a' / 'table.md').read_text() == table
     grid(tmp_path / 'b')
     assert (tmp_path / 'b' / 'table.md').read_text() == table
+
+
+@pytest.mark.slow
+def test_grid_over_seeds(classification_config, tmp_path):
+    run_tool('tools/grid.py', classification_config, '--work-dir', tmp_path, '--methods', 'noise', '--bits', 'W4A4',
+             '--seeds', '1', '2', '--cfg-options', 'quantization.report.images=0')
+    run = read_json(tmp_path / 'metrics.json')['runs']['W4A4 noise']
+    for seed in (1, 2):
+        alone = read_json(tmp_path / f'W4A4_noise_seed_{seed}' / 'metrics.json')
+        assert alone['seed'] == seed and run['seeds'][str(seed)]['quantized'] == alone['quantized']
+    calibrated = [torch.load(tmp_path / f'W4A4_noise_seed_{seed}' / 'quantized.pth', weights_only=True)['state_dict']
+                  for seed in (1, 2)]
+    assert any(not torch.equal(a, b) for a, b in zip(*(state.values() for state in calibrated)))
+    assert ' ± ' in (tmp_path / 'table.md').read_text()
+
+
+def test_several_seeds_become_their_mean_and_standard_deviation():
+    runs = {seed: dict(quantized={'accuracy/top1': top1}, minutes=minutes, synthesis_minutes=0.0, scope=['backbone'],
+                       checkpoint='a.pth', fidelity=dict(predictions={'top-1 agreement': top1 + 10}))
+            for seed, top1, minutes in ((0, 60.0, 1.0), (1, 63.0, 2.0), (2, 66.0, 3.0))}
+    merged = over_seeds(runs)
+    assert merged['quantized'] == {'accuracy/top1': 63.0} and merged['deviation'] == {'accuracy/top1': 3.0}
+    assert merged['minutes'] == 2.0 and merged['seeds'] == runs and 'checkpoint' not in merged
+    header, rows = comparison_rows(dict(full_precision={'accuracy/top1': 70.0}, runs={'W4A4 psaq_v1': merged}))
+    assert dict(zip(header, rows[1])) == {'calibration': 'W4A4 psaq_v1', 'top-1': '63.0 ± 3.0', 'top-1 - FP': '-7.0',
+                                          'fidelity': '73.0', 'minutes': '2.0'}
 
 
 def test_mistakes_on_the_grids_command_line(classification_config, tmp_path):

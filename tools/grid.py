@@ -36,6 +36,8 @@ def parse_args():
                         help='default: W8A8 W6A6 W4A8 W4A4')
     parser.add_argument('--recipes', nargs='+', choices=RECIPES, default=(), metavar='RECIPE',
                         help=f"of {', '.join(RECIPES)} (default: the config's, or 'paper' at W8A8 and 'low_bit' below)")
+    parser.add_argument('--seeds', nargs='+', type=int, default=(), metavar='SEED',
+                        help='make every run with each of them, and show mean and standard deviation')
     parser.add_argument('--title', help="of table and plot (default: the config's name)")
     return parser.parse_args()
 
@@ -50,7 +52,8 @@ def grid(args):
     if not args.methods and 'real' not in methods:
         print("method 'real' is left out: the config has no calib_dataloader (a data loader of images that are not "
               'evaluated on)')
-    results = compare(cfg, methods, args.bits, cfg.work_dir, args.checkpoint, args.quiet, args.recipes)
+    results = compare(cfg, methods, args.bits, cfg.work_dir, args.checkpoint, args.quiet, args.recipes,
+                      args.seeds)
     table = write_comparison(results, cfg.work_dir, args.title or Path(args.config).stem, args.json)
     if not args.quiet:
         Console().print(table)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import statistics
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable
@@ -88,7 +89,8 @@ def _quantize(cfg, weights, quiet, resume):
 
 
 def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]], work_dir: str,
-            checkpoint: str | None = None, quiet: bool = False, recipes: Iterable[str] = ()) -> dict:
+            checkpoint: str | None = None, quiet: bool = False, recipes: Iterable[str] = (), seeds: Iterable[int] = ()
+            ) -> dict:
     """Quantize by every method and recipe at every bit-width and evaluate each.
 
     Finished parts are skipped, unless what they depend on has changed: config, checkpoint, seed, or installed software.
@@ -103,10 +105,11 @@ def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]]
         checkpoint (str, optional): Instead of the config's ``load_from``.
         quiet (bool): Show warnings and errors only. Defaults to False.
         recipes (Iterable[str]): Of ``quantization.recipe``. Without any, the config's own or what the bits stand for.
+        seeds (Iterable[int]): Every run is made with each of them. Without any, the config's own.
 
     Returns:
         dict: ``full_precision`` metrics; ``runs``, by 'W8A8 method' or 'W8A8 method recipe', each what
-        :func:`quantize` returns.
+        :func:`quantize` returns, of several seeds what :func:`over_seeds` does.
 
     Raises:
         UserError: If the config cannot be evaluated here.
@@ -115,6 +118,7 @@ def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]]
     if gap:
         raise UserError(f'nothing to compare on: {gap}')
     methods, recipes = list(methods), list(recipes) or [None]
+    seeds = list(dict.fromkeys(seeds)) or [None]
     ways = [(*pair, method, recipe) for pair in bits for recipe in recipes for method in methods]
     gap = calibration_gap(cfg) if 'real' in methods else None
     if gap:
@@ -122,13 +126,45 @@ def compare(cfg: Config, methods: Iterable[str], bits: Iterable[tuple[int, int]]
     root = OwnedFolder(work_dir)
     with root.lock():
         root.claim(WRITTEN)
-        _claim_parts(root, ['full_precision', *(_name(*way).replace(' ', '_') for way in ways)])
-        return _compare(cfg, ways, root, checkpoint, quiet)
+        _claim_parts(root, ['full_precision', *(_folder(*way, seed) for seed in seeds for way in ways)])
+        return _compare(cfg, ways, seeds, root, checkpoint, quiet)
 
 
 def _name(weight: int, activation: int, method: str, recipe: str | None) -> str:
-    """Return what a run is called; its folder has '_' for ' '."""
+    """Return what a run is called."""
     return f'W{weight}A{activation} {method}' + (f' {recipe}' if recipe else '')
+
+
+def _folder(weight: int, activation: int, method: str, recipe: str | None, seed: int | None) -> str:
+    """Return the name of a run's folder."""
+    return _name(weight, activation, method, recipe).replace(' ', '_') + ('' if seed is None else f'_seed_{seed}')
+
+
+def over_seeds(results: dict[int, dict]) -> dict:
+    """Return the results of one run with several seeds as one.
+
+    Args:
+        results (dict[int, dict]): By seed, what :func:`quantize` returns.
+
+    Returns:
+        dict: That of the first seed, with the means of ``quantized``, ``minutes``, ``synthesis_minutes`` and of the
+        predictions' ``fidelity``; ``deviation``, the standard deviation of each metric; ``seeds``, all results.
+    """
+    def means(dicts):
+        return {key: statistics.fmean(d[key] for d in dicts) for key in dicts[0] if all(
+            isinstance(d.get(key), (int, float)) for d in dicts)}
+
+    found = list(results.values())
+    metrics = [result['quantized'] for result in found]
+    merged = dict(found[0], **means([{key: result[key] for key in ('minutes', 'synthesis_minutes')}
+                                     for result in found]), quantized=means(metrics), seeds=results)
+    merged['deviation'] = {key: statistics.stdev(m[key] for m in metrics) for key in merged['quantized']}
+    predictions = [(result.get('fidelity') or {}).get('predictions') for result in found]
+    if all(predictions):
+        merged['fidelity'] = dict(found[0]['fidelity'], predictions=means(predictions))
+    for name in ('checkpoint', 'test_config', 'report', 'seed'):  # of one of them
+        merged.pop(name, None)
+    return merged
 
 
 def _claim_parts(root: OwnedFolder, names: Iterable[str]) -> None:
@@ -144,7 +180,7 @@ def _claim_parts(root: OwnedFolder, names: Iterable[str]) -> None:
             folder.claim(('compared.json', f'{RUN}/') if name == 'full_precision' else ('compared.json', *RESULTS))
 
 
-def _compare(cfg, ways, root, checkpoint, quiet):
+def _compare(cfg, ways, seeds, root, checkpoint, quiet):
     _, content, *_, gap = check(cfg, checkpoint)
     if gap:
         raise UserError(f'nothing to compare on: {gap}')
@@ -156,11 +192,26 @@ def _compare(cfg, ways, root, checkpoint, quiet):
                   seed=(cfg.get('randomness') or {}).get('seed'))
     folder = OwnedFolder(root.path / 'full_precision')
     full = _done(folder, common, lambda _: _evaluate(cfg, weights, folder, quiet))
+    found: dict[str, dict] = {}
+    for seed in seeds:
+        seeded = cfg if seed is None else cfg.copy()
+        if seed is not None:
+            seeded.randomness = dict(cfg.get('randomness') or {}, seed=seed)
+            common['seed'] = seed
+        for name, result in _runs(seeded, ways, seed, common, root, weights, quiet).items():
+            found.setdefault(name, {})[seed] = result
+    runs = {name: over_seeds(results) if len(results) > 1 else next(iter(results.values()))
+            for name, results in found.items()}
+    return dict(full_precision=full, runs=runs)
+
+
+def _runs(cfg, ways, seed, common, root, weights, quiet):
+    """Return the results of all ways with one seed, by name."""
     runs, images, fresh = {}, {}, None
     for way in ways:
         weight, activation, method, recipe = way
         name, drawn = _name(*way), method.startswith('psaq')
-        folder = OwnedFolder(root.path / name.replace(' ', '_'))
+        folder = OwnedFolder(root.path / _folder(*way, seed))
         changed = with_stanza(cfg, weight=dict(bits=weight), activation=dict(bits=activation),
                               synthesis=dict(method=method), report=dict(reuse=fresh) if fresh else {},
                               **(dict(recipe=recipe) if recipe else {}))
@@ -184,4 +235,4 @@ def _compare(cfg, ways, root, checkpoint, quiet):
         if drawn and not reused:
             path = folder.path / 'synthetic.pt'
             images[recipe] = dict(path=str(path), made=path.stat().st_mtime_ns, minutes=result['synthesis_minutes'])
-    return dict(full_precision=full, runs=runs)
+    return runs

@@ -88,7 +88,7 @@ def scope_of(results: dict) -> str:
 
 
 def comparison_rows(results: dict, minutes: bool = True):
-    """Header and rows that compare several runs.
+    """Header and rows that compare several runs; of several seeds, mean ± standard deviation.
 
     Args:
         results (dict): From :func:`psaq_mm.engine.compare`.
@@ -102,8 +102,9 @@ def comparison_rows(results: dict, minutes: bool = True):
     rows = [['full precision', *(shown(full, n) for n in names), *('' for _ in names), *[''] * judged, '']]
     for label, result in results['runs'].items():
         change = [f"{percent(result['quantized'], n) - percent(full, n):+.1f}" for n in names]
-        fidelity = fidelity_of(result)
-        rows.append([label, *(shown(result['quantized'], n) for n in names), *change,
+        fidelity, spread = fidelity_of(result), result.get('deviation', {})
+        rows.append([label, *(shown(result['quantized'], n) + (f' ± {shown(spread, n)}' if n in spread else '')
+                              for n in names), *change,
                      *[f'{fidelity[1]:.1f}' if fidelity else '-'] * judged, f"{result['minutes']:.1f}"])
     return header, [row[:len(header)] for row in rows]
 
