@@ -159,6 +159,24 @@ def test_mse_observer_is_never_worse_than_minmax_and_better_with_outliers(bits, 
         assert errors['mse'] < 0.8 * errors['minmax']
 
 
+def test_mse_observer_keeps_a_sample_however_many_batches_there_are():
+    """Half of the batches are ten times as wide: the range is that of all values at once, from few of them."""
+    batches = [torch.randn(64, 1000) * (10 if number % 2 else 1) for number in range(100)]
+    for channels in (1, 64):
+        config = ActivationConfig(observer='mse', bits=4, granularity='per_channel' if channels > 1 else 'per_tensor')
+        quantizer = FakeQuantizer(config, channels)
+        for batch in batches:
+            quantizer.observe(batch)
+        kept = sum(sample.numel() for sample in quantizer.observer.samples)
+        assert 10_000 < kept < 1_000_000
+        assert all(len(sample) == channels for sample in quantizer.observer.samples)
+        (low, *_), (high, *_) = quantizer.observer.range()
+        once = FakeQuantizer(ActivationConfig(observer='mse', bits=4))
+        once.observe(torch.cat(batches))
+        expected = once.observer.range()
+        assert low == pytest.approx(expected[0].item(), rel=0.2) and high == pytest.approx(expected[1].item(), rel=0.2)
+
+
 def test_uncalibrated_refuses_and_says_what_to_do():
     quantizer = FakeQuantizer(WeightConfig())
     quantizer.name = 'backbone.x.weight_quantizer'

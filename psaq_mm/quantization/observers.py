@@ -5,6 +5,8 @@ shape (channels,).
 """
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from torch import Tensor
 # would see only some of the channels), but at least at so many of each row.
 MAX_SAMPLES = 1 << 16
 MIN_SAMPLES = 1 << 12
+BATCHES = 8  # so many times as many values, of all batches, are kept for the mean-square-error search; our choice
 # Candidate ranges tried by the mean-square-error search: 1/80 steps from the full range down to a fifth of it.
 # Below a fifth nothing was ever chosen at 2 to 8 bits for Gaussian and Laplacian data; our choice.
 MSE_CANDIDATES = 80
@@ -56,12 +59,19 @@ def affine_parameters(low: Tensor, high: Tensor, bits: int, symmetric: bool):
     return scale, zero_point
 
 
-def _thin(rows: Tensor) -> Tensor:
-    limit = max(MAX_SAMPLES // rows.shape[0], MIN_SAMPLES)
-    if rows.shape[1] <= limit:
+def _thin(rows: Tensor, share: float = 1.0) -> Tensor:
+    """Return a sample of the values of a batch, (channels, values), or a share of it."""
+    limit = _limit(rows.shape[0])
+    if rows.shape[1] <= limit and share == 1:
         return rows
-    chosen = torch.randint(rows.shape[1], (limit, ), generator=torch.Generator().manual_seed(0))
+    count = math.ceil(min(limit, rows.shape[1]) * share)
+    chosen = torch.randint(rows.shape[1], (count, ), generator=torch.Generator().manual_seed(0))
     return rows[:, chosen.to(rows.device)]
+
+
+def _limit(rows: int, batches: int = 1) -> int:
+    """Return how many values of each of so many rows count, of so many batches."""
+    return max(batches * MAX_SAMPLES // rows, MIN_SAMPLES)
 
 
 class MinMaxObserver:
@@ -123,17 +133,21 @@ class PercentileObserver(MinMaxObserver):
 class MSEObserver(MinMaxObserver):
     """The part of the full range, shrunk towards zero, with the least mean squared quantization error.
 
-    Keeps a thinned sample of every batch and searches when the range is asked for. Over processes: the mean of theirs.
+    Keeps a thinned sample of every batch, the thinner the more batches there are, and searches when the range is asked
+    for. Over processes: the mean of theirs.
     """
     merge = 'mean'
 
     def __init__(self, config):
         super().__init__(config)
-        self.samples = []
+        self.samples, self.share = [], 1.0  # share: of what counts of a batch
 
     def update(self, rows):
         super().update(rows)
-        self.samples.append(_thin(rows).float())
+        self.samples.append(_thin(rows, self.share).float())
+        if sum(sample.shape[1] for sample in self.samples) > _limit(rows.shape[0], BATCHES):
+            self.share /= 2
+            self.samples = [_thin(sample, 0.5) for sample in self.samples]
 
     def range(self):
         if not self.samples:

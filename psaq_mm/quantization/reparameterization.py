@@ -9,6 +9,7 @@ quantizers gain as well; padded inputs, which are scaled only.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -226,7 +227,7 @@ def observe_sites(model: nn.Module, sites: Sequence[Site], run: Callable[[], Non
                 site.observer.update(rows.T)
                 chosen = torch.randint(len(rows), (min(ROWS // 8, len(rows)), ), generator=generator)
                 site.rows.append(rows[chosen.to(rows.device)])
-                if len(site.rows) > 64:  # thinned, however many batches there are
+                if len(site.rows) > 16:  # thinned, however many batches there are
                     site.rows = site.rows[::2]
 
         return layer.register_forward_pre_hook(see)
@@ -261,7 +262,8 @@ def output_errors(site: Site, ratio: Tensor, offset: Tensor) -> Tensor:
         site (Site): Observed.
         ratio, offset (Tensor): (C,) each: channels become ``x / ratio - offset``.
     """
-    rows = torch.cat(site.rows)[:ROWS]
+    rows = torch.cat(site.rows)
+    rows = rows[::math.ceil(len(rows) / ROWS)]
     error = power = rows.new_zeros(())
     for reader in site.readers:
         weight = reader.weight.detach().flatten(1)

@@ -18,8 +18,12 @@ from torch import Tensor
 
 COLORS = 4  # main colours of an image
 LEAVES = (5, 200)  # fewest and most shapes of an image
-RADII = (0.02, 0.5)  # smallest and largest, in shorter sides of the image
+RADII = (0.03, 0.7)  # smallest and largest, in shorter sides of the image
 TEXTURES = 4  # fields of noise that the shapes of an image show parts of
+ROUGHNESS = (0.5, 1.5)  # powers of the frequency that the amplitudes of such fields fall with; in the world, about 1
+FLATNESS = (0.03, 1.0)  # width of shapes over their length
+DEFOCUS = (0.5, 3.0)  # standard deviation, in pixels, of the blur of what lies behind the focus
+SHARPNESS = (0.2, 0.7)  # the same, of the whole image
 POWERS = (2.0, 1.0, 8.0)  # of the distance from the middle of a shape: ellipse, rhombus, rectangle with round corners
 
 
@@ -43,7 +47,7 @@ class _Painter:
     def __init__(self, size, channels, generator):
         self.size, self.channels, self.generator = size, channels, generator
         self.side = min(size)
-        self.shades = 0.1 + 0.8 * self.uniform(COLORS)
+        self.shades = self.uniform(COLORS)
         self.tints = 0.12 * self.normal(COLORS, channels)
         self.textures = self.falling_noise(TEXTURES)
         self.y, self.x = (torch.arange(length) / self.side for length in size)
@@ -63,10 +67,13 @@ class _Painter:
         return min(int(self.draw(0, count)), count - 1)
 
     def falling_noise(self, count: int) -> Tensor:
-        """Return noise whose amplitude falls with the frequency as 1 / f: (count, height, width), of variance 1."""
+        """Return noise whose amplitudes fall with the frequency, some faster: (count, height, width), of variance 1."""
         height, width = self.size
         frequency = (torch.fft.fftfreq(height)[:, None].square() + torch.fft.rfftfreq(width).square()).sqrt()
-        spectrum = torch.fft.rfft2(self.normal(count, height, width)) / frequency.clamp(min=1 / max(self.size))
+        low, high = ROUGHNESS
+        powers = low + (high - low) * self.uniform(count, 1, 1)
+        amplitude = frequency.clamp(min=1 / max(self.size))**-powers
+        spectrum = torch.fft.rfft2(self.normal(count, height, width)) * amplitude
         field = torch.fft.irfft2(spectrum, s=self.size)
         return field / field.std((1, 2), keepdim=True)
 
@@ -81,10 +88,14 @@ class _Painter:
         image = self.color() + 0.15 * self.textures[:1] + slope
         least, most = LEAVES
         radii = [self.radius() for _ in range(int(least + (most - least) * self.draw()**2))]
-        for radius in sorted(radii, reverse=True) if self.draw() < 0.5 else radii:
+        radii = sorted(radii, reverse=True) if self.draw() < 0.5 else radii
+        behind = self.pick(len(radii)) if self.draw() < 0.6 else 0
+        for number, radius in enumerate(radii):
+            if number == behind > 0:
+                image = self.blur(image, self.draw(*DEFOCUS))
             self.add_leaf(image, radius)
         image += 0.03 * self.draw() * self.normal(1, *self.size)
-        return self.blur(image.clamp(0, 1), self.draw(0.3, 1.3))
+        return self.blur(image.clamp(0, 1), self.draw(*SHARPNESS))
 
     def radius(self) -> float:
         """Return a random radius: the smaller, the more likely, as its inverse square."""
@@ -94,7 +105,9 @@ class _Painter:
     def add_leaf(self, image: Tensor, radius: float) -> None:
         """Lay one shape over an image (channels, height, width), in place."""
         center = [self.draw(0, length / self.side) for length in self.size]
-        angle, flatness, power = self.draw(0, math.pi), self.draw(0.4, 1), POWERS[self.pick(len(POWERS))]
+        angle, power = self.draw(0, math.pi), POWERS[self.pick(len(POWERS))]
+        narrow, wide = FLATNESS
+        flatness = self.draw(0.4, wide) if self.draw() < 0.5 else self.draw(narrow, 0.4)
         waves, phase, wavy = 2 + self.pick(6), self.draw(0, 2 * math.pi), self.draw() < 0.5
         reach = radius * 2  # corners of rectangles and waves reach beyond the radius
         rows, columns = (slice(max(0, math.floor((middle - reach) * self.side)),
@@ -106,6 +119,8 @@ class _Painter:
         if wavy:
             distance = distance * (1 + 0.25 * torch.sin(waves * torch.atan2(across, along) + phase))
         cover = ((1 - distance) * radius * self.side / 1.5 + 0.5).clamp(0, 1)
+        if self.draw() < 0.5:  # a shadow around it
+            image[:, rows, columns] *= 1 - 0.5 * self.draw() * (4 * (1.25 - distance)).clamp(0, 1)
         color = self.color() + self.pattern(rows, columns)
         color = color + 0.15 * self.normal(1) * along / radius + 0.2 * self.draw() * (1 - distance**2).clamp(min=-1)
         image[:, rows, columns] += cover * (color - image[:, rows, columns])
@@ -115,7 +130,8 @@ class _Painter:
         kind, strength = self.draw(), 0.02 + 0.2 * self.draw()**2
         if kind < 0.5:
             offsets = [self.pick(length) for length in self.size]
-            return strength * torch.roll(self.textures[self.pick(TEXTURES)], offsets, (0, 1))[rows, columns]
+            texture = torch.roll(self.textures[self.pick(TEXTURES)], offsets, (0, 1))[rows, columns]
+            return strength * texture * (1 + 0.4 * self.normal(self.channels, 1, 1))
         if kind < 0.7:
             frequency, angle = self.draw(20, 170), self.draw(0, math.pi)
             wave = torch.sin(frequency * (self.x[columns] * math.cos(angle) + self.y[rows, None] * math.sin(angle)))
