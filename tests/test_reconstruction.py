@@ -10,10 +10,21 @@ from torch import nn
 
 from psaq_mm.engine import quantize
 from psaq_mm.models import attention_blocks, backbone_of, copy_model, extract_features, quantize_model
-from psaq_mm.quantization import Mode, calibrate, quantized_layers, quantizers, set_mode
+from psaq_mm.quantization import (
+    ActivationConfig,
+    LayerConfig,
+    Mode,
+    QuantizedConv2d,
+    WeightConfig,
+    calibrate,
+    quantized_layers,
+    quantizers,
+    set_mode,
+)
 from psaq_mm.reconstruction import (
     LearnedRounding,
     UnitReconstruction,
+    enough_images,
     find_units,
     importance,
     neighbours,
@@ -106,6 +117,42 @@ def reconstruction(players, name, **changes):
     ranges = [q.learn_range() for n, q in quantizers(unit).items() if not n.endswith('weight_quantizer')]
     settings = dict(lr=1e-3, range_lr=0.01, mix=0.5, final=0.0) | changes
     return UnitReconstruction(unit, samples_of(players, name), list(unit.parameters()), ranges, **settings)
+
+
+class Pooled(nn.Module):
+    """A convolution that sees every position, and what all images have in common if asked."""
+
+    def __init__(self, mixes):
+        super().__init__()
+        self.conv, self.mixes = nn.Conv2d(3, 4, 1), mixes
+
+    def forward(self, image, size=None, scale=1.0):
+        found = self.conv(image) * scale
+        return found - found.mean(0, keepdim=True) if self.mixes else found
+
+
+@pytest.mark.parametrize('side, expected', [(8, 8), (32, 2), (64, 1), (200, 1)])
+def test_an_update_takes_as_many_images_as_it_needs(side, expected):
+    unit = Pooled(False)
+    unit.conv = QuantizedConv2d.from_float(unit.conv, LayerConfig(weight=WeightConfig(), activation=ActivationConfig()))
+    set_mode(unit, Mode.FLOAT)
+    images, size = torch.randn(8, 3, side, side), torch.tensor([side, side])
+    arguments = (images, size), dict(scale=torch.tensor(2.0))
+    output = unit(*arguments[0], **arguments[1]).detach()
+    assert enough_images(unit, arguments, output) == expected
+    sample = arguments, arguments, output, None
+    current = UnitReconstruction(unit, [sample], [], [], 0.1, 0.1, 0.5, 0.0)
+    (args, kwargs), _, aims, _ = current.part(sample, random.Random(0))
+    assert len(args[0]) == expected == len(aims) and args[1] is size or torch.equal(args[1], size)
+    assert torch.allclose(unit(*args, **kwargs), aims, atol=1e-5)  # of the same images
+
+
+def test_an_update_takes_all_images_where_they_are_not_apart():
+    unit = Pooled(True)
+    unit.conv = QuantizedConv2d.from_float(unit.conv, LayerConfig(weight=WeightConfig(), activation=ActivationConfig()))
+    set_mode(unit, Mode.FLOAT)
+    images = torch.randn(8, 3, 64, 64)
+    assert enough_images(unit, ((images, ), {}), unit(images).detach()) == 8
 
 
 def learn(current, steps=40):

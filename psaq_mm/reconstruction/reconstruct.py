@@ -15,11 +15,13 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from ..quantization import quantized_layers
 from ..quantization.weights import nested_values
 from .rounding import LearnedRounding
 
 SHARES = (0.85, 0.7, 0.55, 0.42, 0.3, 0.2, 0.12, 0.07, 0.04)  # of a calibrated range, that are tried; our choice
 SEARCHED = 4  # batches that they are tried on; our choice
+POSITIONS = 2048  # tokens or pixels that an update learns from, if so many images as that takes can do; our choice
 
 
 class _Enough(Exception):
@@ -131,6 +133,55 @@ def importance(unit: nn.Module, runs: Sequence[Callable[[], Sequence[Tensor]]], 
     return [[next(weights) for _ in call] for call in outputs]
 
 
+def first_images(nested, count: int, total: int):
+    """Return nested tensors that belong to so many of ``total`` images with their first ones alone."""
+    return mapped(nested, lambda value: value[:count] if value.dim() and len(value) == total else value)
+
+
+@torch.no_grad()
+def enough_images(unit: nn.Module, arguments: tuple, output) -> int:
+    """Return how many images of a batch give an update enough to learn from.
+
+    Maps of large images have thousands of positions, and one image says as much as many small ones do.
+
+    Args:
+        unit (nn.Module): In the quantized model.
+        arguments (tuple): What it gets, (args, kwargs) as :func:`record` keeps them.
+        output: What its original puts out; the first axis of the first tensor is that of the images.
+
+    Returns:
+        int: As many as have :data:`POSITIONS` tokens or pixels behind the layer that makes most, at least 1; all of
+        them where the unit does not treat each image by itself.
+    """
+    total, seen = len(floats(output)[0]), [0]
+
+    def watch(layer, inputs, made):
+        channels = getattr(layer, 'out_channels', layer.weight.shape[0])
+        seen[0] = max(seen[0], sum(value.numel() for value in floats(made)) // channels)
+
+    def run(args, kwargs):
+        return floats(unit(*mapped(args, given), **mapped(kwargs, given)))
+
+    handles = [layer.register_forward_hook(watch) for layer in quantized_layers(unit).values()
+               if hasattr(layer, 'input_quantizer')]
+    try:
+        whole = run(*arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    count = max(1, math.ceil(POSITIONS * total / max(1, seen[0])))
+    if count >= total:
+        return total
+    try:
+        part = run(*first_images(arguments, count, total))
+    except Exception:  # whatever a module raises that finds too few images
+        return total
+    alone = all(value.shape == (count, *all_.shape[1:]) and len(all_) == total
+                and (value - all_[:count]).float().abs().mean() <= 1e-2 * all_.float().abs().mean()
+                for value, all_ in zip(part, whole))
+    return count if alone else total
+
+
 class UnitReconstruction:
     """Learns the parameters of one unit.
 
@@ -162,6 +213,7 @@ class UnitReconstruction:
         self.before = None  # copies of what the unit learns, and the error with them
         self.error = self.adam = None
         self.roundings: dict[int, LearnedRounding] = {}  # by id of the weight
+        self.enough: dict[tuple, int] = {}  # by shape of the output: images of a batch that an update learns from
 
     def loss(self, sample: tuple, generator=None) -> tuple[Tensor, Tensor]:
         """Return the squared errors of the unit's output over its power, plain and by importance.
@@ -192,6 +244,20 @@ class UnitReconstruction:
                 weighted.append((error * weight).mean() / (aim.square() * weight).mean().clamp(min=1e-12))
         plain = torch.stack(plain).mean()
         return plain, torch.stack(weighted).mean() if weighted else plain.detach()
+
+    def part(self, sample: tuple, rng: random.Random) -> tuple:
+        """Return what an update learns from: as many images of a sample as it needs, drawn at random."""
+        exact, quantized, aims, weights = sample
+        first = floats(aims)[0]
+        total = len(first) if first.dim() else 1
+        if first.shape not in self.enough:
+            self.enough[first.shape] = enough_images(self.unit, quantized, aims) if total > 1 else 1
+        count = self.enough[first.shape]
+        if count == total:
+            return sample
+        chosen = torch.tensor(rng.sample(range(total), count), device=first.device)
+        return *(mapped(nested, lambda value: value[chosen] if value.dim() and len(value) == total else value)
+                 for nested in (exact, quantized, aims)), weights
 
     @torch.no_grad()
     def measure(self) -> float:
@@ -266,7 +332,7 @@ class UnitReconstruction:
         """
         for group in self.adam.param_groups:
             group['lr'] = group['peak'] * share
-        sample = self.samples[rng.randrange(len(self.samples))]
+        sample = self.part(self.samples[rng.randrange(len(self.samples))], rng)
         generator = torch.Generator(device).manual_seed(rng.getrandbits(32))
         plain, weighted = self.loss(sample, generator)
         learned, changed = self.learned(), []
