@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
+from ..quantization import hooked
 from ..synthesis import is_grid
 from .attention import attention_blocks, prefix_tokens
 from .backbones import FEATURE_PARTS, backbone_of, predictor_of
@@ -85,11 +86,8 @@ def extract_inner(model: nn.Module, images: Tensor, heads: bool = False,
             visit(value)
 
     handles = [block.register_forward_hook(show) for block in attention_blocks(backbone_of(model))[::-EVERY]]
-    try:
+    with hooked(handles):
         return extract_features(model, images, heads)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def telling_features(model: nn.Module, images: Tensor) -> list[Tensor]:
@@ -112,11 +110,8 @@ def telling_features(model: nn.Module, images: Tensor) -> list[Tensor]:
     last = attention_blocks(backbone)[-1:]
     handles = [block.register_forward_hook(lambda block, inputs, output: found.extend(tensors(output)))
                for block in last]
-    try:
+    with hooked(handles):
         features = extract_features(model, images)
-    finally:
-        for handle in handles:
-            handle.remove()
     maps = [feature for feature in features if feature.dim() == 4]
     if maps or not found or len(found[0]) != len(images) or found[0].dim() not in (3, 4):
         return maps or features

@@ -31,6 +31,7 @@ from .conversion import (
     show_applied_weights,
     unused_quantizers,
 )
+from .hooks import hooked
 from .layers import (
     CONTEXT,
     SCORES,
@@ -49,7 +50,7 @@ __all__ = [
     'LAYERS', 'LayerConfig', 'LayerError', 'Mode', 'OUTPUT', 'PatternError', 'QuantizedConv2d',
     'QuantizedConvTranspose2d', 'QuantizedLinear', 'QuantizedMatMul', 'QuantizedMultiheadAttention',
     'QuantizerMismatchError', 'SCORES', 'SUMS', 'UncalibratedError', 'WEIGHT', 'WeightConfig', 'allocate',
-    'attention_parts', 'calibrate', 'convert', 'convert_attention', 'layer_errors', 'match', 'model_bits',
+    'attention_parts', 'calibrate', 'convert', 'convert_attention', 'hooked', 'layer_errors', 'match', 'model_bits',
     'multiplications', 'output_error', 'parts_of', 'quantizable', 'quantize_output', 'quantize_residual',
     'quantized_layers', 'quantizer_mode', 'quantizers', 'reparameterize', 'search_weight_ranges',
     'sensitivities', 'set_mode', 'settle', 'show_applied_weights', 'sqnr', 'unused_quantizers'

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .conversion import quantized_layers, quantizer_mode, quantizers
+from .hooks import hooked
 from .layers import QuantizedMatMul
 from .quantizer import FakeQuantizer, Mode
 
@@ -138,11 +139,8 @@ def layer_errors(model: nn.Module, run: Callable[[], None]) -> list[LayerError]:
         if owner in found and part in OPERANDS:
             handles.append(quantizer.register_forward_hook(of_operand(found[owner], part.removesuffix('_quantizer'))))
     handles += [layer.register_forward_hook(of_layer(found[name])) for name, layer in layers.items()]
-    try:
+    with hooked(handles):
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return [error for error in found.values() if error.operands]
 
 
@@ -235,9 +233,6 @@ def multiplications(model: nn.Module, run: Callable[[], None]) -> dict[str, int]
 
     for name, layer in quantized_layers(model).items():
         handles.append(layer.register_forward_hook(hook_of(name)))
-    try:
+    with hooked(handles):
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return counts

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .conversion import quantized_layers, quantizer_mode
+from .hooks import hooked
 from .layers import QuantizedConv2d, QuantizedLayer, QuantizedProjection
 from .observers import affine_parameters, build_observer, quantization_grid
 from .quantizer import Mode
@@ -236,12 +237,8 @@ def observe_sites(model: nn.Module, sites: Sequence[Site], run: Callable[[], Non
     for site in sites:
         site.observer, site.rows = build_observer(site.readers[0].input_quantizer.config), []
         handles += [watch(site, reader) for reader in site.readers]
-    try:
-        with quantizer_mode(model, Mode.FLOAT):
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), quantizer_mode(model, Mode.FLOAT):
+        run()
 
 
 def rounded(values: Tensor, config, axis: int | None = None) -> Tensor:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import torch
 from torch import Tensor, nn
 
-from ..quantization import quantized_layers
+from ..quantization import hooked, quantized_layers
 from ..quantization.weights import nested_values
 from .rounding import LearnedRounding
 
@@ -80,13 +80,8 @@ def record(unit: nn.Module, calls: int, run: Callable[[], object]) -> list[tuple
             raise _Enough
 
     handles = [unit.register_forward_pre_hook(before, with_kwargs=True), unit.register_forward_hook(after)]
-    try:
+    with hooked(handles), suppress(_Enough):
         run()
-    except _Enough:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 
@@ -114,8 +109,7 @@ def importance(unit: nn.Module, runs: Sequence[Callable[[], Sequence[Tensor]]], 
         outputs.append(floats(output))
         return mapped(output, lambda value: value * 1)  # what follows may change it in place
 
-    handle = unit.register_forward_hook(watch)
-    try:
+    with hooked([unit.register_forward_hook(watch)]):
         for run in runs:
             outputs.clear()
             with torch.enable_grad():
@@ -127,15 +121,13 @@ def importance(unit: nn.Module, runs: Sequence[Callable[[], Sequence[Tensor]]], 
             squares = [torch.zeros_like(value[:1], dtype=torch.float32) if grad is None else
                        grad.float().square().mean(0, keepdim=True) for value, grad in zip(leaves, grads)]
             sums = squares if sums is None else [a + b for a, b in zip(sums, squares)]
-    finally:
-        handle.remove()
     weights = iter([total / mean if (mean := total.mean()) > 0 else torch.ones_like(total) for total in sums])
     return [[next(weights) for _ in call] for call in outputs]
 
 
-def first_images(nested, count: int, total: int):
-    """Return nested tensors that belong to so many of ``total`` images with their first ones alone."""
-    return mapped(nested, lambda value: value[:count] if value.dim() and len(value) == total else value)
+def of_images(nested, chosen: slice | Tensor, total: int):
+    """Return nested tensors with some of ``total`` images alone, where their first axis is that of the images."""
+    return mapped(nested, lambda value: value[chosen] if value.dim() and len(value) == total else value)
 
 
 @torch.no_grad()
@@ -164,16 +156,13 @@ def enough_images(unit: nn.Module, arguments: tuple, output) -> int:
 
     handles = [layer.register_forward_hook(watch) for layer in quantized_layers(unit).values()
                if hasattr(layer, 'input_quantizer')]
-    try:
+    with hooked(handles):
         whole = run(*arguments)
-    finally:
-        for handle in handles:
-            handle.remove()
     count = max(1, math.ceil(POSITIONS * total / max(1, seen[0])))
     if count >= total:
         return total
     try:
-        part = run(*first_images(arguments, count, total))
+        part = run(*of_images(arguments, slice(count), total))
     except Exception:  # whatever a module raises that finds too few images
         return total
     alone = all(value.shape == (count, *all_.shape[1:]) and len(all_) == total
@@ -256,8 +245,7 @@ class UnitReconstruction:
         if count == total:
             return sample
         chosen = torch.tensor(rng.sample(range(total), count), device=first.device)
-        return *(mapped(nested, lambda value: value[chosen] if value.dim() and len(value) == total else value)
-                 for nested in (exact, quantized, aims)), weights
+        return *(of_images(nested, chosen, total) for nested in (exact, quantized, aims)), weights
 
     @torch.no_grad()
     def measure(self) -> float:

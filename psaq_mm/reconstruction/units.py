@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..quantization import Mode, quantized_layers, quantizer_mode
+from ..quantization import Mode, hooked, quantized_layers, quantizer_mode
 
 LARGEST = 12  # quantized layers and products in a unit that is no attention block; our choice
 
@@ -41,12 +41,8 @@ def find_units(model: nn.Module, targets: Iterable[str], blocks: Collection[nn.M
     layers, blocks, order = set(quantized_layers(model)), set(blocks), {}
     handles = [module.register_forward_pre_hook(lambda m, *unused: order.__setitem__(m, order.pop(m, 0) + 1))
                for module in model.modules()]
-    try:
-        with quantizer_mode(model, Mode.FLOAT):
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), quantizer_mode(model, Mode.FLOAT):
+        run()
     found = {}
 
     def inside(name):
