@@ -23,6 +23,7 @@ from psaq_mm.quantization import (
 )
 from psaq_mm.reconstruction import (
     LearnedRounding,
+    ReconstructionConfig,
     UnitReconstruction,
     enough_images,
     find_units,
@@ -49,6 +50,12 @@ def players():
     set_mode(teacher, Mode.FLOAT)
     calibrate(student, lambda: extract_features(student, images))
     return student, teacher, images
+
+
+@pytest.mark.parametrize('images, views, expected', [(32, None, 4), (64, None, 2), (24, None, 5), (500, None, 1),
+                                                     (8, 3, 3)])
+def test_views_are_about_as_many_whatever_the_number_of_images(images, views, expected):
+    assert ReconstructionConfig(views=views).views_of_each(images) == expected
 
 
 def test_units_of_a_detector_in_the_order_in_which_they_run():

@@ -7,6 +7,8 @@ from pydantic import Field
 
 from ..quantization.config import FrozenConfig
 
+VIEWS = 128  # of all images together, unless the stanza says otherwise; our choice
+
 
 class ReconstructionConfig(FrozenConfig):
     """Block by block reconstruction: each block learns to put out what its full-precision original does."""
@@ -26,9 +28,15 @@ class ReconstructionConfig(FrozenConfig):
     mix: float = Field(
         0.5, ge=0, le=1, description='share of the elements of a block\'s input that are those of the full-precision '
         'model, drawn anew for each update; the others are those of the quantized model')
-    views: int = Field(4, ge=1, description='random views of each image that the blocks learn from')
+    views: int | None = Field(
+        None, ge=1, description='random views of each image that the blocks learn from; None: so many that there are '
+        'about 128 in all')
     final: float = Field(
         0.5, ge=0, description="weight of the error of the final features, to first order, beside the error of the "
         "block's own output; 0: none")
     probes: int = Field(4, ge=1, description='batches, each in one random direction of the final features, that the '
                         'former is known from')
+
+    def views_of_each(self, images: int) -> int:
+        """Return how many views of each image there are, of so many images in all processes together."""
+        return self.views or max(1, round(VIEWS / images))

@@ -41,7 +41,8 @@ class ReconstructionStage(Stage):
             loop.runner.logger.warning('No reconstruction: features depend on no quantized layer of the targets '
                                        f'({", ".join(loop.targets)})')
             return
-        self.views = self.make_views(config.views)
+        images = sum(map(len, loop.images)) * dist.get_world_size()
+        self.views = self.make_views(config.views_of_each(images))
         if self.restored is None:
             self.announce(f'reconstruction of {len(self.units)} units from {sum(map(len, self.views))} views')
             return
