@@ -150,7 +150,8 @@ def test_an_update_takes_as_many_images_as_it_needs(side, expected):
     sample = arguments, arguments, output, None
     current = UnitReconstruction(unit, [sample], [], [], 0.1, 0.1, 0.5, 0.0)
     (args, kwargs), _, aims, _ = current.part(sample, random.Random(0))
-    assert len(args[0]) == expected == len(aims) and args[1] is size or torch.equal(args[1], size)
+    assert len(args[0]) == expected == len(aims)
+    assert torch.equal(args[1], size)
     assert torch.allclose(unit(*args, **kwargs), aims, atol=1e-5)  # of the same images
 
 

@@ -197,7 +197,7 @@ def _compare(cfg, ways, seeds, root, checkpoint, quiet):
         seeded = cfg if seed is None else cfg.copy()
         if seed is not None:
             seeded.randomness = dict(cfg.get('randomness') or {}, seed=seed)
-            common['seed'] = seed
+            common = dict(common, seed=seed)
         for name, result in _runs(seeded, ways, seed, common, root, weights, quiet).items():
             found.setdefault(name, {})[seed] = result
     runs = {name: over_seeds(results) if len(results) > 1 else next(iter(results.values()))

@@ -240,7 +240,8 @@ class UnitReconstruction:
         first = floats(aims)[0]
         total = len(first) if first.dim() else 1
         if first.shape not in self.enough:
-            self.enough[first.shape] = enough_images(self.unit, quantized, aims) if total > 1 else 1
+            with self.precision():
+                self.enough[first.shape] = enough_images(self.unit, quantized, aims) if total > 1 else 1
         count = self.enough[first.shape]
         if count == total:
             return sample

@@ -21,7 +21,7 @@ LEAVES = (5, 200)  # fewest and most shapes of an image
 RADII = (0.03, 0.7)  # smallest and largest, in shorter sides of the image
 TEXTURES = 4  # fields of noise that the shapes of an image show parts of
 ROUGHNESS = (0.5, 1.5)  # powers of the frequency that the amplitudes of such fields fall with; in the world, about 1
-FLATNESS = (0.03, 1.0)  # width of shapes over their length
+FLATNESS = (0.03, 0.4, 1.0)  # width of shapes over their length: least, what half of them stay below, and most
 DEFOCUS = (0.5, 3.0)  # standard deviation, in pixels, of the blur of what lies behind the focus
 SHARPNESS = (0.2, 0.7)  # the same, of the whole image
 POWERS = (2.0, 1.0, 8.0)  # of the distance from the middle of a shape: ellipse, rhombus, rectangle with round corners
@@ -106,8 +106,8 @@ class _Painter:
         """Lay one shape over an image (channels, height, width), in place."""
         center = [self.draw(0, length / self.side) for length in self.size]
         angle, power = self.draw(0, math.pi), POWERS[self.pick(len(POWERS))]
-        narrow, wide = FLATNESS
-        flatness = self.draw(0.4, wide) if self.draw() < 0.5 else self.draw(narrow, 0.4)
+        least, middle, most = FLATNESS
+        flatness = self.draw(middle, most) if self.draw() < 0.5 else self.draw(least, middle)
         waves, phase, wavy = 2 + self.pick(6), self.draw(0, 2 * math.pi), self.draw() < 0.5
         reach = radius * 2  # corners of rectangles and waves reach beyond the radius
         rows, columns = (slice(max(0, math.floor((middle - reach) * self.side)),
