@@ -17,6 +17,7 @@ from psaq_mm.quantization import (
     QuantizedConv2d,
     WeightConfig,
     calibrate,
+    hooked,
     quantized_layers,
     quantizers,
     set_mode,
@@ -24,6 +25,8 @@ from psaq_mm.quantization import (
 from psaq_mm.reconstruction import (
     LearnedRounding,
     ReconstructionConfig,
+    Recorder,
+    Unit,
     UnitReconstruction,
     enough_images,
     find_units,
@@ -97,6 +100,65 @@ def test_record_keeps_what_goes_in_and_comes_out_and_stops_there(players):
     assert not later and not kwargs and x.dtype == torch.float16
     with torch.no_grad():
         assert torch.allclose(block(x.float()), output.float(), rtol=1e-2, atol=1e-2)
+
+
+class Chain(nn.Module):
+    """Three layers, of which the last gets what the first puts out, too, if asked."""
+
+    def __init__(self, skips):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(4, 4) for _ in range(3))
+        self.skips = skips
+
+    def forward(self, batch):
+        early = self.first(batch).mul_(2)
+        late = self.second(early).relu_()
+        return self.third(late + early if self.skips else late)
+
+
+def recorded(model, batches, counted=None):
+    """What a recorder finds of each unit on each batch; ``counted`` gets a 1 for each real output of the first unit
+    during the passes for the third.
+    """
+    recorder = Recorder(model, [Unit(name, 1) for name in ('first', 'second', 'third')], model, batches)
+    found = [list(recorder.record(number)) for number in (0, 1)]
+    with hooked([model.first.register_forward_hook(lambda module, args, output: counted.append(bool(output.any())))]
+                if counted is not None else []):
+        return [*found, list(recorder.record(2))]
+
+
+@pytest.mark.parametrize('skips, whole', [(False, 2), (True, 5)])
+def test_a_recorder_starts_behind_the_unit_before_where_it_can(skips, whole):
+    """The first batch of each shape tells where. With a skip, all batches go through the whole model."""
+    model, batches, ran = Chain(skips), [torch.randn(6, 4) for _ in range(4)] + [torch.randn(2, 4)], []
+    found = recorded(model, batches, ran)
+    assert sum(ran) == whole
+    for name, of_unit in zip(('first', 'second', 'third'), found):
+        for batch, ((((x, ), _), output), ) in zip(batches, of_unit):
+            (((y, ), _), aim), = record(model.get_submodule(name), 1, lambda b=batch: model(b))
+            assert torch.allclose(x.float(), y.float(), rtol=5e-3, atol=5e-3)
+            assert torch.allclose(output.float(), aim.float(), rtol=5e-3, atol=5e-3)
+    assert 'forward' not in vars(model.first)  # nothing stands in any more
+
+
+@pytest.mark.parametrize('skips', [False, True])
+def test_a_recorder_that_starts_late_finds_the_same(skips):
+    model, batches = Chain(skips), [torch.randn(6, 4) for _ in range(3)]
+    late = Recorder(model, [Unit(name, 1) for name in ('first', 'second', 'third')], model, batches)
+    for one, other in zip(late.record(2), recorded(model, batches)[2]):
+        assert torch.equal(one[0][0][0][0], other[0][0][0][0]) and torch.equal(one[0][1], other[0][1])
+
+
+def test_a_recorder_of_a_quantized_vit_finds_what_whole_passes_do(players):
+    student, _, images = players
+    names = [unit.name for unit in find_units(student, ['backbone'], attention_blocks(backbone_of(student)),
+                                              lambda: extract_features(student, images[:1]))]
+    recorder = Recorder(student, [Unit(name, 1) for name in names], lambda batch: extract_features(student, batch),
+                        images.split(2))
+    for number, name in enumerate(names):
+        for batch, ((((x, ), _), _), ) in zip(images.split(2), recorder.record(number)):
+            (((y, ), _), _), = record(student.get_submodule(name), 1, lambda b=batch: extract_features(student, b))
+            assert (x.float() - y.float()).abs().mean() < 0.02 * y.float().abs().mean()  # 4 bits: some round elsewhere
 
 
 def test_importance_is_the_mean_square_of_the_jacobian():
@@ -238,6 +300,15 @@ def test_bad_ranges_are_found(players):
     bad = current.measure()
     current.search()
     assert bad > 1.5 * good and current.measure() < 1.2 * good
+
+
+def test_ranges_stay_where_the_searched_part_misleads(players, monkeypatch):
+    current = reconstruction(players, 'backbone.blocks.1')
+    ranges, error = [stretch.clone() for stretch in current.ranges], current.measure()
+    monkeypatch.setattr(current, 'part', lambda sample, rng: (
+        *sample[:2], sample[2] * 0, sample[3]))  # the less a block puts out, the better
+    assert current.search() == (error, error)
+    assert all(map(torch.equal, ranges, current.ranges))
 
 
 def stanza(**more):

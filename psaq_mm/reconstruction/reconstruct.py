@@ -10,79 +10,20 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from ..quantization import hooked, quantized_layers
 from ..quantization.weights import nested_values
+from .recording import floats, given, mapped
 from .rounding import LearnedRounding
 
 SHARES = (0.85, 0.7, 0.55, 0.42, 0.3, 0.2, 0.12, 0.07, 0.04)  # of a calibrated range, that are tried; our choice
 SEARCHED = 4  # batches that they are tried on; our choice
-POSITIONS = 2048  # tokens or pixels that an update learns from, if so many images as that takes can do; our choice
-
-
-class _Enough(Exception):
-    """Ends a pass of the model behind the unit."""
-
-
-def mapped(nested, function: Callable[[Tensor], Tensor]):
-    """Return nested dicts, tuples and lists with a function applied to every tensor in them."""
-    if isinstance(nested, Tensor):
-        return function(nested)
-    if isinstance(nested, dict):
-        return {key: mapped(value, function) for key, value in nested.items()}
-    if isinstance(nested, (tuple, list)):
-        return type(nested)(*(mapped(v, function) for v in nested)) if hasattr(nested, '_fields') else type(nested)(
-            mapped(value, function) for value in nested)
-    return nested
-
-
-def floats(nested) -> list[Tensor]:
-    """Return all tensors of floating-point numbers in nested dicts, tuples and lists, in order."""
-    return [value for value in nested_values(nested) if isinstance(value, Tensor) and value.is_floating_point()]
-
-
-def kept(value: Tensor) -> Tensor:
-    """Return a copy that later operations in place do not reach; float32 in half the memory, exact to 0.05 %."""
-    value = value.detach()
-    limit = torch.finfo(torch.float16).max
-    return value.clamp(-limit, limit).half() if value.dtype == torch.float32 else value.clone()
-
-
-def given(value: Tensor) -> Tensor:
-    """Return a kept tensor as the model computes with it."""
-    return value.float() if value.dtype == torch.float16 else value.clone()
-
-
-@torch.no_grad()
-def record(unit: nn.Module, calls: int, run: Callable[[], object]) -> list[tuple]:
-    """Return what a unit gets and puts out while a model runs, no deeper than it.
-
-    Args:
-        unit (nn.Module): In the model.
-        calls (int): How often a pass runs it.
-        run (Callable): Runs the model on a batch.
-
-    Returns:
-        list[tuple]: For each call, in order, its arguments (args, kwargs) and its output, detached.
-    """
-    found, inputs = [], []
-
-    def before(module, args, kwargs):
-        inputs.append((mapped(args, kept), mapped(kwargs, kept)))
-
-    def after(module, args, output):
-        found.append((inputs.pop(), mapped(output, kept)))
-        if len(found) == calls:
-            raise _Enough
-
-    handles = [unit.register_forward_pre_hook(before, with_kwargs=True), unit.register_forward_hook(after)]
-    with hooked(handles), suppress(_Enough):
-        run()
-    return found
+POSITIONS = 2048  # tokens or pixels that an update learns from, and each batch of the search has, where an image can do
+# without the others of its batch; our choice
 
 
 def importance(unit: nn.Module, runs: Sequence[Callable[[], Sequence[Tensor]]], generator) -> list[list[Tensor]]:
@@ -262,15 +203,16 @@ class UnitReconstruction:
         """Return all that the unit learns."""
         return [*self.parameters, *self.ranges]
 
-    def start(self, rounded: Sequence[nn.Module] = ()) -> None:
-        """Measure the unit as it is, and get ready to learn.
+    def start(self, rounded: Sequence[nn.Module] = (), error: float | None = None) -> None:
+        """Get ready to learn.
 
         Args:
             rounded (Sequence[nn.Module]): Quantized layers, of whose weights the unit learns the rounding alone where
                 it learns them. Other parameters go where the error leads.
+            error (float, optional): Of the unit as it is, if that has been measured.
         """
         self.before = [value.detach().clone() for value in self.learned()]
-        self.error = self.measure()
+        self.error = self.measure() if error is None else error
         self._prepare(rounded)
 
     def _prepare(self, rounded: Sequence[nn.Module]) -> None:
@@ -286,18 +228,23 @@ class UnitReconstruction:
                 (free, self.lr), (places, self.rounding_lr), (self.ranges, self.range_lr)) if values], fused=True)
 
     @torch.no_grad()
-    def search(self) -> None:
+    def search(self) -> tuple[float, float]:
         """Shrink the ranges, one after the other, to the share with the least error of the unit's output.
 
         What learns by gradients afterwards cannot leave a bad start: a range for attention weights that reaches from 0
-        to 1 rounds nearly all of them to 0, and gradients say little there.
+        to 1 rounds nearly all of them to 0, and gradients say little there. The search sees a part of the samples. On
+        all of them, the error is not larger than before: else the ranges stay as they were.
+
+        Returns:
+            tuple[float, float]: The unit's error before and now.
         """
-        seen = self.samples[::max(1, len(self.samples) // SEARCHED)][:SEARCHED]
+        rng = random.Random(0)
+        seen = [self.part(sample, rng) for sample in self.samples[::max(1, len(self.samples) // SEARCHED)][:SEARCHED]]
 
         def error():
             return self.mean(sum(self.combined(*self.loss(sample)).item() for sample in seen) / len(seen))
 
-        best = error()
+        initial, best, before = self.measure(), error(), [stretch.clone() for stretch in self.ranges]
         for stretch in self.ranges:
             chosen = stretch.clone()
             for share in SHARES:
@@ -306,6 +253,12 @@ class UnitReconstruction:
                 if found < best:
                     best, chosen = found, stretch.clone()
             stretch.copy_(chosen)
+        found = self.measure()
+        if found < initial:
+            return initial, found
+        for stretch, old in zip(self.ranges, before):
+            stretch.copy_(old)
+        return initial, initial
 
     def step(self, share: float, settled: float, rng: random.Random, device) -> dict:
         """Make one update.

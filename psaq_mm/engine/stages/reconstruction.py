@@ -8,7 +8,7 @@ from mmengine import dist
 
 from ...models import attention_blocks, backbone_of
 from ...quantization import quantized_layers, search_weight_ranges
-from ...reconstruction import UnitReconstruction, find_units, importance, record, settled_share
+from ...reconstruction import Recorder, UnitReconstruction, find_units, importance, settled_share
 from ...synthesis import GameConfig, lesson_view
 from .base import Stage
 from .learning import annealing, average_gradients, learnable_ranges, mean_over_processes, trainable
@@ -20,7 +20,7 @@ class ReconstructionStage(Stage):
 
     def __init__(self, loop):
         super().__init__(loop)
-        self.units, self.views, self.parameters, self.errors = [], [], {}, {}
+        self.units, self.views, self.recorders, self.parameters, self.errors = [], [], (), {}, {}
         self.current = self.initial = None
         self.ranges = {}
 
@@ -43,6 +43,8 @@ class ReconstructionStage(Stage):
             return
         images = sum(map(len, loop.images)) * dist.get_world_size()
         self.views = self.make_views(config.views_of_each(images))
+        self.recorders = [Recorder(model, self.units, loop.features(model), self.views, loop.precision)
+                          for model in (loop.teacher, loop.student)]
         if self.restored is None:
             self.announce(f'reconstruction of {len(self.units)} units from {sum(map(len, self.views))} views')
             return
@@ -71,7 +73,7 @@ class ReconstructionStage(Stage):
         """
         loop, config, unit = self.loop, self.quantization.reconstruction, self.units[number]
         student, teacher = (model.get_submodule(unit.name) for model in (loop.student, loop.teacher))
-        run_student, run_teacher = loop.features(loop.student), loop.features(loop.teacher)
+        run_teacher = loop.features(loop.teacher)
         generator = torch.Generator().manual_seed(number)
         samples, weights, sizes = [], {}, {}
         for view in self.views:
@@ -79,9 +81,7 @@ class ReconstructionStage(Stage):
         for size, views in sizes.items():
             weights[size] = importance(teacher, [lambda view=view: run_teacher(view) for view in views[:config.probes]],
                                        generator) if config.final else [None] * unit.calls
-        for view in self.views:
-            exact = record(teacher, unit.calls, lambda view=view: run_teacher(view))
-            found = record(student, unit.calls, lambda view=view: run_student(view))
+        for view, exact, found in zip(self.views, *(recorder.record(number) for recorder in self.recorders)):
             samples += [(a[0], b[0], a[1], w) for a, b, w in zip(exact, found, weights[view.shape[2:]])]
         inside = (f'{unit.name}.', )
         parameters = {n: p for n, p in self.parameters.items() if n.startswith(inside)}
@@ -95,18 +95,28 @@ class ReconstructionStage(Stage):
         if restored is not None:
             self.current.load_state_dict(restored, rounded)
         else:
-            self.initial = self.current.measure()
-            self.current.search()
+            self.initial, error = self.current.search()
             if self.quantization.game.weight_ranges == 'mse':
-                self.choose_weight_ranges(student, list(parameters.values()))
-            self.current.start(rounded)
+                error = self.choose_weight_ranges(student, list(parameters.values()), error)
+            self.current.start(rounded, error)
 
-    def choose_weight_ranges(self, unit, weights):
-        """Give weights the ranges of least squared error, unless the unit's output is worse with them."""
-        before = self.current.measure()
+    def choose_weight_ranges(self, unit, weights, error):
+        """Give weights the ranges of least squared error, unless the unit's output is worse with them.
+
+        Args:
+            unit (nn.Module): In the student.
+            weights (list[Tensor]): Its parameters.
+            error (float): Its error as it is.
+
+        Returns:
+            float: Its error now.
+        """
         restore = search_weight_ranges(unit, weights)
-        if self.current.measure() > before:
-            restore()
+        found = self.current.measure()
+        if found < error:
+            return found
+        restore()
+        return error
 
     def step(self, rng):
         """Make one update of one unit, the learning rates by :func:`annealing`."""
@@ -127,7 +137,7 @@ class ReconstructionStage(Stage):
         return log
 
     def finish(self):
-        self.views = []
+        self.views, self.recorders = [], ()
 
     def summary(self):
         return dict(errors={name: list(pair) for name, pair in self.errors.items()}) if self.errors else None
