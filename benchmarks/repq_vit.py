@@ -3,10 +3,11 @@
     python benchmarks/repq_vit.py --bench ../shared/bench --bits W4A4 W6A6 --out work_dirs/repq_vit
 
 The baseline is written from the formulas of the paper (Li et al., ICCV 2023): behind each LayerNorm one scale by
-reparameterisation, attention weights on powers of the square root of 2, everything else uniform. Each range is that of
-the percentile with the least squared error. As in the paper, nothing is trained. Values below the last power become 0,
-which the paper's text leaves open. Writes a Markdown table and JSON. The command skips finished runs of ours and makes
-the baseline anew.
+reparameterisation, attention weights on powers of the square root of 2, everything else uniform with zero points,
+weights by channel. Each range is that of the percentile with the least squared error. As in the paper, nothing is
+trained. Ours: attention weights have 2^bits powers and 0 besides, one value more than the bits can tell apart; layers
+behind norms get the range of what they read then, instead of the mean scale and zero point. Writes a Markdown table and
+JSON. The command skips finished runs of ours and makes the baseline anew.
 """
 import argparse
 import sys
@@ -22,11 +23,11 @@ ROWS = 1 << 20  # values of a tensor that ranges are chosen on
 
 
 class LogSqrt2(nn.Module):
-    """Attention weights on powers of the square root of 2: ``s 2^(-k / 2)``, k = 0 .. 2^bits - 2, and 0.
+    """Attention weights on powers of the square root of 2: ``s 2^(-k / 2)``, k = 0 .. 2^bits - 1, and 0 below them.
 
     Args:
         bits (int): Bit-width.
-        scale (float): s, the largest value.
+        scale (float): s, which larger values become.
     """
 
     def __init__(self, bits, scale):
@@ -36,7 +37,7 @@ class LogSqrt2(nn.Module):
     def forward(self, weights):
         """(..., N, N) to the same shape."""
         power = (-2 * (weights / self.scale).clamp(min=1e-30).log2()).round().clamp(min=0)
-        return torch.where(power < self.levels - 1, self.scale * 2**(-power / 2), torch.zeros_like(weights))
+        return torch.where(power < self.levels, self.scale * 2**(-power / 2), torch.zeros_like(weights))
 
 
 def ends(values, config):
@@ -57,6 +58,14 @@ def ends(values, config):
             better = error < best[2]
             best = tuple(torch.where(better, new, old) for new, old in zip((low, high, error), best))
     return best[:2]
+
+
+def fitted(values, bits):
+    """Return the :class:`LogSqrt2`, its scale a percentile, with the least squared error of values (n,)."""
+    values = values[torch.randperm(len(values))[:ROWS]].float()
+    found = [LogSqrt2(bits, values.kthvalue(max(1, round(share / 100 * len(values)))).values.item())
+             for share in (*PERCENTILES, 100.0)]
+    return min(found, key=lambda quantizer: (quantizer(values) - values).square().mean().item())
 
 
 def give_range(quantizer, values):
@@ -87,7 +96,7 @@ def seen_by(model, quantizer_inputs, images):
 
 @torch.no_grad()
 def quantize_as_repq(model, images):
-    """Calibrate a converted classifier in place: asymmetric activations, symmetric weights a channel.
+    """Calibrate a converted classifier in place.
 
     Args:
         model (TimmClassifier): In float.
@@ -127,7 +136,7 @@ def quantize_as_repq(model, images):
     set_mode(model, Mode.QUANTIZE)
     for name, layer in layers.items():
         if name.endswith('matmul_context'):
-            logarithmic = LogSqrt2(layer.a_quantizer.config.bits, seen[layer, 0].max().item())
+            logarithmic = fitted(seen[layer, 0].flatten(), layer.a_quantizer.config.bits)
             layer.a_quantizer.mode = Mode.FLOAT
             layer.register_forward_pre_hook(lambda module, arguments, q=logarithmic: (q(arguments[0]), arguments[1]))
 
@@ -191,7 +200,7 @@ def main():
         for title, method in (('our images', 'psaq_v1'), ('32 photographs', 'real')):
             folder = args.out / f'{label}_{method}'
             images = torch.cat(read_images(str(folder / 'synthetic.pt'))) if method != 'real' else photographs(cfg)
-            changed = with_stanza(cfg, weight=dict(bits=pair[0]), recipe='paper', activation=dict(
+            changed = with_stanza(cfg, recipe='paper', weight=dict(bits=pair[0], symmetric=False), activation=dict(
                 bits=pair[1], symmetric_products=False))
             changed.load_from = str(args.out / 'full_precision.pth')
             changed.work_dir = str(args.out / f'{label}_repq_{method}')

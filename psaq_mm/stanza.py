@@ -123,7 +123,7 @@ class QuantizationConfig(FrozenConfig):
     @property
     def least_bits(self) -> int:
         """The fewest bits of any weight or activation that the stanza names."""
-        return min([self.weight.bits, self.activation.bits] + [
+        return min([self.weight.bits, self.activation.bits, self.patch_embed_bits] + [
             side['bits'] for override in self.overrides for side in (override.weight, override.activation)
             if side and 'bits' in side])
 
@@ -156,6 +156,13 @@ class QuantizationConfig(FrozenConfig):
             for name in match(pattern, layers):
                 configs.pop(name, None)
         return configs
+
+    @property
+    def searches_weight_ranges(self) -> bool:
+        """Whether a run gives weights the ranges of least squared error, before its reconstruction or its game."""
+        played = self.synthesis.method == 'psaq_v2' and self.game.steps
+        return bool(played and self.game.weight_ranges == 'mse' or
+                    self.reconstruction.steps and self.reconstruction.weight_ranges == 'mse')
 
     @property
     def student_lr(self) -> float:

@@ -108,3 +108,20 @@ def test_patterns_and_targets_that_match_nothing():
             QuantizationConfig.parse(raw).layer_configs(layers)
     with pytest.raises(PatternError, match="target 'bakbone' is no submodule of Net, did you mean 'backbone'"):
         quantizable(Net(), ['bakbone'])
+
+
+@pytest.mark.parametrize('changes, recipe', [
+    ({}, 'paper'), (dict(weight=dict(bits=4)), 'low_bit'), (dict(patch_embed_bits=4), 'low_bit'),
+    (dict(overrides=[dict(pattern='*', activation=dict(bits=6))]), 'low_bit'),
+    (dict(weight=dict(bits=4), recipe='paper'), 'paper')])
+def test_the_recipe_of_a_stanza_that_names_none(changes, recipe):
+    assert QuantizationConfig.parse(changes).recipe == recipe
+
+
+@pytest.mark.parametrize('changes, searches', [
+    ({}, True), (dict(synthesis=dict(method='psaq_v1')), False), (dict(game=dict(steps=0)), False),
+    (dict(game=dict(weight_ranges='calibrated')), False),
+    (dict(reconstruction=dict(steps=9), game=dict(steps=0)), True),
+    (dict(reconstruction=dict(steps=9, weight_ranges='calibrated'), game=dict(steps=0)), False)])
+def test_whether_weights_get_ranges_of_least_squared_error(changes, searches):
+    assert QuantizationConfig.parse(changes).searches_weight_ranges == searches

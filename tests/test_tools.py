@@ -293,6 +293,11 @@ def test_recipes_side_by_side(small_config, tmp_path):
     assert all(map(torch.equal, paper, paper2)) and all(map(torch.equal, low, low2))
     assert not torch.equal(paper[0], low[0])
     assert 'psaq_v2 low_bit' in (tmp_path / 'table.md').read_text()
+    done = run_tool('tools/grid.py', small_config, '--methods', 'psaq_v1', 'psaq_v2', '--bits', 'W4A4', '--recipes',
+                    'low_bit', '--work-dir', tmp_path, '--cfg-options', 'quantization.reconstruction.steps=1',
+                    'quantization.reconstruction.views=1', 'quantization.game.steps=0')
+    assert 'W4A4 psaq_v2 low_bit is left out' in done.stdout + done.stderr
+    assert json.loads((tmp_path / 'metrics.json').read_text())['runs'].keys() == {'W4A4 psaq_v1 low_bit'}
 
 
 @pytest.mark.slow

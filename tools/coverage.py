@@ -29,6 +29,8 @@ def parse_args():
                         'name; * stands for anything')
     parser.add_argument('--all', action='store_true', help='convolutional configs, too')
     parser.add_argument('--timeout', type=float, default=300, help='seconds for one config (default: 300)')
+    parser.add_argument('--recipe', choices=('paper', 'low_bit'), default='paper', help='of the quantization (default: '
+                        'paper); low_bit reparameterises norms and reconstructs each block besides')
     parser.add_argument('--logs', type=Path, help='folder for what each config prints (default: a temporary one)')
     parser.add_argument('--markdown', type=Path, metavar='FILE', help='write the table here')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the results here; those of configs that are '
@@ -125,7 +127,7 @@ def coverage(args):
             results[name] = dict(result='refused', reason=reason)
         else:
             with tempfile.TemporaryDirectory() as work_dir:
-                results[name] = check_apart(path, work_dir, log, args.timeout)
+                results[name] = check_apart(path, work_dir, log, args.timeout, dict(recipe=args.recipe))
         if 'reason' in results[name]:
             results[name]['reason'] = without_folders(results[name]['reason'])
         print(name, results[name]['result'], results[name].get('reason', ''), flush=True)

@@ -64,10 +64,10 @@ def calibration_images(cfg: Config, checkpoint: str | None, quiet: bool = False)
 
 
 def synthesised(path: Path, stanza: QuantizationConfig) -> bool:
-    """Whether a ``synthetic.pt`` was made as the stanza wants it: from patch similarities, at its sizes."""
-    made = str(read_json(path.parent / 'metrics.json').get('method')).startswith('psaq')
-    sizes = stanza.synthesis.size
-    return made and all(sizes is None or tuple(batch.shape[2:]) in sizes for batch in read_images(str(path)))
+    """Whether a ``synthetic.pt`` was made as the stanza wants it: by its recipe, at its sizes."""
+    made, sizes = read_json(path.parent / 'metrics.json'), stanza.synthesis.size
+    wanted = str(made.get('method')).startswith('psaq') and made.get('recipe') == stanza.recipe
+    return wanted and all(sizes is None or tuple(batch.shape[2:]) in sizes for batch in read_images(str(path)))
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
@@ -131,7 +131,7 @@ class Analysis:
         if quantization.reparameterize:
             reparameterize(model, run, lambda: extract_features(model, self.few[0][:1], self.heads))
         calibrate(model, run)
-        if quantization.synthesis.method == 'psaq_v2' and quantization.game.weight_ranges == 'mse':
+        if quantization.searches_weight_ranges:
             search_weight_ranges(model, [layer.weight for layer in quantized_layers(model).values()
                                          if hasattr(layer, 'weight')])
         return model

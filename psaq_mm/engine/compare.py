@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from mmengine.config import Config
+from mmengine.logging import print_log
 
 from ..errors import UserError
 from ..files import OwnedFolder, as_data, read_json
@@ -215,15 +216,20 @@ def _runs(cfg, ways, seed, common, root, weights, quiet):
         changed = with_stanza(cfg, weight=dict(bits=weight), activation=dict(bits=activation),
                               synthesis=dict(method=method), report=dict(reuse=fresh) if fresh else {},
                               **(dict(recipe=recipe) if recipe else {}))
-        recipe = QuantizationConfig.parse(changed.quantization).recipe
+        parsed = QuantizationConfig.parse(changed.quantization)
+        if method == 'psaq_v2' and not parsed.game.steps and (weight, activation, 'psaq_v1', recipe) in ways:
+            print_log(f'{name} is left out: without a game (quantization.game.steps = 0) it is the same as psaq_v1',
+                      'current')
+            continue
+        recipe = parsed.recipe
         reused = images.get(recipe) if drawn else None
         if reused:
             changed = with_stanza(changed, synthesis=dict(reuse=reused['path']))
         changed.work_dir = str(folder.path)
         stanza = QuantizationConfig.parse(changed.quantization).to_dict()
         del stanza['report']  # judges the model and does not change it
-        if method != 'psaq_v2':
-            del stanza['game']  # not played
+        if method != 'psaq_v2' and not stanza['reconstruction']['steps']:
+            del stanza['game']  # not played, and no views as in the game
         inputs = dict(common, stanza=stanza, calib=method == 'real' and cfg.get('calib_dataloader'),
                       images=reused and reused['made'])
         files = ['quantized.pth', 'test_config.py'] + ['synthetic.pt'] * (method != 'real')

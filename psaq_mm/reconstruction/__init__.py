@@ -1,9 +1,9 @@
 """Block by block reconstruction of a quantized model: knows only torch and the quantized layers."""
 from .config import ReconstructionConfig
-from .reconstruct import UnitReconstruction, enough_images, importance
+from .reconstruct import UnitReconstruction, enough_images, importance, unrelated
 from .recording import Recorder, record
 from .rounding import LearnedRounding, neighbours, settled_share
 from .units import Unit, find_units
 
 __all__ = ['LearnedRounding', 'ReconstructionConfig', 'Recorder', 'Unit', 'UnitReconstruction', 'enough_images',
-           'find_units', 'importance', 'neighbours', 'record', 'settled_share']
+           'find_units', 'importance', 'neighbours', 'record', 'settled_share', 'unrelated']

@@ -25,12 +25,15 @@ class ReconstructionConfig(FrozenConfig):
     weights: Literal['rounding', 'free'] = Field(
         'rounding', description="'rounding': a weight stays between the two integers around it, learns which is "
         "better, and settles there; 'free': it goes where the error leads")
+    weight_ranges: Literal['mse', 'calibrated'] = Field(
+        'mse', description="'mse': min-max ranges of a block's weights give way, before it learns, to those of least "
+        "squared error, unless its output is worse with them; 'calibrated': they stay")
     mix: float = Field(
         0.5, ge=0, le=1, description='share of the elements of a block\'s input that are those of the full-precision '
         'model, drawn anew for each update; the others are those of the quantized model')
     views: int | None = Field(
-        None, ge=1, description='random views of each image that the blocks learn from; None: so many that there are '
-        'about 128 in all')
+        None, ge=1, description="random views of each image that the blocks learn from, made as the game's "
+        '(`game.crop`, `color`, `mix`); None: so many that there are about 128 in all')
     final: float = Field(
         0.5, ge=0, description="weight of the error of the final features, to first order, beside the error of the "
         "block's own output; 0: none")

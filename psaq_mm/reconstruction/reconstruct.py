@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from ..quantization import hooked, quantized_layers
 from ..quantization.weights import nested_values
-from .recording import floats, given, mapped
+from .nested import floats, mapped
+from .recording import given
 from .rounding import LearnedRounding
 
 SHARES = (0.85, 0.7, 0.55, 0.42, 0.3, 0.2, 0.12, 0.07, 0.04)  # of a calibrated range, that are tried; our choice
-SEARCHED = 4  # batches that they are tried on; our choice
+SEARCHED = 4  # batches that they are tried on, at least one of each shape; our choice
 POSITIONS = 2048  # tokens or pixels that an update learns from, and each batch of the search has, where an image can do
 # without the others of its batch; our choice
 
@@ -69,6 +70,23 @@ def importance(unit: nn.Module, runs: Sequence[Callable[[], Sequence[Tensor]]], 
 def of_images(nested, chosen: slice | Tensor, total: int):
     """Return nested tensors with some of ``total`` images alone, where their first axis is that of the images."""
     return mapped(nested, lambda value: value[chosen] if value.dim() and len(value) == total else value)
+
+
+@torch.no_grad()
+def unrelated(exact: Sequence, quantized: Sequence) -> bool:
+    """Return whether what a unit gets in two models is not of the same things.
+
+    Queries or boxes that each model chooses for itself differ as much as those of two images. Each may be good, and the
+    output for one is no aim for the other.
+
+    Args:
+        exact, quantized (Sequence): Arguments of all calls in the full-precision and in the quantized model.
+    """
+    ours, theirs = floats(exact), floats(quantized)
+    if [value.shape for value in ours] != [value.shape for value in theirs]:
+        return True
+    power = sum(value.float().square().sum() for value in ours)
+    return bool(sum((a.float() - b.float()).square().sum() for a, b in zip(ours, theirs)) > power)
 
 
 @torch.no_grad()
@@ -238,8 +256,12 @@ class UnitReconstruction:
         Returns:
             tuple[float, float]: The unit's error before and now.
         """
-        rng = random.Random(0)
-        seen = [self.part(sample, rng) for sample in self.samples[::max(1, len(self.samples) // SEARCHED)][:SEARCHED]]
+        rng, kinds = random.Random(0), {}
+        for sample in self.samples:  # levels of a pyramid, sizes of images: of each some
+            kinds.setdefault(tuple(value.shape[1:] for value in floats(sample[2])), []).append(sample)
+        each = math.ceil(SEARCHED / len(kinds))
+        seen = [self.part(sample, rng) for kind in kinds.values()
+                for sample in kind[::max(1, len(kind) // each)][:each]]
 
         def error():
             return self.mean(sum(self.combined(*self.loss(sample)).item() for sample in seen) / len(seen))

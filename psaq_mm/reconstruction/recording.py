@@ -8,31 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from ..quantization import hooked
-from ..quantization.weights import nested_values
+from .nested import floats, mapped
 from .units import Unit
 
-CLOSE = 1e-3  # mean difference over mean size, below which two recordings are one; our choice
+CLOSE = 1e-4  # mean difference over mean size, up to which two recordings are one; our choice
 
 
-class _Enough(Exception):
-    """Ends a pass of the model behind the unit."""
-
-
-def mapped(nested, function: Callable[[Tensor], Tensor]):
-    """Return nested dicts, tuples and lists with a function applied to every tensor in them."""
-    if isinstance(nested, Tensor):
-        return function(nested)
-    if isinstance(nested, dict):
-        return {key: mapped(value, function) for key, value in nested.items()}
-    if isinstance(nested, (tuple, list)):
-        return type(nested)(*(mapped(v, function) for v in nested)) if hasattr(nested, '_fields') else type(nested)(
-            mapped(value, function) for value in nested)
-    return nested
-
-
-def floats(nested) -> list[Tensor]:
-    """Return all tensors of floating-point numbers in nested dicts, tuples and lists, in order."""
-    return [value for value in nested_values(nested) if isinstance(value, Tensor) and value.is_floating_point()]
+class _Enough(BaseException):
+    """Ends a pass of the model behind the unit. No model catches it."""
 
 
 def kept(value: Tensor) -> Tensor:
@@ -77,9 +60,10 @@ def record(unit: nn.Module, calls: int, run: Callable[[], object]) -> list[tuple
 
 def alike(found: Sequence[tuple], wanted: Sequence[tuple]) -> bool:
     """Return whether two recordings of one unit, as :func:`record` returns them, are the same but for rounding."""
-    pairs = zip(floats(found), floats(wanted))
-    return len(found) == len(wanted) and len(floats(found)) == len(floats(wanted)) and all(
-        a.shape == b.shape and (a.float() - b.float()).abs().mean() <= CLOSE * b.float().abs().mean() for a, b in pairs)
+    found_values, values = floats(found), floats(wanted)
+    return len(found) == len(wanted) and len(found_values) == len(values) and all(
+        a.shape == b.shape and (a.float() - b.float()).abs().mean() <= CLOSE * b.float().abs().mean()
+        for a, b in zip(found_values, values))
 
 
 @contextmanager
@@ -87,30 +71,30 @@ def standing_in(outputs: Mapping[nn.Module, Sequence]) -> Iterator[None]:
     """Let modules put out what is given instead of computing it.
 
     Args:
-        outputs (Mapping[nn.Module, Sequence]): What each module puts out, call by call. Its values are copied.
+        outputs (Mapping[nn.Module, Sequence]): What each module puts out, call by call. Its tensors are copied. A
+            further call raises IndexError.
     """
     before = {module: vars(module).get('forward') for module in outputs}
-    for module, values in outputs.items():
-        values = iter(values)
-        module.forward = lambda *args, values=values, **kwargs: mapped(
-            next(values), lambda value: value.clone(memory_format=torch.contiguous_format))
     try:
+        for module, values in outputs.items():
+            module.forward = lambda *args, values=list(values), **kwargs: mapped(
+                values.pop(0), lambda value: value.clone(memory_format=torch.contiguous_format))
         yield
     finally:
         for module, forward in before.items():
-            if forward is None:
-                del module.forward
-            else:
+            vars(module).pop('forward', None)
+            if forward is not None:
                 module.forward = forward
 
 
 class Recorder:
     """Records unit after unit on the same batches.
 
-    A pass computes what lies between a unit and the one before it, and no more, where the unit gets all that it gets
-    from there: the unit before runs on what was recorded of it, and everything earlier puts out zeros. A unit that
-    other values reach, as a neck, is recorded from the pixels on. The first batch of each shape tells which: it is
-    recorded in both ways. Source: our choice.
+    Where a unit gets all that it gets from the unit before it, a pass starts there: the unit before runs on what was
+    recorded of it, in half precision, and everything earlier puts out zeros. Other units, as a neck, are recorded from
+    the pixels on. The first two batches of each shape are, too, and tell which is right: with what the unit before put
+    out on the first, and what earlier units left behind on the second, the first has to be the same again.
+    Source: our choice.
 
     Args:
         model (nn.Module): Holds the units.
@@ -130,11 +114,11 @@ class Recorder:
     def record(self, number: int) -> Iterator[list[tuple]]:
         """Yield for each batch what :func:`record` returns of one unit.
 
-        Units are recorded in order. Where earlier ones have not been, as after an interruption, that is done first, and
-        what is yielded is the same as without it.
+        Units are recorded in order. After an interruption the recorder records earlier ones first, and yields what it
+        would have without the interruption.
 
         Args:
-            number (int): Of the unit, not smaller than at the last call. Units before it have learned all they will.
+            number (int): Of the unit, larger than at the last call. Units before it have learned all they will.
         """
         while self.recorded < number:
             for _ in self._next():
@@ -144,14 +128,19 @@ class Recorder:
     def _next(self):
         number, self.recorded = self.recorded, self.recorded + 1
         earlier, self.arguments = self.arguments, []
-        zeros: dict[torch.Size, dict | None] = {}  # by shape of a batch; None: from the pixels on
+        first: dict[torch.Size, tuple] = {}  # batch, recording, outputs of earlier units
+        zeros: dict[torch.Size, dict | None] = {}  # what earlier units put out; None: from the pixels on
         for place, batch in enumerate(self.batches):
-            if batch.shape not in zeros:
-                found, zeros[batch.shape] = self._both_ways(number, batch, earlier[place] if number else None)
-            elif zeros[batch.shape] is None:
-                found = self._whole(number, batch)
-            else:
-                found = self._short(number, batch, earlier[place], zeros[batch.shape])
+            shape, found = batch.shape, None
+            if number and shape not in zeros:
+                found, outputs = self._watched(number, batch)
+                if shape in first:
+                    zeros[shape] = self._zeros(number, *first.pop(shape), outputs)
+                else:
+                    first[shape] = batch, found, outputs
+            elif number and zeros[shape] is not None:
+                found = self._short(number, batch, earlier[place], zeros[shape])
+            found = found or self._whole(number, batch)
             if number:
                 earlier[place] = None  # memory
             self.arguments.append([arguments for arguments, _ in found])
@@ -162,26 +151,44 @@ class Recorder:
 
     @torch.no_grad()
     def _short(self, number, batch, arguments, zeros):
+        """Return a recording that starts behind the unit before; None where that does not work for this batch."""
         before = self.modules[number - 1]
-        with self.precision():
-            outputs = [before(*mapped(args, given), **mapped(kwargs, given)) for args, kwargs in arguments]
-        with standing_in({**zeros, before: outputs}):
-            return self._whole(number, batch)
+        try:
+            with self.precision():
+                outputs = [before(*mapped(args, given), **mapped(kwargs, given)) for args, kwargs in arguments]
+            with standing_in({**zeros, before: outputs}):
+                found = self._whole(number, batch)
+        except Exception:  # whatever a model raises that calls its units now and then
+            return None
+        return found if len(found) == self.units[number].calls else None
 
-    def _both_ways(self, number, batch, arguments):
-        """Return a recording from the pixels on, and what earlier units put out where it can start behind them."""
-        zeros: dict[nn.Module, list] = {module: [] for module in self.modules[:number]}
+    def _watched(self, number, batch):
+        """Return a recording from the pixels on, and what earlier units put out: the one before, the others zeros."""
+        outputs: dict[nn.Module, list] = {module: [] for module in self.modules[:number]}
+        before = self.modules[number - 1]
 
         def after(module, args, output):
-            zeros[module].append(mapped(output, lambda value: value.new_zeros(()).expand(value.shape)
-                                        if value.is_floating_point() else value.clone()))
+            outputs[module].append(mapped(output, lambda value: value.detach().clone() if module is before or
+                                          not value.is_floating_point() else value.new_zeros(()).expand(value.shape)))
 
-        with hooked([module.register_forward_hook(after) for module in zeros]):
-            found = self._whole(number, batch)
-        if not number or not all(zeros.values()):
-            return found, None
+        with hooked([module.register_forward_hook(after) for module in outputs]):
+            return self._whole(number, batch), outputs
+
+    def _zeros(self, number, batch, found, outputs, others):
+        """Return what earlier units may put out on any batch of this shape; None where it matters what they do.
+
+        Args:
+            number (int): Of the unit.
+            batch, found, outputs: The first batch, and what :meth:`_watched` returned of it.
+            others (dict): Outputs on another batch, the last one that the model ran on.
+        """
+        before = self.modules[number - 1]
+        if not all(outputs.values()):
+            return None
+        zeros = {module: values for module, values in others.items() if module is not before}
         try:
-            short = self._short(number, batch, arguments, zeros)
-        except Exception:  # whatever the model raises that cannot do without earlier units
-            return found, None
-        return found, zeros if alike(short, found) else None
+            with standing_in({**zeros, before: outputs[before]}):
+                again = self._whole(number, batch)
+        except Exception:  # whatever a model raises that cannot do without earlier units
+            return None
+        return zeros if alike(again, found) else None

@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..quantization import Mode, hooked, quantized_layers, quantizer_mode
+from .nested import mapped
 
 LARGEST = 12  # quantized layers and products in a unit that is no attention block; our choice
 
@@ -19,14 +20,37 @@ class Unit:
     Attributes:
         name (str): In the model.
         calls (int): How often a pass of the model runs it.
+        felt (bool): Whether the model's features depend on it. Those of a two-stage head do not: its inputs are boxes
+            that each model chooses for itself.
     """
     name: str
     calls: int
+    felt: bool = True
+
+
+def felt_modules(modules: Collection[nn.Module], run: Callable[[], Iterable[Tensor]]) -> set[nn.Module]:
+    """Return the modules that features depend on.
+
+    Args:
+        modules (Collection[nn.Module]): In a model.
+        run (Callable): Runs the model and returns its features.
+    """
+    marks = {module: torch.zeros((), requires_grad=True) for module in modules}
+
+    def mark(module, args, output):
+        return mapped(output, lambda value: value + marks[module].to(value) if value.is_floating_point() else value)
+
+    with hooked([module.register_forward_hook(mark) for module in modules]), torch.enable_grad():
+        score = sum(feature.float().sum() for feature in run() if feature.requires_grad)
+        if not isinstance(score, Tensor):
+            return set()
+        grads = torch.autograd.grad(score, list(marks.values()), allow_unused=True)
+    return {module for module, grad in zip(marks, grads) if grad is not None}
 
 
 @torch.no_grad()
 def find_units(model: nn.Module, targets: Iterable[str], blocks: Collection[nn.Module],
-               run: Callable[[], object]) -> list[Unit]:
+               run: Callable[[], Iterable[Tensor]]) -> list[Unit]:
     """Find the units of a model, in the order in which it runs them.
 
     An attention block is a unit. Everything else inside the targets is one together with its siblings, as a neck, a
@@ -36,7 +60,7 @@ def find_units(model: nn.Module, targets: Iterable[str], blocks: Collection[nn.M
         model (nn.Module): Converted.
         targets (Iterable[str]): Names of the submodules that are quantized.
         blocks (Collection[nn.Module]): Its attention blocks.
-        run (Callable): Runs it on an image.
+        run (Callable): Runs it on an image and returns its features.
     """
     layers, blocks, order = set(quantized_layers(model)), set(blocks), {}
     handles = [module.register_forward_pre_hook(lambda m, *unused: order.__setitem__(m, order.pop(m, 0) + 1))
@@ -61,4 +85,7 @@ def find_units(model: nn.Module, targets: Iterable[str], blocks: Collection[nn.M
     for target in targets:
         search(model.get_submodule(target), target)
     places = {module: place for place, module in enumerate(order)}
-    return [unit for _, unit in sorted(found.items(), key=lambda item: places[item[0]])]
+    with quantizer_mode(model, Mode.FLOAT):
+        felt = felt_modules(found, run)
+    return [replace(unit, felt=module in felt)
+            for module, unit in sorted(found.items(), key=lambda item: places[item[0]])]

@@ -14,8 +14,8 @@ Method = Literal['noise', 'psaq_v1', 'psaq_v2', 'real']
 class SynthesisConfig(FrozenConfig):
     """Where calibration images come from."""
     method: Method = Field(
-        'psaq_v2', description="'noise': Gaussian noise; 'psaq_v1': entropy and priors; 'psaq_v2': the same, then the "
-        "game; 'real': the config's calib_dataloader, a baseline")
+        'psaq_v2', description="'noise': Gaussian noise; 'psaq_v1': synthesised images; 'psaq_v2': the same, then the "
+        "game, if `game.steps` is not 0; 'real': the config's calib_dataloader, a baseline")
     reuse: str | None = Field(
         None, description="'synthetic.pt' of an earlier run on the same model: take its images, as they were before "
         'the game, instead of synthesising again (for another bit-width, say)')

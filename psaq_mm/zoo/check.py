@@ -190,7 +190,7 @@ def can_predict(model: nn.Module, cfg: Config, image: Tensor) -> bool:
 
 
 def check_config(path, work_dir, size: int = SIZE, stanza: dict | None = None) -> dict:
-    """Takes a config through the whole job: stanza, conversion, synthesis, calibration, two updates of the game,
+    """Take a config through the whole job: stanza, conversion, synthesis, calibration, two updates of the game,
     prediction, saving, reloading, and the same prediction again.
 
     Args:
@@ -224,7 +224,8 @@ def check_config(path, work_dir, size: int = SIZE, stanza: dict | None = None) -
     # An encoder that reads text as well runs in predictions only, of which calibration has none.
     targets = [target for target in TARGETS if names.get(target) is not None
                and not (target == 'encoder' and 'language_model' in names)]
-    cfg.quantization = dict(stanza or {}, targets=targets or None,
+    cfg.quantization = dict(stanza or {}, targets=targets or None, reconstruction=dict(steps=2, views=1) if (
+                                stanza or {}).get('recipe') == 'low_bit' else {},
                             synthesis=dict(num_images=2, batch_size=1, size=(size, size), steps=2), game=dict(steps=2))
     quantization, content, *_ = check(cfg, str(weights), False)
     run = data_free_config(cfg, quantization, in_own_layout(content, OwnedFolder(work_dir)), dataset_meta(cfg, {}))
@@ -256,12 +257,12 @@ def check_config(path, work_dir, size: int = SIZE, stanza: dict | None = None) -
                 layers=len(layers), attentions=attentions)
 
 
-def _work(connection, path, work_dir, log):
+def _work(connection, path, work_dir, log, stanza):
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
     try:
-        connection.send(dict(result='pass', **check_config(path, work_dir)))
+        connection.send(dict(result='pass', **check_config(path, work_dir, stanza=stanza)))
     except UserError as error:
         connection.send(dict(result='refused', reason=str(error)))
     except BaseException as error:  # what nobody foresaw is what this is to find
@@ -270,7 +271,7 @@ def _work(connection, path, work_dir, log):
         connection.send(dict(result='failed', reason=f'{type(error).__name__}: {error}'))
 
 
-def check_apart(path, work_dir, log, timeout: float) -> dict:
+def check_apart(path, work_dir, log, timeout: float, stanza: dict | None = None) -> dict:
     """:func:`check_config` in a process of its own, which may crash or hang.
 
     Args:
@@ -278,13 +279,14 @@ def check_apart(path, work_dir, log, timeout: float) -> dict:
         work_dir (str | Path): For what is written.
         log (str | Path): For what is printed.
         timeout (float): Seconds.
+        stanza (dict, optional): See :func:`check_config`.
 
     Returns:
         dict: ``result``: 'pass', 'refused' (a clear error) or 'failed'; ``reason``; and what a pass gives.
     """
     context = multiprocessing.get_context('fork')
     ours, theirs = context.Pipe(False)
-    process = context.Process(target=_work, args=(theirs, path, work_dir, log))
+    process = context.Process(target=_work, args=(theirs, path, work_dir, log, stanza))
     process.start()
     theirs.close()
     try:

@@ -8,8 +8,8 @@ from mmengine import dist
 
 from ...models import attention_blocks, backbone_of
 from ...quantization import quantized_layers, search_weight_ranges
-from ...reconstruction import Recorder, UnitReconstruction, find_units, importance, settled_share
-from ...synthesis import GameConfig, lesson_view
+from ...reconstruction import Recorder, UnitReconstruction, find_units, importance, settled_share, unrelated
+from ...synthesis import lesson_view
 from .base import Stage
 from .learning import annealing, average_gradients, learnable_ranges, mean_over_processes, trainable
 
@@ -30,8 +30,10 @@ class ReconstructionStage(Stage):
 
     def prepare(self):
         loop = self.loop
-        self.units = find_units(loop.student, loop.targets, attention_blocks(backbone_of(loop.student)),
-                                loop.first_features)
+        found = find_units(loop.student, loop.targets, attention_blocks(backbone_of(loop.student)), loop.first_features)
+        parameters = trainable(loop.student, loop.targets)
+        self.units = [unit for unit in found if any(name.startswith(f'{unit.name}.') for name in parameters) or
+                      self.quantization.reconstruction.range_lr and learnable_ranges(loop.student, (f'{unit.name}.', ))]
         self.updates = len(self.units) * self.quantization.reconstruction.steps
 
     def start(self):
@@ -60,8 +62,8 @@ class ReconstructionStage(Stage):
         for _ in range(count - 1):
             for batch in loop.images:
                 others = [image for other in loop.images if other.shape[1:] == batch.shape[1:] for image in other]
-                views.append(lesson_view(batch, others, self.quantization.synthesis, GameConfig(), loop.low, loop.high,
-                                         rng))
+                views.append(lesson_view(batch, others, self.quantization.synthesis, self.quantization.game, loop.low,
+                                         loop.high, rng))
         return views
 
     def begin(self, number, restored=None):
@@ -83,6 +85,8 @@ class ReconstructionStage(Stage):
                                        generator) if config.final else [None] * unit.calls
         for view, exact, found in zip(self.views, *(recorder.record(number) for recorder in self.recorders)):
             samples += [(a[0], b[0], a[1], w) for a, b, w in zip(exact, found, weights[view.shape[2:]])]
+        if not unit.felt or unrelated([sample[0] for sample in samples], [sample[1] for sample in samples]):
+            samples = [(exact, exact, aim, weight) for exact, _, aim, weight in samples]
         inside = (f'{unit.name}.', )
         parameters = {n: p for n, p in self.parameters.items() if n.startswith(inside)}
         self.ranges = learnable_ranges(loop.student, inside) if config.range_lr else {}
@@ -96,7 +100,7 @@ class ReconstructionStage(Stage):
             self.current.load_state_dict(restored, rounded)
         else:
             self.initial, error = self.current.search()
-            if self.quantization.game.weight_ranges == 'mse':
+            if config.weight_ranges == 'mse':
                 error = self.choose_weight_ranges(student, list(parameters.values()), error)
             self.current.start(rounded, error)
 
