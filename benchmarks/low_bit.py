@@ -70,6 +70,10 @@ def main():
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--out', type=Path, default=Path('work_dirs/low_bit'))
     args = parser.parse_args()
+    labels = [label for label, *_ in variants()]
+    for word in args.only:
+        if not any(word in label for label in labels):
+            parser.error(f"--only {word}: no row has it in its label; these are {'; '.join(labels)}")
     from mmengine.config import Config
 
     from psaq_mm.engine import compare, markdown, with_stanza, write_json

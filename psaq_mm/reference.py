@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from .stanza import RECIPES, ROOT, QuantizationConfig
+from .stanza import RECIPES, ROOT, QuantizationConfig, flat
 
 
 def _kind(annotation) -> str:
@@ -31,15 +31,6 @@ def _limits(field) -> str:
                     if hasattr(limit, name))
 
 
-def _flat(nested: dict, path: str = ''):
-    """Yield the values of nested dicts by their dotted names."""
-    for key, value in nested.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f'{path}{key}.')
-        else:
-            yield path + key, value
-
-
 def reference() -> str:
     """The reference of the stanza, Markdown, from the classes it is parsed by: docs/stanza.md."""
     lines = ['# The stanza', '', 'Written by `python -m psaq_mm.reference > docs/stanza.md` from the classes that '
@@ -49,7 +40,7 @@ def reference() -> str:
              'wrong key, type, value or name pattern is one clear error before any work starts. On the command line: '
              '`--cfg-options quantization.synthesis.steps=200`.', '']
 
-    low_bit = dict(_flat(RECIPES['low_bit']))
+    low_bit = dict(flat(RECIPES['low_bit']))
 
     def section(cls, path, default):
         title = path or ROOT

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import typing
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -84,10 +86,7 @@ class QuantizationConfig(FrozenConfig):
         return self
 
     @model_validator(mode='after')
-    def _check_players(self):
-        if self.synthesis.method == 'psaq_v2' and self.game.steps and self.synthesis.num_images < 2:
-            raise StanzaError(f'{ROOT}.synthesis.num_images = {self.synthesis.num_images}: at least 2 for '
-                              "method 'psaq_v2', one evolves and one is held back")
+    def _check_reuse(self):
         if self.synthesis.reuse and not self.synthesis.method.startswith('psaq'):
             raise StanzaError(f'{ROOT}.synthesis.reuse = {self.synthesis.reuse!r}: only for psaq_v1 and psaq_v2, '
                               f"not for '{self.synthesis.method}'")
@@ -113,12 +112,30 @@ class QuantizationConfig(FrozenConfig):
             raise StanzaError(_explain(error, cls, ROOT)) from None
 
     def settled(self) -> QuantizationConfig:
-        """Return the stanza with the defaults of its recipe, and the recipe named."""
+        """Return the stanza with the defaults of its recipe, and the recipe named.
+
+        Raises:
+            StanzaError: Where there are too few images for the game.
+        """
         recipe = self.recipe or ('low_bit' if self.least_bits < 8 else 'paper')
         defaults = dict(RECIPES[recipe])
         if self.synthesis.method == 'noise':  # stays what it says
             defaults.pop('synthesis', None)
-        return _with_defaults(self.model_copy(update=dict(recipe=recipe)), defaults)
+        found = _with_defaults(self.model_copy(update=dict(recipe=recipe)), defaults)
+        if found.synthesis.method == 'psaq_v2' and found.game.steps and found.synthesis.num_images < 2:
+            raise StanzaError(f'{ROOT}.synthesis.num_images = {found.synthesis.num_images}: at least 2 for the game, '
+                              f'one evolves and one is held back. Or leave the game out: {ROOT}.game.steps=0')
+        return found
+
+    @property
+    def departures(self) -> list[str]:
+        """What the stanza itself says otherwise than its recipe, as 'synthesis.num_images=24'."""
+        settled = self.settled()
+        wanted = RECIPES[settled.recipe]
+        if not settled.synthesis.method.startswith('psaq'):
+            wanted = {name: value for name, value in wanted.items() if name != 'synthesis'}
+        return [f'{name}={value!r}' for name, usual in flat(wanted)
+                if (value := functools.reduce(getattr, name.split('.'), settled)) != usual]
 
     @property
     def least_bits(self) -> int:
@@ -185,6 +202,15 @@ class QuantizationConfig(FrozenConfig):
 def reads_pixels(layer) -> bool:
     """Whether a layer reads the image itself, as the patch embedding or a stem does; the conversion finds out."""
     return getattr(layer, 'reads_pixels', False)
+
+
+def flat(nested: dict, before: str = '') -> Iterator[tuple[str, object]]:
+    """Yield the values in nested dicts with their dotted names."""
+    for name, value in nested.items():
+        if isinstance(value, dict):
+            yield from flat(value, f'{before}{name}.')
+        else:
+            yield before + name, value
 
 
 def _with_defaults(config: FrozenConfig, defaults: dict) -> FrozenConfig:

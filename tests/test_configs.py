@@ -380,8 +380,11 @@ def test_where_the_net_cannot_write_it_takes_a_temporary_file(tmp_path, capsys):
     path.unlink()
 
 
-@pytest.mark.parametrize('cause', [False, True])
-def test_ctrl_c_is_one_line(capsys, cause):
+@pytest.mark.parametrize('cause, left, words', [
+    (False, True, ', --resume goes on'), (True, True, ', --resume goes on'),
+    (False, False, '. Nothing to go on from was written yet')])
+def test_ctrl_c_is_one_line(capsys, monkeypatch, cause, left, words):
+    monkeypatch.setattr(sys.modules['psaq_mm.engine.pipeline'], 'was_interrupted', lambda work_dir: left)
 
     def work(args):
         try:
@@ -391,7 +394,7 @@ def test_ctrl_c_is_one_line(capsys, cause):
                 raise SyntaxError('a library of theirs') from None
             raise
 
-    assert status(work, capsys, resume=False) == (130, 'interrupted, --resume goes on\n')
+    assert status(work, capsys, resume=False) == (130, f'interrupted{words}\n')
 
 
 @pytest.mark.parametrize('args, words', [

@@ -57,7 +57,7 @@ def test_survives_a_config_file(tmp_path):
     (dict(synthesis=dict(size=(8, 224))), ['at least 32']),
     (dict(synthesis=dict(lr=-1.0)), ['quantization.synthesis.lr = -1.0', 'greater than 0']),
     (dict(synthesis=dict(steps=0)), ['quantization.synthesis.steps = 0']),
-    (dict(synthesis=dict(num_images=1)), ['quantization.synthesis.num_images = 1', 'at least 2', 'psaq_v2']),
+    (dict(synthesis=dict(num_images=1)), ['quantization.synthesis.num_images = 1', 'at least 2', 'game.steps=0']),
     (dict(game=dict(holdout=1.0)), ['quantization.game.holdout = 1.0', 'less than 1']),
     (dict(overrides=[dict(pattern='*', weight=dict(bits=1))]), ['quantization.overrides.0.weight.bits = 1']),
     (dict(overrides=[dict(pattern='*', weight=dict(bitz=4))]), ['overrides.0.weight.bitz', "did you mean 'bits'"]),
@@ -125,3 +125,24 @@ def test_the_recipe_of_a_stanza_that_names_none(changes, recipe):
     (dict(reconstruction=dict(steps=9, weight_ranges='calibrated'), game=dict(steps=0)), False)])
 def test_whether_weights_get_ranges_of_least_squared_error(changes, searches):
     assert QuantizationConfig.parse(changes).searches_weight_ranges == searches
+
+
+def test_the_game_wants_two_images_where_it_is_played():
+    with pytest.raises(StanzaError, match=r'num_images = 1: at least 2 for the game.*game\.steps=0'):
+        QuantizationConfig.parse(dict(synthesis=dict(num_images=1)))
+    QuantizationConfig.parse(dict(weight=dict(bits=4), synthesis=dict(num_images=1)))  # 'low_bit' has no game
+
+
+def test_what_a_stanza_says_otherwise_than_its_recipe():
+    assert QuantizationConfig.parse(dict(weight=dict(bits=4))).departures == []
+    assert QuantizationConfig.parse(dict(game=dict(steps=9))).departures == []  # the paper's recipe names nothing
+    stanza = dict(weight=dict(bits=4), synthesis=dict(steps=100, start='dead_leaves'), game=dict(steps=120))
+    assert QuantizationConfig.parse(stanza).departures == ['synthesis.steps=100', 'game.steps=120']
+    stanza['synthesis'] = dict(method='noise')  # makes no images by any recipe
+    assert QuantizationConfig.parse(stanza).departures == ['game.steps=120']
+
+
+@pytest.mark.parametrize('key', ['final', 'range_lr', 'rounding_lr'])
+def test_infinite_numbers_are_refused(key):
+    with pytest.raises(StanzaError, match=rf'quantization\.reconstruction\.{key} = inf'):
+        QuantizationConfig.parse(dict(reconstruction={key: float('inf')}))

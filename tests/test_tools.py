@@ -41,7 +41,7 @@ def test_what_is_written(quantized_run):
     for word in ('full precision', 'quantized W8A8 (backbone, neck)', 'box AP', 'mask AP', 'size, MB', 'minutes'):
         assert word in printed
     log = ''.join(path.read_text() for path in work_dir.rglob('*.log'))
-    for word in ('Stage 1/3', 'Stage 2/3', 'Stage 3/3', 'eta:', 'entropy:', 'discrepancy:', 'Game over'):
+    for word in ('Stage 1/3', 'Stage 2/3', 'Stage 3/3', 'eta:', 'entropy:', 'discrepancy:', 'The game is over'):
         assert word in log
     assert list(work_dir.rglob('vis_data/vis_image/synthetic_*.png'))  # through the Visualizer
 

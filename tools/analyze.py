@@ -98,6 +98,10 @@ def write(args, cfg, own):
     for name, numbers in compared.items():
         table.add_row(name, f"{numbers['size_mb']:.2f}", f"{numbers['sqnr']:.1f}", f"{numbers['sqnr_weights']:.1f}")
     console.print(table)
+    own_bits = f'W{stanza.weight.bits}A{stanza.activation.bits}'
+    if own_bits in compared and compared['mixed']['sqnr'] <= compared[own_bits]['sqnr']:
+        limit = ': activations limit this model. --bops gives these more bits, too' if args.bops is None else ''
+        console.print(f'The mixture is no better than {own_bits}{limit}.')
 
 
 if __name__ == '__main__':

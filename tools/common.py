@@ -189,7 +189,7 @@ def explain(args, error):
         return 2
     # Libraries turn Ctrl-C into errors of their own, as when it comes during an import.
     if any(isinstance(part, KeyboardInterrupt) for part in chain(error)):
-        print('interrupted' + (', --resume goes on' if hasattr(args, 'resume') else ''), file=sys.stderr)
+        print('interrupted' + goes_on(args), file=sys.stderr)
         return 130
     stage = getattr(error, 'doing', None) or ('starting' if 'psaq_mm' not in sys.modules else 'working')
     text = ' '.join(str(error).split())
@@ -200,6 +200,16 @@ def explain(args, error):
     message += f' The traceback is in {write_error(args, error)}; --debug shows it'
     print(message, file=sys.stderr)
     return 2
+
+
+def goes_on(args):
+    """What --resume would do now, of commands that have it."""
+    if not hasattr(args, 'resume'):
+        return ''
+    pipeline = sys.modules.get('psaq_mm.engine.pipeline')
+    if pipeline and pipeline.was_interrupted(getattr(args, 'work_dir', None) or ''):
+        return ', --resume goes on'
+    return '. Nothing to go on from was written yet'
 
 
 def finished(folder):

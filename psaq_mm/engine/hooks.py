@@ -66,9 +66,10 @@ class QuantizationHook(Hook):
         # A checkpoint follows: initialising weights would cost time and print that training starts from scratch.
         model._is_init = True
         config = self.quantization
+        departures = f", but for {', '.join(config.departures)}" if config.departures else ''
         runner.logger.info(f'{len(quantized_layers(model))} layers of {", ".join(scope(model, config))} are quantized: '
                            f"W{config.weight.bits}A{config.activation.bits}, placement '{config.placement}', "
-                           f"recipe '{config.recipe}'")
+                           f"recipe '{config.recipe}'{departures}")
 
 
 @HOOKS.register_module()

@@ -41,6 +41,18 @@ QUANTIZER_STATE = ('_quantizer.scale', '_quantizer.zero_point')  # ends of names
 SILENCE = 30  # seconds after which a line says how far a stage without iterations is; our choice
 
 
+def differences(theirs: dict, ours: dict, before: str = '') -> list[tuple[str, object, object]]:
+    """Return dotted name and both values of whatever differs in two nested dicts."""
+    found = []
+    for key in sorted({*theirs, *ours}):
+        was, now = theirs.get(key), ours.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            found += differences(was, now, f'{before}{key}.')
+        elif was != now:
+            found.append((f'{before}{key}', was, now))
+    return found
+
+
 def read_images(path: str, key: str = f'{ROOT}.synthesis.reuse', name: str = 'synthetic.pt') -> list[torch.Tensor]:
     """Image batches of an earlier run, (B, 3, H, W) each.
 
@@ -120,6 +132,7 @@ class DataFreeLoop(BaseLoop):
         self.runner.call_hook('before_train_epoch')
         for stage in self.stages[self.stages.index(self.stage):]:
             self.stage = stage
+            self.forget_numbers()
             with self.clock():
                 stage.start()
             stage.restored = None
@@ -132,6 +145,12 @@ class DataFreeLoop(BaseLoop):
         self.runner.call_hook('after_train_epoch')
         self.runner.call_hook('after_train')
         return self.runner.model
+
+    def forget_numbers(self):
+        """Take the numbers of earlier stages out of mmengine's log lines."""
+        known = self.runner.message_hub.log_scalars
+        for name in {name for update in self.history for name in update}:
+            known.pop(f'train/{name}', None)
 
     def iteration(self):
         """Make one update of the present stage, between mmengine's hooks."""
@@ -258,9 +277,11 @@ class DataFreeLoop(BaseLoop):
             raise
         except Exception as error:
             size = ' x '.join(map(str, image.shape[-2:]))
+            mend = f'set {ROOT}.synthesis.size'
+            if self.quantization.synthesis.reuse:
+                mend = f'{ROOT}.synthesis.reuse is of another model: leave it out, or give that of a run on this one'
             raise UserError(f'{type(self.student).__name__} cannot compute features of an image of {size} '
-                            f'({type(error).__name__}: {error}). Where the size is wrong, set {ROOT}.synthesis.size') \
-                from error
+                            f'({type(error).__name__}: {error}). Where the size is wrong, {mend}') from error
 
     def load_images(self):
         """Take starts from the data set, or with method 'real' the images of the calibration data loader."""
@@ -348,10 +369,10 @@ class DataFreeLoop(BaseLoop):
             raise UserError('--resume: an earlier version of psaq_mm began the run in this work dir. Finish it with '
                             'that version, or start afresh without --resume')
         theirs, ours = state['settings'], self.settings()
-        changed = sorted(key for key in ours if ours[key] != theirs.get(key))
+        changed = differences(theirs, ours)
         if changed:
             raise UserError('--resume: the interrupted run in this work dir had other settings ('
-                            + '; '.join(f'{key} was {theirs.get(key)!r}, is {ours[key]!r}' for key in changed)
+                            + '; '.join(f'{key} was {was!r}, is {now!r}' for key, was, now in changed)
                             + '). Restore them, or start afresh without --resume or with another --work-dir')
         self.restored = state
         self.stage = self.find(state['stage'])

@@ -272,6 +272,8 @@ def explained_failures(cfg: Config, quantization: QuantizationConfig) -> Iterato
             f'({type(error).__name__}: {(str(error) or "no more is known").splitlines()[0]}). '
             + ('' if synthesis.checkpointing else f'{resume}, with less memory if {ROOT}.synthesis.checkpointing=True '
                'is set. Or ') + f'set a smaller {ROOT}.synthesis.batch_size or {ROOT}.synthesis.size and start afresh'
+            + (f'. In the reconstruction, fewer {ROOT}.reconstruction.views help, too'
+               if quantization.reconstruction.steps else '')
         ) from error
 
 

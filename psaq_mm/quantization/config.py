@@ -17,7 +17,7 @@ MOMENTUM = 0.1
 
 class FrozenConfig(BaseModel):
     """Base of all settings: immutable, no unknown keys, no silent conversion of types."""
-    model_config = ConfigDict(frozen=True, extra='forbid', strict=True)
+    model_config = ConfigDict(frozen=True, extra='forbid', strict=True, allow_inf_nan=False)
 
 
 class WeightConfig(FrozenConfig):

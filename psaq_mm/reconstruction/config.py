@@ -21,7 +21,7 @@ class ReconstructionConfig(FrozenConfig):
         'two integers')
     range_lr: float = Field(
         0.01, ge=0, description='peak learning rate of Adam for the logarithms of the ends of the ranges of what goes '
-        'into products and convolutions; 0: ranges stay as they were calibrated')
+        'into products and convolutions, after a search among shares of them; 0: ranges stay as they were calibrated')
     weights: Literal['rounding', 'free'] = Field(
         'rounding', description="'rounding': a weight stays between the two integers around it, learns which is "
         "better, and settles there; 'free': it goes where the error leads")
@@ -35,10 +35,10 @@ class ReconstructionConfig(FrozenConfig):
         None, ge=1, description="random views of each image that the blocks learn from, made as the game's "
         '(`game.crop`, `color`, `mix`); None: so many that there are about 128 in all')
     final: float = Field(
-        0.5, ge=0, description="weight of the error of the final features, to first order, beside the error of the "
-        "block's own output; 0: none")
-    probes: int = Field(4, ge=1, description='batches, each in one random direction of the final features, that the '
-                        'former is known from')
+        0.5, ge=0, description="weight of what an error of the block does to the final features, by their gradient, "
+        "beside the error of the block's own output; 0: none")
+    probes: int = Field(4, ge=1, description='batches that this gradient is measured on, each in one random direction '
+                        'of the final features')
 
     def views_of_each(self, images: int) -> int:
         """Return how many views of each image there are, of so many images in all processes together."""

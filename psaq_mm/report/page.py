@@ -7,6 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
+from ..quantization.analysis import CEILING
 from .tables import METRICS, fidelity_of, metric_names, shown, title_of
 
 SIDE = 256  # pixels that pictures in the page have at most
@@ -119,4 +120,6 @@ def render(content: dict) -> str:
     advised = advice(layers)
     return environment.get_template('page.html').render(
         dict(content, gallery=pairs, layers=layers, advice=advised, to_try=stanza_of(advised), verdict=word,
-             sentence=sentence, metrics=metric_rows(content['result']), low=LOW_SQNR))
+             sentence=sentence, metrics=metric_rows(content['result']), low=LOW_SQNR, ceiling=CEILING,
+             learned=any('weight' in layer['operands'] and layer['operands']['weight']['sqnr'] >= CEILING
+                         for layer in layers)))

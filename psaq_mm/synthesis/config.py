@@ -32,10 +32,11 @@ class SynthesisConfig(FrozenConfig):
                       '0.20 to 0.25')
     warmup: float = Field(0.2, ge=0, lt=1, description='share of the steps with a rising learning rate; V1: 100 of 500')
     patience: int | None = Field(
-        None, ge=1, description='a batch is done early when its entropy has not risen by 0.01 nats a block for so many '
-        'steps; None: never')
+        None, ge=1, description='a batch is done early when its entropy has not risen by 0.01 nats a block (without an '
+        'entropy, its diversity by 0.01) for so many steps; None: never')
     warm_start: float = Field(
-        0.0, ge=0, lt=1, description='share of the previous batch in where a batch starts, the rest is noise')
+        0.0, ge=0, lt=1, description='share of the previous batch in where a batch starts; the rest is what `start` '
+        'says')
     checkpointing: bool = Field(
         False, description='compute attention blocks again in the backward pass instead of keeping their activations: '
         'for images too large for the memory; slower')

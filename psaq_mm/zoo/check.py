@@ -224,7 +224,7 @@ def check_config(path, work_dir, size: int = SIZE, stanza: dict | None = None) -
     # An encoder that reads text as well runs in predictions only, of which calibration has none.
     targets = [target for target in TARGETS if names.get(target) is not None
                and not (target == 'encoder' and 'language_model' in names)]
-    cfg.quantization = dict(stanza or {}, targets=targets or None, reconstruction=dict(steps=2, views=1) if (
+    cfg.quantization = dict(stanza or {}, targets=targets or None, reconstruction=dict(steps=2, views=2) if (
                                 stanza or {}).get('recipe') == 'low_bit' else {},
                             synthesis=dict(num_images=2, batch_size=1, size=(size, size), steps=2), game=dict(steps=2))
     quantization, content, *_ = check(cfg, str(weights), False)

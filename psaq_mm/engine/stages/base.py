@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from ..loop import DataFreeLoop
 
 
+def counted(number: int, what: str) -> str:
+    """Return '1 turn' or '2 turns'."""
+    return f'{number} {what}' + 's' * (number != 1)
+
+
 class Stage:
     """One part of a data-free run: its updates, its numbers for the log, its state for resume.
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from ...models import extract_features
 from ...quantization import calibrate, reparameterize
-from .base import Stage
+from .base import Stage, counted
 from .learning import mean_over_processes, reduce_range
 
 
@@ -31,9 +31,11 @@ class CalibrationStage(Stage):
         found = reparameterize(self.loop.student, run, self.loop.first_features, reduce_range, mean_over_processes)
         changed, left, log = found['changed'], found['left'], self.loop.runner.logger.info
         if changed:
-            log(f'{len(changed)} norms reparameterised: mean error of the layers behind them, squared and relative, '
+            log(f'{counted(len(changed), "norm")} reparameterised: squared error of the layers behind, over the power '
+                'of their outputs, on average '
                 + ' -> '.join(f'{sum(site[key] for site in changed.values()) / len(changed):.2e}'
                               for key in ('before', 'after')))
         for reason in dict.fromkeys(left.values()):
             names = [name for name, why in left.items() if why == reason]
-            log(f'{len(names)} norms left alone, as {reason}: {", ".join(names[:3])}' + ', ...' * (len(names) > 3))
+            shown = ', '.join(names[:3]) + ', ...' * (len(names) > 3)
+            log(f'{counted(len(names), "norm")} left alone ({shown}): {reason}')

@@ -9,7 +9,7 @@ from ...errors import UserError
 from ...quantization import FakeQuantizer, search_weight_ranges
 from ...stanza import ROOT
 from ...synthesis import Game
-from .base import Stage
+from .base import Stage, counted
 from .learning import annealing, average_gradients, learnable_ranges, mean_over_processes, trainable
 
 
@@ -72,7 +72,7 @@ class GameStage(Stage):
         if worse:
             restore()
         self.loop.runner.logger.info(
-            f'Weight ranges of least squared error {"put back" if worse else "kept"}: '
+            f'Weight ranges of least squared error {"tried and dropped, as they are worse" if worse else "taken"}: '
             f'discrepancy on held-back images {self.game.initial:.4f} -> {found:.4f}')
 
     def depended_on(self, parameters):
@@ -206,7 +206,7 @@ class GameStage(Stage):
             module.train()
             module.eval()
         self.loop.runner.logger.info(
-            f'Game over after {game.turns} turns, {game.student_updates} student and '
+            f'The game is over after {counted(game.turns, "turn")}, {game.student_updates} student and '
             f'{game.image_updates} image updates: discrepancy on held-back images '
             f'{game.initial:.4f} -> {game.best:.4f}')
 

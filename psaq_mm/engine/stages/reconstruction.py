@@ -1,6 +1,7 @@
 """Reconstruction: block after block learns to put out what its full-precision original does."""
 from __future__ import annotations
 
+import math
 import random
 
 import torch
@@ -83,7 +84,9 @@ class ReconstructionStage(Stage):
         for size, views in sizes.items():
             weights[size] = importance(teacher, [lambda view=view: run_teacher(view) for view in views[:config.probes]],
                                        generator) if config.final else [None] * unit.calls
+        step = loop.progress(f'recording {unit.name}', len(self.views))
         for view, exact, found in zip(self.views, *(recorder.record(number) for recorder in self.recorders)):
+            step()
             samples += [(a[0], b[0], a[1], w) for a, b, w in zip(exact, found, weights[view.shape[2:]])]
         if not unit.felt or unrelated([sample[0] for sample in samples], [sample[1] for sample in samples]):
             samples = [(exact, exact, aim, weight) for exact, _, aim, weight in samples]
@@ -136,8 +139,12 @@ class ReconstructionStage(Stage):
             for quantizer in self.ranges.values():
                 quantizer.fix_range()
             self.current, self.ranges = None, {}
-            self.loop.runner.logger.info(f'{self.units[number].name}: squared error, relative, as calibrated '
-                                         f'{self.initial:.4g}, searched {started:.4g}, learned {now:.4g}')
+            log = self.loop.runner.logger
+            log.info(f"{self.units[number].name}: error of its output, squared, over the output's power: "
+                     f'{self.initial:.4g} as calibrated, {started:.4g} with ranges searched, {now:.4g} learned')
+            if not math.isfinite(now):
+                log.warning(f'{self.units[number].name} puts out no finite numbers: the quantized model is of no use. '
+                            'Check the checkpoint; try without --amp')
         return log
 
     def finish(self):

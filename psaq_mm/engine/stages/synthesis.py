@@ -29,7 +29,12 @@ class SynthesisStage(Stage):
     def start(self):
         images = self.loop.images
         if self.restored is None:
-            self.announce(f'synthesis of {sum(map(len, images))} images in {len(images)} batches')
+            self.announce(f'synthesis of {sum(map(len, images))} images in batches of '
+                          f'{self.quantization.synthesis.batch_size}')
+            if self.quantization.synthesis.diversity and any(len(batch) == 1 for batch in images):
+                self.loop.runner.logger.warning(
+                    'A batch has one image, and diversity is the difference between the images of a batch: let '
+                    'quantization.synthesis.batch_size divide num_images, and be 2 or more')
             return
         self.plateau = dict(self.restored['plateau'])
         if self.restored['optimizer'] is not None:
