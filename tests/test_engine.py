@@ -496,7 +496,7 @@ def test_resume_with_other_settings_is_refused(small_config, tmp_path, killed_at
     killed_at(2)
     with pytest.raises(KeyboardInterrupt):
         run(config(small_config, tmp_path))
-    with pytest.raises(UserError, match='--resume.*synthesis was.*steps'):
+    with pytest.raises(UserError, match=r'--resume.*\(synthesis\.steps was 4, is 5\)'):
         run(config(small_config, tmp_path, **{'synthesis.steps': 5}), resume=True)
 
 

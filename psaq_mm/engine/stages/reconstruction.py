@@ -139,11 +139,11 @@ class ReconstructionStage(Stage):
             for quantizer in self.ranges.values():
                 quantizer.fix_range()
             self.current, self.ranges = None, {}
-            log = self.loop.runner.logger
-            log.info(f"{self.units[number].name}: error of its output, squared, over the output's power: "
+            logger = self.loop.runner.logger
+            logger.info(f"{self.units[number].name}: error of its output, squared, over the output's power: "
                      f'{self.initial:.4g} as calibrated, {started:.4g} with ranges searched, {now:.4g} learned')
             if not math.isfinite(now):
-                log.warning(f'{self.units[number].name} puts out no finite numbers: the quantized model is of no use. '
+                logger.warning(f'{self.units[number].name} puts out no finite numbers: the quantized model is of no use. '
                             'Check the checkpoint; try without --amp')
         return log
 
