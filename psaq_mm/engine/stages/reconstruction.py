@@ -143,8 +143,8 @@ class ReconstructionStage(Stage):
             logger.info(f"{self.units[number].name}: error of its output, squared, over the output's power: "
                      f'{self.initial:.4g} as calibrated, {started:.4g} with ranges searched, {now:.4g} learned')
             if not math.isfinite(now):
-                logger.warning(f'{self.units[number].name} puts out no finite numbers: the quantized model is of no use. '
-                            'Check the checkpoint; try without --amp')
+                logger.warning(f'{self.units[number].name} puts out no finite numbers: the quantized model is of no '
+                               'use. Check the checkpoint; try without --amp')
         return log
 
     def finish(self):
