@@ -79,3 +79,31 @@ def test_the_tour():
     worse, better = (float(text) for text in re.findall(r'cosine of features (\S+)', done.stdout))
     assert worse < better
     assert len(re.findall(r': \d+\.\d dB', done.stdout)) == 3
+
+
+def test_rows_of_the_ablation_change_what_they_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'benchmarks'))
+    import low_bit
+
+    from psaq_mm.stanza import QuantizationConfig, flat
+
+    def settings(changes):
+        changes = {key: dict(value) if isinstance(value, dict) else value for key, value in changes.items()}
+        for side in ('weight', 'activation'):
+            changes[side] = dict(changes.get(side, {}), bits=4)
+        return dict(flat(QuantizationConfig.parse(changes).to_dict()))
+
+    rows = {label: settings(changes) for label, _, changes in low_bit.variants()}
+    assert len(rows) == len({label: None for label, *_ in low_bit.variants()})
+
+    def changed(label, base):
+        return {key for key, value in rows[label].items() if value != rows[base][key]} - {'recipe'}
+
+    paper, ours = 'paper, psaq_v1', 'low_bit'
+    everything = changed(ours, paper)
+    parts = [changed(f'paper, psaq_v1, with {part} of ours', paper) for part in low_bit.PARTS]
+    assert set().union(*parts, {'game.steps'}) == everything and all(parts)
+    for part, keys in zip(low_bit.PARTS, parts):
+        assert changed(f'low_bit without {part}', ours) == keys
+    for part in low_bit.SMALLER:
+        assert len(changed(f'low_bit without {part}', ours)) == 1
