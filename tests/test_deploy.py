@@ -120,6 +120,25 @@ def test_windows_of_other_grids(activation, tmp_path):
         assert sqnr(ours, theirs) > min(sqnr(reference, ours), 40) - 3
 
 
+@pytest.mark.parametrize('builder', ['mmdet_swin', 'timm_vit'])
+def test_residual_sums_of_placement_all(builder, tmp_path):
+    torch.manual_seed(0)
+    model = FAMILIES_BY_NAME[builder]().eval()
+    images, single = images_for(model, 2), is_classifier(model)
+    targets = dict(targets=['backbone', 'head']) if single else {}
+    model = calibrated(model, dict(targets, placement='all'), images, single)
+    export_graph(model, tmp_path / 'all.onnx', tuple(images.shape[-2:]), not single)
+    with torch.no_grad():
+        expected = Features(model)(images[:1])
+        set_mode(model, Mode.FLOAT)
+        full = Features(model)(images[:1])
+    for reference, ours, theirs in zip(full, expected, plain_session(tmp_path / 'all.onnx')(images[:1]), strict=True):
+        assert sqnr(ours, theirs) > min(sqnr(reference, ours), 40) - 3
+    sums = [name for name in quantizers(model) if name.endswith('_sum_quantizer')]
+    kinds = [node.op_type for node in onnx.load(str(tmp_path / 'all.onnx')).graph.node]
+    assert sums and kinds.count('QuantizeLinear') > len(sums) + len(quantized_layers(model)) - 8
+
+
 def test_what_a_graph_stores(exported):
     model, path = exported
     graph = onnx.load(str(path)).graph
