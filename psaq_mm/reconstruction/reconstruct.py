@@ -22,8 +22,8 @@ from .recording import given
 from .rounding import LearnedRounding
 
 SHARES = (0.85, 0.7, 0.55, 0.42, 0.3, 0.2, 0.12, 0.07, 0.04)  # of a calibrated range, that are tried; our choice
-SEARCHED = 4  # batches that they are tried on, at least one of each shape; our choice
-POSITIONS = 2048  # tokens or pixels that an update learns from, and each batch of the search has, where an image can do
+SEARCHED = 32  # images that they are tried on, or about as many; our choice
+POSITIONS = 8192  # tokens or pixels that an update learns from, and each batch of the search has, where an image can do
 # without the others of its batch; our choice
 
 
@@ -65,6 +65,12 @@ def importance(unit: nn.Module, runs: Sequence[Callable[[], Sequence[Tensor]]], 
             sums = squares if sums is None else [a + b for a, b in zip(sums, squares)]
     weights = iter([total / mean if (mean := total.mean()) > 0 else torch.ones_like(total) for total in sums])
     return [[next(weights) for _ in call] for call in outputs]
+
+
+def images_of(output) -> int:
+    """Return how many images a unit's output is of: the length of its first axis, 1 where there is none."""
+    first = floats(output)[0]
+    return len(first) if first.dim() else 1
 
 
 def of_images(nested, chosen: slice | Tensor, total: int):
@@ -196,8 +202,7 @@ class UnitReconstruction:
     def part(self, sample: tuple, rng: random.Random) -> tuple:
         """Return what an update learns from: as many images of a sample as it needs, drawn at random."""
         exact, quantized, aims, weights = sample
-        first = floats(aims)[0]
-        total = len(first) if first.dim() else 1
+        first, total = floats(aims)[0], images_of(aims)
         if first.shape not in self.enough:
             with self.precision():
                 self.enough[first.shape] = enough_images(self.unit, quantized, aims) if total > 1 else 1
@@ -259,9 +264,10 @@ class UnitReconstruction:
         rng, kinds = random.Random(0), {}
         for sample in self.samples:  # levels of a pyramid, sizes of images: of each some
             kinds.setdefault(tuple(value.shape[1:] for value in floats(sample[2])), []).append(sample)
-        each = math.ceil(SEARCHED / len(kinds))
-        seen = [self.part(sample, rng) for kind in kinds.values()
-                for sample in kind[::max(1, len(kind) // each)][:each]]
+        seen = []
+        for kind in kinds.values():
+            parts = max(1, round(SEARCHED / len(kinds) / images_of(self.part(kind[0], rng)[2])))
+            seen += [self.part(sample, rng) for sample in kind[::max(1, len(kind) // parts)][:parts]]
 
         def error():
             return self.mean(sum(self.combined(*self.loss(sample)).item() for sample in seen) / len(seen))
