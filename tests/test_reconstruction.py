@@ -238,6 +238,11 @@ def test_units_that_features_depend_on():
     assert [unit.name for unit in units if not unit.felt] == ['roi_head.bbox_head']
 
 
+def test_targets_without_a_unit_have_none():
+    model = nn.Sequential(nn.Linear(3, 3))
+    assert find_units(model, ['0'], [], lambda: [model(torch.randn(2, 3))]) == []
+
+
 def test_inputs_of_other_things_are_unrelated():
     value = torch.randn(4, 5)
     same = [((value, ), {})]

@@ -32,25 +32,13 @@ from ..models import (
 )
 from ..quantization import Mode, quantizers, set_mode, unused_quantizers
 from ..registry import LOOPS
-from ..stanza import ROOT, QuantizationConfig
+from ..stanza import ROOT, QuantizationConfig, flat
 from ..synthesis import PatchSimilarityTap, listening, valid_range
 from .checkpoint import load_float, load_safely, read_checkpoint
 from .stages import STAGES, Stage
 
 QUANTIZER_STATE = ('_quantizer.scale', '_quantizer.zero_point')  # ends of names
 SILENCE = 30  # seconds after which a line says how far a stage without iterations is; our choice
-
-
-def differences(theirs: dict, ours: dict, before: str = '') -> list[tuple[str, object, object]]:
-    """Return dotted name and both values of whatever differs in two nested dicts."""
-    found = []
-    for key in sorted({*theirs, *ours}):
-        was, now = theirs.get(key), ours.get(key)
-        if isinstance(was, dict) and isinstance(now, dict):
-            found += differences(was, now, f'{before}{key}.')
-        elif was != now:
-            found.append((f'{before}{key}', was, now))
-    return found
 
 
 def read_images(path: str, key: str = f'{ROOT}.synthesis.reuse', name: str = 'synthetic.pt') -> list[torch.Tensor]:
@@ -369,10 +357,11 @@ class DataFreeLoop(BaseLoop):
             raise UserError('--resume: an earlier version of psaq_mm began the run in this work dir. Finish it with '
                             'that version, or start afresh without --resume')
         theirs, ours = state['settings'], self.settings()
-        changed = differences(theirs, ours)
+        theirs, ours = dict(flat(theirs)), dict(flat(ours))
+        changed = sorted(key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key))
         if changed:
             raise UserError('--resume: the interrupted run in this work dir had other settings ('
-                            + '; '.join(f'{key} was {was!r}, is {now!r}' for key, was, now in changed)
+                            + '; '.join(f'{key} was {theirs.get(key)!r}, is {ours.get(key)!r}' for key in changed)
                             + '). Restore them, or start afresh without --resume or with another --work-dir')
         self.restored = state
         self.stage = self.find(state['stage'])

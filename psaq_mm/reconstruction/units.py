@@ -35,6 +35,8 @@ def felt_modules(modules: Collection[nn.Module], run: Callable[[], Iterable[Tens
         modules (Collection[nn.Module]): In a model.
         run (Callable): Runs the model and returns its features.
     """
+    if not modules:
+        return set()
     marks = {module: torch.zeros((), requires_grad=True) for module in modules}
 
     def mark(module, args, output):

@@ -32,14 +32,13 @@ class ReconstructionStage(Stage):
     def prepare(self):
         loop = self.loop
         found = find_units(loop.student, loop.targets, attention_blocks(backbone_of(loop.student)), loop.first_features)
-        parameters = trainable(loop.student, loop.targets)
-        self.units = [unit for unit in found if any(name.startswith(f'{unit.name}.') for name in parameters) or
+        self.parameters = trainable(loop.student, loop.targets)
+        self.units = [unit for unit in found if any(name.startswith(f'{unit.name}.') for name in self.parameters) or
                       self.quantization.reconstruction.range_lr and learnable_ranges(loop.student, (f'{unit.name}.', ))]
         self.updates = len(self.units) * self.quantization.reconstruction.steps
 
     def start(self):
         loop, config = self.loop, self.quantization.reconstruction
-        self.parameters = trainable(loop.student, loop.targets)
         if not self.units:
             loop.runner.logger.warning('No reconstruction: features depend on no quantized layer of the targets '
                                        f'({", ".join(loop.targets)})')
@@ -141,7 +140,7 @@ class ReconstructionStage(Stage):
             self.current, self.ranges = None, {}
             logger = self.loop.runner.logger
             logger.info(f"{self.units[number].name}: error of its output, squared, over the output's power: "
-                     f'{self.initial:.4g} as calibrated, {started:.4g} with ranges searched, {now:.4g} learned')
+                        f'{self.initial:.4g} as calibrated, {started:.4g} with ranges searched, {now:.4g} learned')
             if not math.isfinite(now):
                 logger.warning(f'{self.units[number].name} puts out no finite numbers: the quantized model is of no '
                                'use. Check the checkpoint; try without --amp')
