@@ -9,10 +9,9 @@ Of synthesis: each number of steps calibrates the plain quantizer (psaq_v1: what
 Gaussian noise. Beside the accuracy stands the entropy of the images. Of the game: images of as many steps as the
 stanza says, made once, then psaq_v2 with ever more updates; 0 is the plain calibration. Beside the accuracy stands the
 discrepancy on held-back images, relative to that of the plain calibration. Writes steps.md, steps.png and steps.json;
-finished runs are not done again.
+the command skips finished runs.
 """
 import argparse
-import re
 import runpy
 import subprocess
 import sys
@@ -26,26 +25,17 @@ from run import CONFIGS as DEMOS  # noqa: E402
 
 STEPS = dict(synthesis=[0, 10, 25, 50, 100, 200], game=[0, 50, 100, 200, 400])
 GUIDES = dict(synthesis='entropy, nats a block', game='held-back discrepancy / plain')
-NUMBER = r'([-+0-9.e]+)'
 
 
-def logged(folder, pattern):
-    """The numbers where a run's log matches a pattern for the last time."""
-    logs = ''.join(path.read_text() for path in sorted(folder.rglob('*.log')))
-    found = re.findall(pattern, logs)
-    return found[-1] if found else None
+def entropy(run):
+    """Entropy of a block, nats, at the end of synthesis; of noise nan."""
+    return run['stages'].get('synthesis', {}).get('entropy', float('nan'))
 
 
-def entropy(folder):
-    """Entropy of a block, nats, at the end of synthesis."""
-    found = logged(folder, f' entropy: {NUMBER}')
-    return float(found) if found else float('nan')
-
-
-def remaining(folder):
+def remaining(run):
     """Discrepancy on held-back images after the game, as a share of that before."""
-    found = logged(folder, rf'Game over .* held-back images {NUMBER} -> {NUMBER}')
-    return float(found[1]) / float(found[0]) if found else 1.0
+    game = run['stages'].get('game')
+    return game['best'] / game['initial'] if game else 1.0
 
 
 def configs(tasks, bench, out):
@@ -117,11 +107,10 @@ def main():
                 method, changes = 'psaq_v1' if steps else 'noise', dict(synthesis=dict(steps=max(steps, 1)))
             work_dir = args.out / task / f'{steps}_steps'
             compared = compare(with_stanza(cfg, **changes), [method], [args.bits], work_dir)
-            (label, run), = compared['runs'].items()
-            run_dir = work_dir / label.replace(' ', '_')
+            run, = compared['runs'].values()
             full, metrics = compared['full_precision'], run['quantized']
             name = metric_names([full])[0]
-            guided = remaining(run_dir) if args.of == 'game' else entropy(run_dir)
+            guided = remaining(run) if args.of == 'game' else entropy(run)
             minutes = run['minutes'] if args.of == 'game' else run['synthesis_minutes']
             results.setdefault(task, {})[steps] = dict(metric=name, full=percent(full, name),
                                                        value=percent(metrics, name), guide=guided, minutes=minutes)

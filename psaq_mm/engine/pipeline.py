@@ -299,7 +299,8 @@ def quantize(cfg: Config,
 
     Returns:
         dict: What ``metrics.json`` holds: ``full_precision`` and ``quantized`` metrics, ``size_mb``, ``minutes``,
-        ``scope``, ``versions``, paths, and ``not_evaluated`` with the reason where evaluation was impossible.
+        ``stages`` (what each stage says of itself), ``scope``, ``versions``, paths, and ``not_evaluated`` with the
+        reason where evaluation was impossible.
 
     Raises:
         StanzaError, PatternError, CheckpointError: Before any work.
@@ -353,6 +354,7 @@ def _quantize(cfg, folder, checkpoint, resume, amp, eval_float, eval_quantized, 
         bits=dict(weight=quantization.weight.bits, activation=quantization.activation.bits),
         mixed=any('bits' in (side or {}) for o in quantization.overrides for side in (o.weight, o.activation)),
         method=quantization.synthesis.method, recipe=quantization.recipe, seed=runner.seed,
+        stages=runner.train_loop.summaries,
         checkpoint=str(folder.path / QUANTIZED), test_config=str(test_path), versions=versions())
     if is_main_process():  # an earlier result stays whole until this one is; nothing of both is mixed from here on
         with explained_failures(cfg, quantization):

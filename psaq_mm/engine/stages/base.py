@@ -24,7 +24,7 @@ class Stage:
     updates does its work in :meth:`start`; an interrupted run does it again.
 
     Attributes:
-        name (str): In the log, the history, the bar and ``metrics.json``.
+        name (str): In the log, the history, the bar and ``stages`` of ``metrics.json``.
         updates (int): How many mmengine iterations the stage takes at most. :meth:`start` may lower it.
         restored (dict | None): What :meth:`state_dict` gave in the run that was interrupted within this stage.
 
@@ -85,7 +85,7 @@ class Stage:
         return list(self.loop.images)
 
     def summary(self) -> dict | None:
-        """Return what checkpoint and report say of the finished stage; None: nothing."""
+        """Return what ``metrics.json``, checkpoint and report say of the finished stage; None: nothing."""
         return None
 
     def state_dict(self) -> dict:

@@ -24,7 +24,7 @@ class GameStage(Stage):
     def __init__(self, loop):
         super().__init__(loop)
         self.updates = self.quantization.game.steps
-        self.game = None
+        self.game = self.searched = None
         self.ranges, self.uncached = {}, []
 
     @classmethod
@@ -55,6 +55,7 @@ class GameStage(Stage):
                          parameters, self.update_student, evolving, held, loop.low, loop.high, mean_over_processes)
         if self.restored is not None:
             self.game.load_state_dict(self.restored['game'])
+            self.searched = self.restored.get('searched')
             return
         self.game.start(loop.progress('comparison', len(evolving) + len(held)))
         if not math.isfinite(self.game.initial):
@@ -67,7 +68,7 @@ class GameStage(Stage):
     def choose_weight_ranges(self, weights):
         """Give weights the ranges of least squared error, unless these are worse on the held-back images."""
         restore = search_weight_ranges(self.loop.student, weights, self.loop.progress)
-        found = self.game.consider()
+        found = self.searched = self.game.consider()
         worse = found > self.game.best
         if worse:
             restore()
@@ -217,10 +218,10 @@ class GameStage(Stage):
 
     def summary(self):
         game = self.game
-        return game and dict(initial=game.initial, best=game.best, turns=game.turns, student=game.student_updates,
-                             images=game.image_updates)
+        return game and dict(initial=game.initial, searched=self.searched, best=game.best, turns=game.turns,
+                             student=game.student_updates, images=game.image_updates)
 
     def state_dict(self):
-        return dict(game=self.game.state_dict(),
+        return dict(game=self.game.state_dict(), searched=self.searched,
                     ranges=self.ranges and dict(stretches=[q.stretch.detach() for q in self.ranges.values()],
                                                 adam=self.range_adam.state_dict()) or None)

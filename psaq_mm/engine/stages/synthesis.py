@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 from mmengine import dist
 
@@ -92,6 +93,15 @@ class SynthesisStage(Stage):
         """Return whether the entropy of the batch has ceased to rise."""
         patience = self.quantization.synthesis.patience
         return patience is not None and self.plateau['since'] >= patience
+
+    def summary(self):
+        """Return entropy and diversity of the images, each as far as it counts, after the last update of each batch."""
+        steps, last = self.quantization.synthesis.steps, {}
+        for update in self.loop.history:
+            if update['stage'] == self.name:
+                last[update['index'] // steps] = update
+        return {name: statistics.fmean(update[name] for update in last.values())
+                for name in ('entropy', 'diversity') if all(name in update for update in last.values())}
 
     def images(self):
         batches = super().images()
