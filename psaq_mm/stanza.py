@@ -115,7 +115,7 @@ class QuantizationConfig(FrozenConfig):
         """Return the stanza with the defaults of its recipe, and the recipe named.
 
         Raises:
-            StanzaError: Where there are too few images for the game.
+            StanzaError: Where there are too few images for the game, or settings exclude each other.
         """
         recipe = self.recipe or ('low_bit' if self.least_bits < 8 else 'paper')
         defaults = dict(RECIPES[recipe])
@@ -125,6 +125,9 @@ class QuantizationConfig(FrozenConfig):
         if found.synthesis.method == 'psaq_v2' and found.game.steps and found.synthesis.num_images < 2:
             raise StanzaError(f'{ROOT}.synthesis.num_images = {found.synthesis.num_images}: at least 2 for the game, '
                               f'one evolves and one is held back. Or leave the game out: {ROOT}.game.steps=0')
+        if found.synthesis.agreement and found.synthesis.checkpointing:
+            raise StanzaError(f'{ROOT}.synthesis.agreement = {found.synthesis.agreement} and checkpointing = True: one '
+                              'of the two, as blocks that are computed again show no heads')
         return found
 
     @property

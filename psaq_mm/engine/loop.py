@@ -25,6 +25,7 @@ from ..models import (
     copy_model,
     extract_features,
     extract_inner,
+    head_tap,
     pixel_statistics,
     scope,
     similarity_taps,
@@ -249,8 +250,21 @@ class DataFreeLoop(BaseLoop):
                             'FILE) and pass that file with --checkpoint')
 
     def new_tap(self):
-        """Taps on the teacher's backbone."""
-        return PatchSimilarityTap(*similarity_taps(backbone_of(self.teacher), self.images[0][:1]))
+        """Return a tap on the teacher's backbone.
+
+        Raises:
+            UserError: If heads are to agree and there are none.
+        """
+        backbone, image = backbone_of(self.teacher), self.images[0][:1]
+        sources, readers, model = similarity_taps(backbone, image)
+        heads = head_tap(backbone, sources) if self.quantization.synthesis.agreement else None
+        if heads is not None:
+            with torch.no_grad(), heads:
+                backbone(image)
+            if not heads.found:
+                raise UserError(f'{ROOT}.synthesis.agreement is the agreement of attention heads, and '
+                                f'{type(backbone).__name__} has no attention of several heads: leave it out')
+        return PatchSimilarityTap(sources, readers, model, heads)
 
     def first_features(self):
         """Features of one image: whatever a model cannot do with images of this size shows here.

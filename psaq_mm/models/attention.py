@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..quantization import CONTEXT, LAYERS, FakeQuantizer, attention_parts
-from ..synthesis import PatchSimilarityTap, attention_tokens, is_grid, last_axis_tokens, map_tokens
+from ..synthesis import HeadTap, PatchSimilarityTap, attention_tokens, is_grid, last_axis_tokens, map_tokens
 
 CLASS_TOKENS = ('cls_token', 'class_token', 'class_embed')  # what the libraries call the parameter
 
@@ -123,6 +123,18 @@ def similarity_taps(backbone: nn.Module, image: Tensor) -> tuple[list[nn.Module]
     attentions = [(s, r) for s, r in zip(sources[:-1], readers) if s in shown]
     chosen = attentions or [(backbone, map_tokens)] * (backbone in shown) or inner.found()
     return [source for source, _ in chosen], [reader for _, reader in chosen], backbone
+
+
+def head_tap(backbone: nn.Module, sources: list[nn.Module]) -> HeadTap:
+    """Return what hears the heads of those attentions that patch similarity is taken from.
+
+    Args:
+        backbone (nn.Module): Of a converted model.
+        sources (list[nn.Module]): Of :func:`similarity_taps`.
+    """
+    products = [(getattr(module, CONTEXT), getattr(module, 'num_heads', 1)) for module in backbone.modules()
+                if hasattr(module, CONTEXT) and getattr(module, CONTEXT).output in sources]
+    return HeadTap(*zip(*products)) if products else HeadTap([], [])
 
 
 def _told(reader, source, output, size):

@@ -386,9 +386,10 @@ class _MatMulRedirection(TorchFunctionMode):
         return True
 
     def fused(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        """What ``F.scaled_dot_product_attention`` computes, in two products where they are to be quantized."""
+        """Compute ``F.scaled_dot_product_attention``, in two products where they are quantized or a hook listens."""
         scores, context = getattr(self.attention, SCORES), getattr(self.attention, CONTEXT)
-        if scores.is_float and context.is_float:
+        heard = bool(context._forward_pre_hooks)  # somebody listens to the weights: they have to exist
+        if scores.is_float and context.is_float and not heard:
             return context.output(F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal,
                                                                  scale=scale, enable_gqa=enable_gqa))
         if enable_gqa:
@@ -399,7 +400,7 @@ class _MatMulRedirection(TorchFunctionMode):
             scale = query.shape[-1]**-0.5
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = ~attn_mask
-        if _trains(query, key, value) and not dropout_p:
+        if _trains(query, key, value) and not dropout_p and not heard:
             query = query * scale
             # one head of keys and values may serve all queries
             key, value = (x.expand(*query.shape[:-2], *x.shape[-2:]) for x in (key, value))

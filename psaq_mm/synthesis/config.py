@@ -44,6 +44,10 @@ class SynthesisConfig(FrozenConfig):
     diversity: float = Field(
         0.0, ge=0, description='weight of the diversity of the images of a batch: how little the final features of '
         'one tell of those of the others; 0: images know nothing of each other')
+    agreement: float = Field(
+        0.0, ge=0, description='weight of the agreement of attention heads: for each query, how alike the maps of '
+        'different heads are (1 where all are the same); 0: not computed. Needs a backbone with attention of several '
+        'heads')
     bandwidth: float = Field(0.01, ge=0.002, le=0.5, description='of the similarity density; 0.01 as in V1')
     density: Literal['binned', 'exact'] = Field(
         'binned', description="how the density is estimated: 'exact' is the same to 1e-4 nats and tens of times slower")

@@ -344,10 +344,11 @@ class PatchSimilarityTap:
         readers (list[Callable]): ``reader(output, size) -> list[Tensor]`` finds the tokens of each, (groups, N, d);
             size is (H, W) of the images.
         model (nn.Module, optional): Gets the images first; without it readers are told no size.
+        heads (HeadTap, optional): Listens when this does.
     """
 
-    def __init__(self, sources, readers, model=None):
-        self.size = None
+    def __init__(self, sources, readers, model=None, heads=None):
+        self.size, self.heads = None, heads
         self.tokens = []
         self.last = None  # how many outputs a whole pass gives, once one has shown it
         self.count = 0  # how many sets of tokens the last pass gave
@@ -372,10 +373,14 @@ class PatchSimilarityTap:
 
     def __enter__(self):
         self.tokens, self.seen, self.listens = [], 0, True
+        if self.heads is not None:
+            self.heads.__enter__()
         return self
 
     def __exit__(self, *unused):
         self.listens = self.stops = False
+        if self.heads is not None:
+            self.heads.__exit__()
 
     def run(self, model, images: Tensor) -> None:
         """Runs a model no deeper than to its last tapped block; what lies behind it has no part in the entropy."""

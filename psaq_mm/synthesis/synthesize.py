@@ -49,8 +49,8 @@ def image_diversity(features: Sequence[Tensor], images: int) -> Tensor:
 
 
 def listening(tap: PatchSimilarityTap, config: SynthesisConfig):
-    """Return the context of a pass of the teacher: the tap listens where the entropy has a weight."""
-    return tap if config.entropy else nullcontext()
+    """Return the context of a pass of the teacher: the tap listens where what it hears has a weight."""
+    return tap if config.entropy or config.agreement else nullcontext()
 
 
 def image_loss(view: Tensor, features: Sequence[Tensor], tap: PatchSimilarityTap, config: SynthesisConfig
@@ -60,12 +60,12 @@ def image_loss(view: Tensor, features: Sequence[Tensor], tap: PatchSimilarityTap
     Args:
         view (Tensor): (B, C, H, W).
         features (Sequence[Tensor]): Final features of it, where ``config.diversity``.
-        tap (PatchSimilarityTap): Has heard the pass, where ``config.entropy``.
+        tap (PatchSimilarityTap): Has heard the pass, where ``config.entropy`` or ``config.agreement``.
         config (SynthesisConfig): Weights of the parts.
 
     Returns:
         tuple[Tensor, dict[str, float]]: Of each image, (B,); for the log ``prior``, and where they have a weight
-        ``entropy``, in nats, mean of a set of tokens, and ``diversity``.
+        ``entropy``, in nats, mean of a set of tokens, ``agreement`` and ``diversity``.
     """
     loss = prior_loss(view, config)
     log = dict(prior=loss.mean().item())
@@ -73,6 +73,11 @@ def image_loss(view: Tensor, features: Sequence[Tensor], tap: PatchSimilarityTap
         entropy = tap.entropy(len(view), config.bandwidth, config.density)
         loss = loss - config.entropy * entropy
         log['entropy'] = entropy.mean().item() / tap.count
+    if config.agreement:
+        agreement = tap.heads.agreement(len(view))
+        loss = loss - config.agreement * agreement
+        log['agreement'] = agreement.mean().item()
+        tap.tokens = []  # without an entropy nobody else forgets them
     if config.diversity:
         diversity = image_diversity(features, len(view))
         loss = loss - config.diversity * diversity

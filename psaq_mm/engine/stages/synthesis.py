@@ -101,7 +101,7 @@ class SynthesisStage(Stage):
             if update['stage'] == self.name:
                 last[update['index'] // steps] = update
         return {name: statistics.fmean(update[name] for update in last.values())
-                for name in ('entropy', 'diversity') if all(name in update for update in last.values())}
+                for name in ('entropy', 'agreement', 'diversity') if all(name in update for update in last.values())}
 
     def images(self):
         batches = super().images()
