@@ -73,14 +73,21 @@ def earlier(path):
     raise UserError(f'--json {path}: the file is there and holds no results of this tool, give another')
 
 
-def write_markdown(results, path):
+# What of the job follows the recipe.
+WORK = dict(paper='calibration, two updates of the game',
+            low_bit='reparameterisation of norms, calibration, two updates of each block by reconstruction')
+
+
+def write_markdown(results, path, recipe):
     """The table, families together."""
     from psaq_mm.engine import versions
     passed = sum(r['result'] == 'pass' for r in results.values())
+    chosen = '' if recipe == 'paper' else f' --recipe {recipe}'
     lines = ['# Coverage', '',
-             'Written by `python tools/coverage.py --markdown docs/coverage.md`. Every config that the metafiles of '
-             'the installed zoos name, with a transformer for backbone, neck or encoder, made shallow and given images '
-             'of 64 x 64 pixels: stanza, conversion, synthesis, calibration, two updates of the game, prediction, '
+             f'Written by `python tools/coverage.py{chosen} --markdown docs/{path.name}`. Every config that the '
+             'metafiles of the installed zoos name, with a transformer for backbone, neck or encoder, made shallow and '
+             f"given images of 64 x 64 pixels: stanza (recipe '{recipe}'), conversion, synthesis, {WORK[recipe]}, "
+             'prediction, '
              'saving, reloading, and the same prediction again. Weights are random: this says that the job runs, not '
              'how accurate its result is. The language models of GLIP and GroundingDINO, which are not quantized, are '
              'replaced by small ones (`psaq_mm/zoo/standins.py`), and their encoders, which read text as well, stay '
@@ -135,7 +142,7 @@ def coverage(args):
         if args.json:
             write_json(results, args.json)
         if args.markdown:
-            write_markdown(results, args.markdown)
+            write_markdown(results, args.markdown, args.recipe)
     passed = sum(r['result'] == 'pass' for r in results.values())
     print(f'{passed} of {len(results)} pass')
     return int(passed < len(results))
