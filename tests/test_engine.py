@@ -536,6 +536,14 @@ def test_heads_that_nothing_compared_depends_on_are_calibrated_without_a_game(sm
     assert 'No game: ' in ''.join(path.read_text() for path in tmp_path.rglob('*.log'))
 
 
+def test_diversity_of_batches_of_one_image_is_warned_of(small_config, tmp_path):
+    cfg = config(small_config, tmp_path, **{
+        'synthesis.method': 'psaq_v1', 'synthesis.batch_size': 1, 'synthesis.steps': 1, 'synthesis.num_images': 2,
+        'synthesis.diversity': 1.0, 'report.images': 0})
+    quantize(cfg, eval_float=False, eval_quantized=False)
+    assert 'A batch has one image' in ''.join(path.read_text() for path in tmp_path.rglob('*.log'))
+
+
 def test_attention_in_float_is_still_tapped(small_config, tmp_path):
     run(config(small_config, tmp_path, keep_float=['backbone.stages.0.*', '*.matmul_context']))
     names = [k for k in weights(tmp_path) if 'quantizer' in k]

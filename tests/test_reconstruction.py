@@ -503,6 +503,7 @@ def test_the_recipe_in_two_processes(small_config, tmp_path):
     assert same(first, second) and same({k: first[k] for k in weights(tmp_path)}, weights(tmp_path))
     meta = torch.load(tmp_path / 'quantized.pth', weights_only=True)['meta']
     assert sum(now < before for before, now in meta['reconstruction']['errors'].values()) > 10
+    assert 'on integers' in (tmp_path / 'report.html').read_text()  # what settled weights show for an error
 
 
 @pytest.mark.slow
