@@ -55,8 +55,11 @@ def main():
 
     full = probabilities(float_config(cfg), args.grid / 'full_precision.pth')
     rows, results = [], {}
-    folders = {str(folder): folder for folder in args.runs or ()} or {
-        label: args.grid / label.replace(' ', '_') for label in json.loads(metrics.read_text())['runs']}
+    folders = {str(folder): folder for folder in args.runs or ()}
+    if not args.runs:
+        for label, run in json.loads(metrics.read_text())['runs'].items():
+            for seed, one in run.get('seeds', {'': run}).items():
+                folders[f'{label}{seed and f", seed {seed}"}'] = Path(one['checkpoint']).parent
     for label, folder in folders.items():
         found = probabilities(Config.fromfile(folder / 'test_config.py'), folder / 'quantized.pth')
         close = results[label] = closeness(found, full)
