@@ -2,6 +2,7 @@
 import itertools
 import json
 import re
+import runpy
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from psaq_mm.quantization import (
 )
 from psaq_mm.quantization.config import ActivationConfig, WeightConfig
 
-from .conftest import run_tool
+from .conftest import ROOT, run_tool
 
 
 def test_the_allocation_is_the_best_there_is():
@@ -186,3 +187,11 @@ def test_layers_that_no_output_shows_keep_their_bits(small_config, tmp_path):
     overrides = analysis.mixed([4, 8], size_mb=1.05 * analysis.least_mb + 0.5)
     patterns = {entry['pattern'] for entry in overrides}
     assert patterns and not any(pattern.startswith('roi_head') for pattern in patterns)
+
+
+def test_a_mixture_that_is_no_better_is_told():
+    no_better = runpy.run_path(str(ROOT / 'tools' / 'analyze.py'))['no_better']
+    compared = dict(mixed=dict(sqnr=20.0), W4A4=dict(sqnr=20.0))
+    assert '--bops' in no_better(compared, 'W4A4', None) and '--bops' not in no_better(compared, 'W4A4', 50.0)
+    assert no_better(dict(compared, mixed=dict(sqnr=20.5)), 'W4A4', None) is None
+    assert no_better(compared, 'W6A6', None) is None  # not among those compared

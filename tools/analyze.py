@@ -39,6 +39,14 @@ def parse_args():
     return parser.parse_args()
 
 
+def no_better(compared, own_bits, bops):
+    """What to tell whose mixture is not closer to full precision than the stanza's own bits everywhere, else None."""
+    if own_bits not in compared or compared['mixed']['sqnr'] > compared[own_bits]['sqnr']:
+        return None
+    limit = ': activations limit this model. --bops gives these more bits, too' if bops is None else ''
+    return f'The mixture is no better than {own_bits}{limit}.'
+
+
 def analyze(args):
     """Measure, suggest, compare, write."""
     from psaq_mm.engine.analysis import WRITTEN
@@ -98,10 +106,9 @@ def write(args, cfg, own):
     for name, numbers in compared.items():
         table.add_row(name, f"{numbers['size_mb']:.2f}", f"{numbers['sqnr']:.1f}", f"{numbers['sqnr_weights']:.1f}")
     console.print(table)
-    own_bits = f'W{stanza.weight.bits}A{stanza.activation.bits}'
-    if own_bits in compared and compared['mixed']['sqnr'] <= compared[own_bits]['sqnr']:
-        limit = ': activations limit this model. --bops gives these more bits, too' if args.bops is None else ''
-        console.print(f'The mixture is no better than {own_bits}{limit}.')
+    verdict = no_better(compared, f'W{stanza.weight.bits}A{stanza.activation.bits}', args.bops)
+    if verdict:
+        console.print(verdict)
 
 
 if __name__ == '__main__':
