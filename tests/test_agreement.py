@@ -11,7 +11,7 @@ from psaq_mm.engine import quantize, read_checkpoint
 from psaq_mm.engine.checkpoint import load_float
 from psaq_mm.errors import UserError
 from psaq_mm.models import extract_features, head_tap, quantize_model, similarity_taps
-from psaq_mm.quantization.layers import CONTEXT
+from psaq_mm.quantization import CONTEXT, hooked
 from psaq_mm.stanza import QuantizationConfig, StanzaError
 from psaq_mm.synthesis import (
     HeadTap,
@@ -73,10 +73,8 @@ def test_every_family_shows_its_heads_and_changes_nothing_by_it(family):  # noqa
         handles = [getattr(module, CONTEXT).register_forward_pre_hook(
             lambda _, inputs: sums.append(inputs[0].sum(-1))) for module in converted.backbone.modules()
             if hasattr(module, CONTEXT)]
-        with tap:
+        with hooked(handles), tap:
             found = extract_features(converted, images)
-        for handle in handles:
-            handle.remove()
     assert len(sums) == len(tap.found) == blocks
     assert all(torch.allclose(one, torch.ones_like(one), atol=1e-5) for one in sums)  # softmax, and nothing else
     for ours, theirs in zip(found, expected):
