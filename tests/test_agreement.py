@@ -1,5 +1,6 @@
 """Attention heads that agree: the measure, what the tap hears in every family, and images made by it."""
 import copy
+import re
 
 import pytest
 import torch
@@ -116,10 +117,17 @@ def test_a_run_by_it_logs_it(small_config, tmp_path):
     assert ' agreement: ' in ''.join(path.read_text() for path in tmp_path.rglob('*.log'))
 
 
-def test_what_has_no_heads_says_so_before_the_work(small_config, tmp_path, monkeypatch):
-    monkeypatch.setattr('psaq_mm.engine.loop.head_tap', lambda backbone, sources: HeadTap([], []))
-    with pytest.raises(UserError, match=r'synthesis\.agreement .*no attention of several heads: leave it out'):
-        quantize(config(small_config, tmp_path, **{'synthesis.agreement': 1.0}), quiet=True)
+@pytest.mark.parametrize('key, what', [('synthesis.agreement', 'no attention of several heads'),
+                                       ('game.heads', 'no attention')])
+def test_what_has_no_heads_says_so_before_the_work(small_config, tmp_path, key, what):
+    cfg = config(small_config, tmp_path, **{key: 1.0})
+    cfg.merge_from_dict(dict(model=dict(
+        backbone=dict(_delete_=True, _scope_='mmdet', type='ResNet', depth=18, norm_eval=True),
+        neck=dict(in_channels=[64, 128, 256, 512]))))
+    cfg.load_from = str(tmp_path / 'resnet.pth')
+    torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), cfg.load_from)
+    with pytest.raises(UserError, match=rf'{re.escape(key)} .*{what}: leave it out'):
+        quantize(cfg, quiet=True)
 
 
 def test_blocks_that_are_computed_again_show_no_heads():

@@ -18,6 +18,7 @@ from psaq_mm.models import (
     telling_features,
 )
 from psaq_mm.quantization import (
+    CONTEXT,
     SUMS,
     ActivationConfig,
     Mode,
@@ -307,8 +308,13 @@ def test_inner_maps_are_those_of_every_second_block_and_the_last(family):
     with torch.no_grad():
         features = extract_inner(converted, images, visit=seen.append)
         assert len(seen) == len(expected) == -(-blocks // 2) and all(a is b for a, b in zip(seen, expected))
+        heads, attentions = [], [m for block in attention_blocks(converted.backbone)[::-2] for m in block.modules()
+                                 if hasattr(m, CONTEXT)]
+        found = extract_inner(converted, images, visit_heads=heads.append)
         again = extract_inner(converted, images)
-    assert len(seen) * 2 == len(expected) and all(torch.equal(a, b) for a, b in zip(features, again))
+    assert len(heads) == len(attentions) and all(torch.equal(a, b) for a, b in zip(features, found))
+    assert all(out.dim() > 2 and out.shape[-2] > 1 for out in heads)
+    assert len(seen) * 3 == len(expected) and all(torch.equal(a, b) for a, b in zip(features, again))
 
 
 def test_residual_stream_is_quantized_where_asked(family):

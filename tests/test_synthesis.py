@@ -17,6 +17,7 @@ from psaq_mm.synthesis import (
     augment,
     discrepancy,
     distillation,
+    head_dissimilarity,
     learning_rate,
     lesson_view,
     prior_loss,
@@ -155,7 +156,7 @@ class Tokens(torch.nn.Module):
         self.embed = torch.nn.Conv2d(3, 8, 4, 4)
         self.product = torch.nn.Identity()
 
-    def forward(self, x, visit=None):
+    def forward(self, x, visit=None, visit_heads=None):
         y = self.embed(x)
         return [self.product(y.flatten(2).transpose(1, 2)[:, None])]
 
@@ -298,12 +299,38 @@ def test_student_learns_inner_maps_and_is_judged_by_the_others():
     played.update = lambda loss: losses.append(loss.item())
     plain = played.student_update(random.Random(0))
     teacher, student, extra = played.teacher, played.student, torch.ones(2, 4)
-    played.teacher = lambda x, visit=None: visit(extra) or teacher(x)
-    played.student = lambda x, visit=None: visit(3 * extra) or student(x)
+    played.teacher = lambda x, visit=None, visit_heads=None: visit(extra) or teacher(x)
+    played.student = lambda x, visit=None, visit_heads=None: visit(3 * extra) or student(x)
     played.uses, played.lesson = 0, None
     played.lessons -= 1  # the same batch
     assert played.student_update(random.Random(0)) == plain
     assert losses[1] == pytest.approx((losses[0] + 4) / 2)
+
+
+def test_each_head_and_query_counts_the_same():
+    torch.manual_seed(0)
+    teacher, student = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)
+    expected = torch.stack([1 - 2 * t @ s / (t @ t + s @ s)
+                            for t, s in zip(teacher.reshape(-1, 4), student.reshape(-1, 4))]).mean()
+    torch.testing.assert_close(head_dissimilarity(teacher, student), expected)
+    scale = torch.tensor([1.0, 100.0, 0.01]).view(3, 1, 1)
+    torch.testing.assert_close(head_dissimilarity(teacher * scale, student * scale), expected)
+    assert head_dissimilarity(teacher, teacher) == 0 and head_dissimilarity(teacher, -teacher) == 2
+    assert head_dissimilarity(0 * teacher, 0 * teacher) == 0
+
+
+def test_student_learns_what_heads_put_out_where_asked():
+    played, _ = game(heads=3.0)
+    losses = []
+    played.update = lambda loss: losses.append(loss.item())
+    plain = played.student_update(random.Random(0))
+    teacher, student, extra = played.teacher, played.student, torch.ones(2, 4, 5, 4)
+    played.teacher = lambda x, visit=None, visit_heads=None: visit_heads(extra) or teacher(x)
+    played.student = lambda x, visit=None, visit_heads=None: visit_heads(3 * extra) or student(x)
+    played.uses, played.lesson = 0, None
+    played.lessons -= 1  # the same batch
+    assert played.student_update(random.Random(0)) == plain
+    assert losses[1] == pytest.approx(losses[0] + 3 * 0.4)
 
 
 def test_averages_of_the_student_run_on_from_turn_to_turn():
@@ -331,8 +358,8 @@ def test_state_carries_the_game_on():
     second.load_state_dict(state)
     second.holdout = first.holdout
     assert second.turn == first.turn and second.best == first.best
-    view, maps, _ = first.lesson
-    again, again_maps, _ = second.new_lesson(second.seed)  # drawn again as it was
+    view, maps, *_ = first.lesson
+    again, again_maps, *_ = second.new_lesson(second.seed)  # drawn again as it was
     assert torch.equal(view, again) and torch.equal(maps[0], again_maps[0])
     seen = []
     for played in (first, second):  # the student's Adam is the runner's to restore

@@ -319,9 +319,9 @@ class DataFreeLoop(BaseLoop):
     def features(self, model):
         """A feature extractor on a model, in the precision of the run."""
 
-        def extract(images, visit=None):
+        def extract(images, visit=None, visit_heads=None):
             with self.precision():
-                return extract_inner(model, images, self.heads, visit)
+                return extract_inner(model, images, self.heads, visit, visit_heads)
 
         return extract
 

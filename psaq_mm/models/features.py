@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
-from ..quantization import hooked
+from ..quantization import CONTEXT, hooked
 from ..synthesis import is_grid
 from .attention import attention_blocks, prefix_tokens
 from .backbones import FEATURE_PARTS, backbone_of, predictor_of
@@ -69,23 +69,30 @@ def extract_features(model: nn.Module, images: Tensor, heads: bool = False) -> l
     return [*tensors(features), *dense]
 
 
-def extract_inner(model: nn.Module, images: Tensor, heads: bool = False,
-                  visit: Callable[[Tensor], None] | None = None) -> list[Tensor]:
+def extract_inner(model: nn.Module, images: Tensor, heads: bool = False, visit: Callable[[Tensor], None] | None = None,
+                  visit_heads: Callable[[Tensor], None] | None = None) -> list[Tensor]:
     """:func:`extract_features` that shows what attention blocks put out, as soon as they do.
 
     Args:
         model (nn.Module): Converted; otherwise as there.
         visit (Callable, optional): Called with the output of every second attention block, counted from the last one.
             Nothing else keeps them. All of them would cost more memory in training.
+        visit_heads (Callable, optional): Called with what the heads of the attentions in these blocks put out,
+            (..., heads, N, d) or (B * heads, N, d).
     """
-    if visit is None:
+    if visit is None and visit_heads is None:
         return extract_features(model, images, heads)
 
     def show(block, inputs, output):
         for value in tensors(output):
             visit(value)
 
-    handles = [block.register_forward_hook(show) for block in attention_blocks(backbone_of(model))[::-EVERY]]
+    blocks, handles = attention_blocks(backbone_of(model))[::-EVERY], []
+    if visit is not None:
+        handles += [block.register_forward_hook(show) for block in blocks]
+    if visit_heads is not None:
+        handles += [getattr(module, CONTEXT).output.register_forward_hook(lambda _, inputs, output: visit_heads(output))
+                    for block in blocks for module in block.modules() if hasattr(module, CONTEXT)]
     with hooked(handles):
         return extract_features(model, images, heads)
 

@@ -85,6 +85,9 @@ class GameConfig(FrozenConfig):
         "error; 'calibrated': they stay")
     image_lr: float = Field(0.05, gt=0, description="learning rate of the images' Adam, normalised pixels")
     weight: float = Field(1.0, ge=0, description='weight of the discrepancy in the image objective, beside the entropy')
+    heads: float = Field(
+        0.0, ge=0, description="weight of the structural dissimilarity between what the teacher's and the student's "
+        'attention heads put out, in what the student lowers; 0: not computed. Needs a backbone with attention')
     bound: float = Field(
         2.0, gt=1, description="images gain nothing by a discrepancy above so many times the plain calibration's")
     lower: float = Field(

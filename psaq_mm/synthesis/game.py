@@ -10,6 +10,7 @@ far more than the images; the one that wins is the best on held-back images that
 """
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Sequence
 
@@ -96,6 +97,24 @@ def distillation(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
     return _RelativeErrors.apply(teacher, student)
 
 
+def head_dissimilarity(teacher: Tensor, student: Tensor) -> Tensor:
+    """Return how far what the heads of an attention put out is from what the teacher's heads put out.
+
+    Each head and query counts the same, however large its values are. Facts (MimiQ, AAAI 2025): the student learns from
+    the structural dissimilarity of each head's output. Ours: the form, 1 - 2 <t, s> / (<t, t> + <s, s>), an SSIM of the
+    d values whose mean is taken as 0.
+
+    Args:
+        teacher, student (Tensor): The same shape, (..., N, d).
+
+    Returns:
+        Tensor: Scalar, from 0 (the same) to 2.
+    """
+    teacher, student = teacher.float(), student.float()
+    power = teacher.square().sum(-1) + student.square().sum(-1)
+    return ((teacher - student).square().sum(-1) / power.clamp(min=1e-12)).mean()
+
+
 class Game:
     """Plays update by update; all of its state can be saved and restored.
 
@@ -103,7 +122,8 @@ class Game:
         config (GameConfig): Rules.
         synthesis (SynthesisConfig): Priors and augmentation of the images.
         teacher, student (Callable): Feature extractors, (B, C, H, W) to a list of maps. With a function as second
-            argument they call it with each inner map that the student is to learn besides, as soon as it exists.
+            argument they call it with each inner map that the student is to learn besides, as soon as it exists. With a
+            function as third argument they call it with what the heads of attentions put out.
         tap (PatchSimilarityTap): On the teacher.
         parameters (dict[str, Tensor]): What the student may change, by name.
         update (Callable): ``update(loss)`` takes one optimiser step on the student.
@@ -214,19 +234,25 @@ class Game:
                 parameter.requires_grad_()
         return log
 
-    def new_lesson(self, seed: int) -> tuple[Tensor, Features, Features]:
-        """A view of the batch whose turn it is, and the teacher's features and inner maps of it."""
+    def new_lesson(self, seed: int) -> tuple[Tensor, Features, Features, Features]:
+        """A view of the batch whose turn it is, and the teacher's features, inner maps and outputs of heads of it."""
         images = self.optimizers[(self.lessons - 1) % len(self.optimizers)].images.detach()
         others = [image for o in self.optimizers if o.images.shape[1:] == images.shape[1:]
                   for image in o.images.detach()]
         view = lesson_view(images, others, self.synthesis, self.config, self.low, self.high, random.Random(seed))
-        inner, limit = [], torch.finfo(torch.float16).max
+        limit = torch.finfo(torch.float16).max
+        inner, heads = [], []
 
-        def keep(value):  # for as long as the lesson lasts, and exact to 0.05 %
-            inner.append(value.clamp(-limit, limit).half() if value.dtype == torch.float32 else value)
+        def keep(place, value):  # for as long as the lesson lasts, and exact to 0.05 %
+            place.append(value.clamp(-limit, limit).half() if value.dtype == torch.float32 else value)
 
         with torch.no_grad():
-            return view, self.teacher(view, keep), inner
+            return view, self.teacher(view, functools.partial(keep, inner), self.hear(
+                functools.partial(keep, heads))), inner, heads
+
+    def hear(self, visit: Callable) -> Callable | None:
+        """Return the function if outputs of heads count, else None."""
+        return visit if self.config.heads else None
 
     def student_update(self, rng: random.Random) -> dict:
         """One update of the student; as :meth:`step`, without the rules.
@@ -239,15 +265,19 @@ class Game:
             self.lessons += 1
         if self.lesson is None:
             self.lesson = self.new_lesson(self.seed)
-        view, teacher, inner = self.lesson
+        view, teacher, *seen = self.lesson
         self.uses = (self.uses + 1) % self.config.view_updates
         if self.uses == 0:
             self.lesson = None
         # An error computed when its map appears has its gradient computed when that is needed, and not kept till then.
-        inner, errors = iter(inner), []
-        student = self.student(view, lambda value: errors.append(distillation(next(inner), value)[0]))
+        (inner, heads), errors, of_heads = map(iter, seen), [], []
+        student = self.student(view, lambda value: errors.append(distillation(next(inner), value)[0]), self.hear(
+            lambda value: of_heads.append(head_dissimilarity(next(heads), value))))
         of_features, gaps = zip(*map(distillation, teacher, student))
-        self.update(torch.stack([*errors, *of_features]).mean())
+        loss = torch.stack([*errors, *of_features]).mean()
+        if of_heads:
+            loss = loss + self.config.heads * torch.stack(of_heads).mean()
+        self.update(loss)
         return dict(discrepancy=torch.stack(gaps).mean().item())
 
     def consider(self) -> float:

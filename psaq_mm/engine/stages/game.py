@@ -6,6 +6,7 @@ import math
 import torch
 
 from ...errors import UserError
+from ...models import backbone_of
 from ...quantization import FakeQuantizer, search_weight_ranges
 from ...stanza import ROOT
 from ...synthesis import Game
@@ -35,6 +36,16 @@ class GameStage(Stage):
         if sum(map(len, self.loop.images)) < 2:
             raise UserError(f'{ROOT}.synthesis: each process needs at least 2 images for the game, one evolves and one '
                             'is held back: raise num_images or start fewer processes')
+        if self.quantization.game.heads and not self.head_outputs():
+            raise UserError(f'{ROOT}.game.heads compares what attention heads put out, and '
+                            f'{type(backbone_of(self.loop.teacher)).__name__} has no attention: leave it out')
+
+    @torch.no_grad()
+    def head_outputs(self):
+        """Return what the heads of the teacher's attentions put out, as far as the game compares it, for one image."""
+        found = []
+        self.loop.features(self.loop.teacher)(self.loop.images[0][:1], None, found.append)
+        return found
 
     def start(self):
         loop, student = self.loop, self.loop.student
