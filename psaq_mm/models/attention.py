@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..quantization import CONTEXT, LAYERS, FakeQuantizer, attention_parts
+from ..quantization import CONTEXT, LAYERS, FakeQuantizer, attention_parts, head_count
 from ..synthesis import HeadTap, PatchSimilarityTap, attention_tokens, is_grid, last_axis_tokens, map_tokens
 
 CLASS_TOKENS = ('cls_token', 'class_token', 'class_embed')  # what the libraries call the parameter
@@ -76,7 +76,7 @@ def mixes_channels(module: nn.Module, output: Tensor) -> bool:
         module (nn.Module): The attention.
         output (Tensor): Of its second product, (..., heads, N, d), or (B * heads, N, d).
     """
-    heads = output.shape[-3] if output.dim() > 3 else getattr(module, 'num_heads', 1)
+    heads = output.shape[-3] if output.dim() > 3 else head_count(module)
     reads = {layer.weight.shape[1] * getattr(layer, 'groups', 1) for layer in module.modules()
              if isinstance(layer, (nn.Linear, nn.Conv2d))}
     tokens, width = heads * output.shape[-2], heads * output.shape[-1]
@@ -105,7 +105,7 @@ def similarity_taps(backbone: nn.Module, image: Tensor) -> tuple[list[nn.Module]
         if hasattr(module, CONTEXT):
             sources.append(getattr(module, CONTEXT).output)
             readers.append(functools.partial(attention_tokens, skip=prefix_tokens(backbone, name),
-                                             heads=getattr(module, 'num_heads', 1),
+                                             heads=head_count(module),
                                              unless=functools.partial(mixes_channels, module)))
         elif attention_parts(module):
             raise ValueError(f'{type(module).__name__} is not converted: the tap needs its products as modules')
@@ -132,7 +132,7 @@ def head_tap(backbone: nn.Module, sources: list[nn.Module]) -> HeadTap:
         backbone (nn.Module): Of a converted model.
         sources (list[nn.Module]): Of :func:`similarity_taps`.
     """
-    products = [(getattr(module, CONTEXT), getattr(module, 'num_heads', 1)) for module in backbone.modules()
+    products = [(getattr(module, CONTEXT), head_count(module)) for module in backbone.modules()
                 if hasattr(module, CONTEXT) and getattr(module, CONTEXT).output in sources]
     return HeadTap(*zip(*products)) if products else HeadTap([], [])
 

@@ -40,6 +40,7 @@ from .layers import (
     QuantizedLinear,
     QuantizedMatMul,
     QuantizedMultiheadAttention,
+    head_count,
 )
 from .outputs import OUTPUT, SUMS, quantize_output, quantize_residual
 from .quantizer import FakeQuantizer, Mode, QuantizerMismatchError, UncalibratedError
@@ -50,8 +51,9 @@ __all__ = [
     'LAYERS', 'LayerConfig', 'LayerError', 'Mode', 'OUTPUT', 'PatternError', 'QuantizedConv2d',
     'QuantizedConvTranspose2d', 'QuantizedLinear', 'QuantizedMatMul', 'QuantizedMultiheadAttention',
     'QuantizerMismatchError', 'SCORES', 'SUMS', 'UncalibratedError', 'WEIGHT', 'WeightConfig', 'allocate',
-    'attention_parts', 'calibrate', 'convert', 'convert_attention', 'hooked', 'layer_errors', 'match', 'model_bits',
-    'multiplications', 'output_error', 'parts_of', 'quantizable', 'quantize_output', 'quantize_residual',
-    'quantized_layers', 'quantizer_mode', 'quantizers', 'reparameterize', 'search_weight_ranges',
-    'sensitivities', 'set_mode', 'settle', 'show_applied_weights', 'sqnr', 'unused_quantizers'
+    'attention_parts', 'calibrate', 'convert', 'convert_attention', 'head_count', 'hooked', 'layer_errors', 'match',
+    'model_bits', 'multiplications', 'output_error', 'parts_of', 'quantizable', 'quantize_output',
+    'quantize_residual', 'quantized_layers', 'quantizer_mode', 'quantizers', 'reparameterize',
+    'search_weight_ranges', 'sensitivities', 'set_mode', 'settle', 'show_applied_weights', 'sqnr',
+    'unused_quantizers'
 ]

@@ -289,8 +289,8 @@ SCORES, CONTEXT = 'matmul_scores', 'matmul_context'  # q @ k^T and softmax(score
 HEADS = -3  # axis of the heads in attention weights, (..., heads, queries, keys)
 
 
-def _heads(attention: nn.Module) -> int:
-    """How many heads an attention says it has; 1 if it says nothing."""
+def head_count(attention: nn.Module) -> int:
+    """Return how many heads an attention says it has; 1 if it says nothing."""
     heads = getattr(attention, 'num_heads', 1)
     return heads if isinstance(heads, int) else 1
 
@@ -455,7 +455,7 @@ def quantize_attention(attention: nn.Module, scores: LayerConfig, context: Layer
                                         dict(__module__=__name__))
     attention.__class__ = _attention_classes[kind]
     attention.add_module(SCORES, QuantizedMatMul(scores))
-    attention.add_module(CONTEXT, QuantizedMatMul(context, weights=True, heads=_heads(attention)))
+    attention.add_module(CONTEXT, QuantizedMatMul(context, weights=True, heads=head_count(attention)))
     return attention
 
 
@@ -575,6 +575,6 @@ def quantize_multihead_attention(attention: nn.MultiheadAttention, configs: dict
         parameter = 'in_proj_weight' if name == 'in_proj' else f'{name}_weight'
         attention.add_module(name, QuantizedProjection(attention, parameter, configs[name]))
     for name in (SCORES, CONTEXT):
-        attention.add_module(name, QuantizedMatMul(configs[name], weights=name == CONTEXT, heads=_heads(attention)))
+        attention.add_module(name, QuantizedMatMul(configs[name], weights=name == CONTEXT, heads=head_count(attention)))
     attention.__class__ = QuantizedMultiheadAttention
     return attention
