@@ -130,16 +130,16 @@ def test_whether_weights_get_ranges_of_least_squared_error(changes, searches):
 def test_the_game_wants_two_images_where_it_is_played():
     with pytest.raises(StanzaError, match=r'num_images = 1: at least 2 for the game.*game\.steps=0'):
         QuantizationConfig.parse(dict(synthesis=dict(num_images=1)))
-    QuantizationConfig.parse(dict(weight=dict(bits=4), synthesis=dict(num_images=1)))  # 'low_bit' has no game
+    QuantizationConfig.parse(dict(synthesis=dict(num_images=1), game=dict(steps=0)))
 
 
 def test_what_a_stanza_says_otherwise_than_its_recipe():
     assert QuantizationConfig.parse(dict(weight=dict(bits=4))).departures == []
     assert QuantizationConfig.parse(dict(game=dict(steps=9))).departures == []  # the paper's recipe names nothing
-    stanza = dict(weight=dict(bits=4), synthesis=dict(steps=100, start='dead_leaves'), game=dict(steps=120))
-    assert QuantizationConfig.parse(stanza).departures == ['synthesis.steps=100', 'game.steps=120']
+    stanza = dict(weight=dict(bits=4), synthesis=dict(steps=100, start='dead_leaves'), reconstruction=dict(steps=9))
+    assert QuantizationConfig.parse(stanza).departures == ['synthesis.steps=100', 'reconstruction.steps=9']
     stanza['synthesis'] = dict(method='noise')  # makes no images by any recipe
-    assert QuantizationConfig.parse(stanza).departures == ['game.steps=120']
+    assert QuantizationConfig.parse(stanza).departures == ['reconstruction.steps=9']
 
 
 @pytest.mark.parametrize('key', ['final', 'range_lr', 'rounding_lr'])
