@@ -10,6 +10,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from psaq_mm.engine import quantize
+from psaq_mm.engine.stages.reconstruction import ReconstructionStage
 from psaq_mm.models import attention_blocks, backbone_of, copy_model, extract_features, quantize_model
 from psaq_mm.quantization import (
     ActivationConfig,
@@ -38,6 +39,7 @@ from psaq_mm.reconstruction import (
     unrelated,
 )
 from psaq_mm.reconstruction.reconstruct import of_images
+from psaq_mm.synthesis import Game
 
 from .conftest import DEMO_CONFIG, ROOT, run_tool
 from .test_engine import EVERY_RANK, RUN, config, killed_at, run, same, torchrun, weights  # noqa: F401
@@ -515,6 +517,27 @@ def test_the_recipe_in_an_exported_graph(small_config, tmp_path):
              'quantization.reconstruction.steps=10', 'quantization.game.steps=0', 'quantization.report.images=0')
     run_tool('tools/export.py', tmp_path / 'test_config.py', tmp_path / 'quantized.pth')  # fails where they disagree
     assert (tmp_path / 'int8' / 'features.onnx').exists()
+
+
+def test_images_that_choose_the_best_student_teach_no_block(small_config, tmp_path, monkeypatch):
+    seen, make_views = {}, ReconstructionStage.make_views
+
+    def views(stage, images, count):
+        seen['lessons'] = torch.cat(images)
+        return make_views(stage, images, count)
+
+    def start(game, progress):
+        seen['held'] = torch.cat(game.holdout)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ReconstructionStage, 'make_views', views)
+    monkeypatch.setattr(Game, 'start', start)
+    more = {'synthesis.num_images': 4, 'synthesis.batch_size': 2, 'reconstruction.steps': 1, 'game.steps': 2,
+            'game.holdout': 0.25}
+    with pytest.raises(KeyboardInterrupt):
+        run(config(small_config, tmp_path, **QUICK | more))
+    assert len(seen['lessons']) == 3 and len(seen['held']) == 1
+    assert not any(torch.equal(image, seen['held'][0]) for image in seen['lessons'])
 
 
 def test_without_a_game_and_on_images_of_ones_own(small_config, tmp_path):

@@ -11,7 +11,7 @@ from ...quantization import FakeQuantizer, search_weight_ranges
 from ...stanza import ROOT
 from ...synthesis import Game
 from .base import Stage, counted
-from .learning import annealing, average_gradients, learnable_ranges, mean_over_processes, trainable
+from .learning import annealing, average_gradients, learnable_ranges, mean_over_processes, split, trainable
 
 
 class GameStage(Stage):
@@ -50,7 +50,7 @@ class GameStage(Stage):
     def start(self):
         loop, student = self.loop, self.loop.student
         config, synthesis = self.quantization.game, self.quantization.synthesis
-        evolving, held = self.split(config.holdout)
+        evolving, held = split(loop.images, config.holdout)
         parameters = trainable(student, loop.targets)
         parameters.update(self.learn_ranges())
         compared = self.depended_on(parameters)
@@ -160,21 +160,6 @@ class GameStage(Stage):
         for quantizer in self.ranges.values():
             quantizer.fix_range()
         self.ranges = {}
-
-    def split(self, holdout):
-        """Divide the images into evolving and held-back batches."""
-        images = self.loop.images
-        total = sum(map(len, images))
-        hold = min(max(1, round(holdout * total)), total - 1)
-        evolving, held = [], []
-        for batch in reversed(images):
-            take = min(hold, len(batch))
-            hold -= take
-            if take:
-                held.insert(0, batch[len(batch) - take:])
-            if take < len(batch):
-                evolving.insert(0, batch[:len(batch) - take])
-        return evolving, held
 
     def update_student(self, loss):
         """Take one optimiser step on the student, gradients averaged over processes."""

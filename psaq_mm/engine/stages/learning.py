@@ -68,3 +68,26 @@ def learnable_ranges(student: nn.Module, inside: tuple[str, ...]) -> dict[str, F
     return {name: quantizer for name, quantizer in quantizers(student).items()
             if name.startswith(inside) and name.rpartition('.')[2] in OPERANDS
             and not reads_pixels(student.get_submodule(name.rpartition('.')[0]))}
+
+
+def split(images: list[Tensor], holdout: float) -> tuple[list[Tensor], list[Tensor]]:
+    """Divide image batches into those that the student learns from and those that choose the best student.
+
+    Args:
+        images (list[Tensor]): Batches (B, C, H, W), of two images or more in all.
+        holdout (float): Share of the images that is held back: the last ones, at least one and never all.
+
+    Returns:
+        tuple[list[Tensor], list[Tensor]]: Batches of both.
+    """
+    total = sum(map(len, images))
+    hold = min(max(1, round(holdout * total)), total - 1)
+    learned, held = [], []
+    for batch in reversed(images):
+        take = min(hold, len(batch))
+        hold -= take
+        if take:
+            held.insert(0, batch[len(batch) - take:])
+        if take < len(batch):
+            learned.insert(0, batch[:len(batch) - take])
+    return learned, held

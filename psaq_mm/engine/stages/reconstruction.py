@@ -12,7 +12,7 @@ from ...quantization import quantized_layers, search_weight_ranges
 from ...reconstruction import Recorder, UnitReconstruction, find_units, importance, settled_share, unrelated
 from ...synthesis import lesson_view
 from .base import Stage
-from .learning import annealing, average_gradients, learnable_ranges, mean_over_processes, trainable
+from .learning import annealing, average_gradients, learnable_ranges, mean_over_processes, split, trainable
 
 
 class ReconstructionStage(Stage):
@@ -43,8 +43,8 @@ class ReconstructionStage(Stage):
             loop.runner.logger.warning('No reconstruction: features depend on no quantized layer of the targets '
                                        f'({", ".join(loop.targets)})')
             return
-        images = sum(map(len, loop.images)) * dist.get_world_size()
-        self.views = self.make_views(config.views_of_each(images))
+        images = self.lessons()
+        self.views = self.make_views(images, config.views_of_each(sum(map(len, images)) * dist.get_world_size()))
         self.recorders = [Recorder(model, self.units, loop.features(model), self.views, loop.precision)
                           for model in (loop.teacher, loop.student)]
         if self.restored is None:
@@ -55,13 +55,22 @@ class ReconstructionStage(Stage):
             self.initial = self.restored['initial']
             self.begin(self.index // config.steps, self.restored['current'])
 
-    def make_views(self, count):
+    def lessons(self):
+        """Return the image batches that units learn from, (B, C, H, W) each.
+
+        Images that choose the best student of a later game are none of them: it would look worse than it is beside the
+        reconstructed one.
+        """
+        game = self.quantization.game
+        return split(self.loop.images, game.holdout)[0] if self.loop.find('game') else self.loop.images
+
+    def make_views(self, images, count):
         """Return so many random views of each image, in batches (B, C, H, W)."""
-        loop, views = self.loop, list(self.loop.images)
+        loop, views = self.loop, list(images)
         rng = random.Random(f'{loop.runner.seed}-{dist.get_rank()}-reconstruction')
         for _ in range(count - 1):
-            for batch in loop.images:
-                others = [image for other in loop.images if other.shape[1:] == batch.shape[1:] for image in other]
+            for batch in images:
+                others = [image for other in images if other.shape[1:] == batch.shape[1:] for image in other]
                 views.append(lesson_view(batch, others, self.quantization.synthesis, self.quantization.game, loop.low,
                                          loop.high, rng))
         return views
