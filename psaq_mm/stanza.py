@@ -125,9 +125,12 @@ class QuantizationConfig(FrozenConfig):
         if found.synthesis.method == 'psaq_v2' and found.game.steps and found.synthesis.num_images < 2:
             raise StanzaError(f'{ROOT}.synthesis.num_images = {found.synthesis.num_images}: at least 2 for the game, '
                               f'one evolves and one is held back. Or leave the game out: {ROOT}.game.steps=0')
-        if found.synthesis.agreement and found.synthesis.checkpointing:
-            raise StanzaError(f'{ROOT}.synthesis.agreement = {found.synthesis.agreement} and checkpointing = True: one '
-                              'of the two, as blocks that are computed again show no heads')
+        played = found.synthesis.method == 'psaq_v2' and found.game.steps
+        heard = {'synthesis.agreement': found.synthesis.agreement, 'game.heads': found.game.heads * bool(played)}
+        for key, weight in heard.items():
+            if weight and found.synthesis.checkpointing:
+                raise StanzaError(f'{ROOT}.{key} = {weight} and {ROOT}.synthesis.checkpointing = True: one of the two, '
+                                  'as blocks that are computed again show no heads')
         return found
 
     @property
@@ -180,9 +183,9 @@ class QuantizationConfig(FrozenConfig):
     @property
     def searches_weight_ranges(self) -> bool:
         """Whether a run gives weights the ranges of least squared error, before its reconstruction or its game."""
-        played = self.synthesis.method == 'psaq_v2' and self.game.steps
-        return bool(played and self.game.weight_ranges == 'mse' or
-                    self.reconstruction.steps and self.reconstruction.weight_ranges == 'mse')
+        if self.reconstruction.steps:
+            return self.reconstruction.weight_ranges == 'mse'
+        return bool(self.synthesis.method == 'psaq_v2' and self.game.steps and self.game.weight_ranges == 'mse')
 
     @property
     def student_lr(self) -> float:

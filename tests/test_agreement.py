@@ -131,5 +131,8 @@ def test_what_has_no_heads_says_so_before_the_work(small_config, tmp_path, key, 
 
 
 def test_blocks_that_are_computed_again_show_no_heads():
-    with pytest.raises(StanzaError, match='agreement = 1.0 and checkpointing'):
+    with pytest.raises(StanzaError, match=r'synthesis\.agreement = 1.0 and .*checkpointing'):
         QuantizationConfig.parse(dict(synthesis=dict(agreement=1.0, checkpointing=True)))
+    with pytest.raises(StanzaError, match=r'game\.heads = 1.0 and .*checkpointing'):
+        QuantizationConfig.parse(dict(synthesis=dict(checkpointing=True), game=dict(heads=1.0)))
+    QuantizationConfig.parse(dict(synthesis=dict(checkpointing=True), game=dict(heads=1.0, steps=0)))

@@ -540,6 +540,12 @@ def test_images_that_choose_the_best_student_teach_no_block(small_config, tmp_pa
     assert not any(torch.equal(image, seen['held'][0]) for image in seen['lessons'])
 
 
+def test_the_game_leaves_the_ranges_of_reconstructed_weights(small_config, tmp_path):
+    more = {'synthesis.num_images': 2, 'synthesis.batch_size': 1, 'reconstruction.steps': 1, 'game.steps': 2}
+    game = run(config(small_config, tmp_path, **QUICK | more))['stages']['game']
+    assert game['student'] and game['searched'] is None
+
+
 def test_without_a_game_and_on_images_of_ones_own(small_config, tmp_path):
     cfg = config(small_config, tmp_path, **stanza(**{'synthesis.method': 'real', 'report.images': 0}))
     result = quantize(cfg, eval_float=False, eval_quantized=False)

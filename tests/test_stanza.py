@@ -122,6 +122,7 @@ def test_the_recipe_of_a_stanza_that_names_none(changes, recipe):
     ({}, True), (dict(synthesis=dict(method='psaq_v1')), False), (dict(game=dict(steps=0)), False),
     (dict(game=dict(weight_ranges='calibrated')), False),
     (dict(reconstruction=dict(steps=9), game=dict(steps=0)), True),
+    (dict(reconstruction=dict(steps=9, weight_ranges='calibrated')), False),
     (dict(reconstruction=dict(steps=9, weight_ranges='calibrated'), game=dict(steps=0)), False)])
 def test_whether_weights_get_ranges_of_least_squared_error(changes, searches):
     assert QuantizationConfig.parse(changes).searches_weight_ranges == searches

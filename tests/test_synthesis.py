@@ -2,6 +2,7 @@
 import copy
 import random
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -331,6 +332,17 @@ def test_student_learns_what_heads_put_out_where_asked():
     played.lessons -= 1  # the same batch
     assert played.student_update(random.Random(0)) == plain
     assert losses[1] == pytest.approx(losses[0] + 3 * 0.4)
+
+
+def test_images_of_the_game_differ_by_what_tells_them_apart():
+    played, _ = game()
+    played.synthesis = SynthesisConfig(entropy=0.0, diversity=1.0)
+    played.telling = lambda images: nullcontext(lambda features: [features[0].new_tensor([[1.0, 0.0], [0.0, 1.0]])])
+    played.turn = 'images'
+    assert abs(played.step(random.Random(0))['diversity']) < 0.05  # orthogonal; those of the student are alike
+    played.telling = lambda images: nullcontext(lambda features: [torch.ones(2, 2)])
+    played.turn = 'images'
+    assert played.step(random.Random(0))['diversity'] < -1
 
 
 def test_averages_of_the_student_run_on_from_turn_to_turn():

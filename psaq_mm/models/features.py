@@ -4,6 +4,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
@@ -97,8 +98,9 @@ def extract_inner(model: nn.Module, images: Tensor, heads: bool = False, visit: 
         return extract_features(model, images, heads)
 
 
-def telling_features(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """Return what tells images apart: the feature maps of backbone and neck.
+@contextmanager
+def telling(model: nn.Module, images: Tensor) -> Iterator[Callable[[list[Tensor]], list[Tensor]]]:
+    """Watch a pass of a model for what tells images apart: the feature maps of backbone and neck.
 
     A classifier puts out vectors behind its last norm, which say less. Instead of them come the class tokens that its
     last attention block puts out, or the means of the block's tokens.
@@ -107,26 +109,43 @@ def telling_features(model: nn.Module, images: Tensor) -> list[Tensor]:
 
     Args:
         model (nn.Module): A detector, segmentor or classifier.
+        images (Tensor): That it will run on, (B, C, H, W).
+
+    Yields:
+        Callable: From the features of the pass, as :func:`extract_features` returns them, to maps (B, C_i, H_i, W_i) or
+        vectors (B, C_i).
+    """
+    backbone, found = backbone_of(model), []
+    names = {module: name for name, module in backbone.named_modules()}
+    last = attention_blocks(backbone)[-1:]
+
+    def choose(features):
+        maps = [feature for feature in features if feature.dim() == 4]
+        if maps or not found or len(found[0]) != len(images) or found[0].dim() not in (3, 4):
+            return maps or features
+        tokens = found[0]
+        if tokens.dim() == 4:
+            channels_first = is_grid(images.shape[2:], tokens.shape[2:])
+            return [tokens.flatten(2).mean(2) if channels_first else tokens.flatten(1, 2).mean(1)]
+        return [tokens[:, 0] if prefix_tokens(backbone, f'{names[last[0]]}.') else tokens.mean(1)]
+
+    with hooked([block.register_forward_hook(lambda block, inputs, output: found.extend(tensors(output)))
+                 for block in last]):
+        yield choose
+
+
+def telling_features(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """Return what tells images apart, see :func:`telling`.
+
+    Args:
+        model (nn.Module): A detector, segmentor or classifier.
         images (Tensor): In the model's input space, (B, C, H, W).
 
     Returns:
         list[Tensor]: Maps (B, C_i, H_i, W_i) or vectors (B, C_i).
     """
-    backbone, found = backbone_of(model), []
-    names = {module: name for name, module in backbone.named_modules()}
-    last = attention_blocks(backbone)[-1:]
-    handles = [block.register_forward_hook(lambda block, inputs, output: found.extend(tensors(output)))
-               for block in last]
-    with hooked(handles):
-        features = extract_features(model, images)
-    maps = [feature for feature in features if feature.dim() == 4]
-    if maps or not found or len(found[0]) != len(images) or found[0].dim() not in (3, 4):
-        return maps or features
-    tokens = found[0]
-    if tokens.dim() == 4:
-        channels_first = is_grid(images.shape[2:], tokens.shape[2:])
-        return [tokens.flatten(2).mean(2) if channels_first else tokens.flatten(1, 2).mean(1)]
-    return [tokens[:, 0] if prefix_tokens(backbone, f'{names[last[0]]}.') else tokens.mean(1)]
+    with telling(model, images) as of:
+        return of(extract_features(model, images))
 
 
 def tensors(nested) -> Iterator[Tensor]:

@@ -116,7 +116,7 @@ def game_curve(history: Sequence[dict], plain: float | None = None):
 
     Args:
         history (Sequence[dict]): Of :class:`DataFreeLoop`.
-        plain (float, optional): Discrepancy of the plain calibration on the held-back images: their reference.
+        plain (float, optional): Discrepancy on the held-back images before the game: their reference.
     """
     updates = [update for update in history if update['stage'] == 'game']
     if not updates:
@@ -137,7 +137,7 @@ def game_curve(history: Sequence[dict], plain: float | None = None):
         axes.plot(*zip(*looks), color=GREEN, marker='o', markersize=4, label='on held-back images')
     axes.axhline(1, color=INK, linewidth=0.8, linestyle='--')
     axes.set_xlabel('update of the game')
-    axes.set_ylabel('discrepancy / plain calibration')
+    axes.set_ylabel('discrepancy / before the game')
     axes.set_ylim(bottom=0)
     figure.legend(*axes.get_legend_handles_labels(), loc='outside upper right', ncols=3, fontsize=9)
     return figure

@@ -82,14 +82,16 @@ class GameConfig(FrozenConfig):
         'into products and convolutions; 0: ranges stay as they were calibrated')
     weight_ranges: Literal['mse', 'calibrated'] = Field(
         'mse', description="'mse': min-max ranges of weights give way, before the game, to those of least squared "
-        "error; 'calibrated': they stay")
+        "error; 'calibrated': they stay. Where a reconstruction goes before, its `weight_ranges` counts alone")
     image_lr: float = Field(0.05, gt=0, description="learning rate of the images' Adam, normalised pixels")
-    weight: float = Field(1.0, ge=0, description='weight of the discrepancy in the image objective, beside the entropy')
+    weight: float = Field(1.0, ge=0, description='weight of the discrepancy in what images lower, beside '
+                          'the objective of synthesis')
     heads: float = Field(
         0.0, ge=0, description="weight of the structural dissimilarity between what the teacher's and the student's "
         'attention heads put out, in what the student lowers; 0: not computed. Needs a backbone with attention')
     bound: float = Field(
-        2.0, gt=1, description="images gain nothing by a discrepancy above so many times the plain calibration's")
+        2.0, gt=1, description='images gain nothing by a discrepancy above so many times that of the student before '
+        'the game')
     lower: float = Field(
         0.8, gt=0, lt=1, description="the student's turn ends when the discrepancy has fallen to so many times what "
         'it was when the turn began')

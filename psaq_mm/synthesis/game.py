@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -131,15 +132,18 @@ class Game:
         holdout (list[Tensor]): Batches that don't, to choose the best student by.
         low, high (Tensor): Valid pixel range.
         mean (Callable, optional): Averages a float over processes.
+        telling (Callable, optional): Returns, for images, the context of a teacher's pass on them. It gives a function
+            from the features to those that the diversity of the images is measured by.
     """
 
     def __init__(self, config: GameConfig, synthesis: SynthesisConfig, teacher: Callable[[Tensor], Features],
                  student: Callable[[Tensor], Features], tap: PatchSimilarityTap, parameters: dict[str, Tensor],
                  update: Callable[[Tensor], None], images: list[Tensor], holdout: list[Tensor], low: Tensor,
-                 high: Tensor, mean: Callable[[float], float] = float):
+                 high: Tensor, mean: Callable[[float], float] = float,
+                 telling: Callable = lambda images: nullcontext(lambda features: features)):
         self.config, self.synthesis = config, synthesis
         self.teacher, self.student, self.tap = teacher, student, tap
-        self.parameters, self.update, self.mean = parameters, update, mean
+        self.parameters, self.update, self.mean, self.telling = parameters, update, mean, telling
         self.optimizers = [ImageOptimizer(batch, low, high, config.image_lr) for batch in images]
         self.low, self.high = low, high
         self.holdout = holdout
@@ -149,7 +153,7 @@ class Game:
         self.lessons = self.uses = 0  # lessons begun; uses of the present one
 
     def start(self, progress: Callable[[], None] = lambda: None) -> None:
-        """Measure the plainly calibrated student: the reference of the game and the first candidate for the best.
+        """Measure the student as it is: the reference of the game and the first candidate for the best.
 
         Args:
             progress (Callable): Called after each batch of images, evolving and held back.
@@ -178,7 +182,8 @@ class Game:
 
         Returns:
             dict: Numbers for the log: ``discrepancy`` (relative to the teacher's magnitude), ``ratio`` (to that of the
-            plain calibration on images as they are), ``entropy`` when images moved, ``holdout`` when it was measured.
+            student before the game on images as they are), what :func:`image_loss` logs when images moved, ``holdout``
+            when it was measured.
         """
         fresh = self.turn == IMAGES or self.uses == 0  # a view seen before says less about the student
         log = self._image_update(rng) if self.turn == IMAGES else self.student_update(rng)
@@ -217,9 +222,9 @@ class Game:
 
         def objective(images):
             view = augment(images, self.synthesis, rng)
-            with listening(self.tap, self.synthesis):
+            with listening(self.tap, self.synthesis), self.telling(view) as of:
                 teacher = self.teacher(view)
-            loss, numbers = image_loss(view, teacher, self.tap, self.synthesis)
+            loss, numbers = image_loss(view, of(teacher), self.tap, self.synthesis)
             gap = discrepancy(teacher, self.student(view), len(view))
             log.update(numbers, discrepancy=gap.mean().item())
             gain = (gap / self.reference).clamp(max=self.config.bound)
@@ -293,7 +298,7 @@ class Game:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Leaves the student with the best parameters seen; the plain calibration's count among them."""
+        """Leave the student with the best parameters seen; those before the game count among them."""
         if self.student_updates % self.config.evaluate_every:
             self.consider()
         for name, parameter in self.parameters.items():

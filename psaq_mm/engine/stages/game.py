@@ -1,12 +1,13 @@
 """The game of PSAQ-ViT V2: images and student evolve against each other."""
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 
 from ...errors import UserError
-from ...models import backbone_of
+from ...models import backbone_of, telling
 from ...quantization import FakeQuantizer, search_weight_ranges
 from ...stanza import ROOT
 from ...synthesis import Game
@@ -63,7 +64,8 @@ class GameStage(Stage):
             self.fix_ranges()
             return
         self.game = Game(config, synthesis, loop.features(loop.teacher), loop.features(student), loop.tap,
-                         parameters, self.update_student, evolving, held, loop.low, loop.high, mean_over_processes)
+                         parameters, self.update_student, evolving, held, loop.low, loop.high, mean_over_processes,
+                         functools.partial(telling, loop.teacher))
         if self.restored is not None:
             self.game.load_state_dict(self.restored['game'])
             self.searched = self.restored.get('searched')
@@ -72,9 +74,9 @@ class GameStage(Stage):
         if not math.isfinite(self.game.initial):
             raise UserError('the teacher or the calibrated student gives features that are no finite numbers on '
                             'the synthetic images. Try without --amp; check the checkpoint')
-        if config.weight_ranges == 'mse':
+        if config.weight_ranges == 'mse' and not loop.find('reconstruction'):  # which leaves weights on integers
             self.choose_weight_ranges(compared)
-        self.announce(f'game, discrepancy of the plain calibration {self.game.initial:.4f} on held-back images')
+        self.announce(f'game, discrepancy on held-back images before it {self.game.initial:.4f}')
 
     def choose_weight_ranges(self, weights):
         """Give weights the ranges of least squared error, unless these are worse on the held-back images."""

@@ -74,7 +74,7 @@ class SynthesisStage(Stage):
             return loss
 
         self.optimizer.step(lowered, learning_rate(step, config))
-        self.follow(log.get('entropy', log.get('diversity', 0.0)))
+        self.follow(next((log[name] for name in ('entropy', 'diversity', 'agreement') if name in log), 0.0))
         if self.has_plateaued() and dist.get_world_size() == 1:
             loop.skip(config.steps - 1 - step)
         if self.has_plateaued() or step == config.steps - 1:
@@ -83,7 +83,7 @@ class SynthesisStage(Stage):
         return log
 
     def follow(self, entropy):
-        """Take note of the entropy of the batch, in nats a block, or of its diversity where it has no entropy."""
+        """Take note of the entropy of the batch, in nats a block, or without one of its diversity or agreement."""
         if entropy > self.plateau['entropy'] + PLATEAU:
             self.plateau = dict(entropy=entropy, since=0)
         else:
