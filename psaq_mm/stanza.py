@@ -66,8 +66,9 @@ class QuantizationConfig(FrozenConfig):
         "the library's own test tool loads")
     recipe: Literal['paper', 'low_bit'] | None = Field(
         None, description="defaults that belong together: 'paper', those of PSAQ-ViT V2; 'low_bit', ours for fewer "
-        "than 8 bits: images from dead leaves, norms reparameterised, every block reconstructed. What the stanza says "
-        "itself goes before. None: 'paper' where all weights and activations have 8 bits, else 'low_bit'")
+        "than 8 bits: images from dead leaves, norms reparameterised, a range for each attention head, every block "
+        "reconstructed, then the game. What you set yourself wins. None: 'paper' where all weights and activations "
+        "have 8 bits, else 'low_bit'")
     reparameterize: bool = Field(
         False, description='bring the channels behind LayerNorms to one range, exact in float and free at inference')
     synthesis: SynthesisConfig = SynthesisConfig()

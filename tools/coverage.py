@@ -30,7 +30,7 @@ def parse_args():
     parser.add_argument('--all', action='store_true', help='convolutional configs, too')
     parser.add_argument('--timeout', type=float, default=300, help='seconds for one config (default: 300)')
     parser.add_argument('--recipe', choices=('paper', 'low_bit'), default='paper', help='of the quantization (default: '
-                        'paper); low_bit reparameterises norms and reconstructs each block besides')
+                        'paper); low_bit reparameterises norms and reconstructs each block before the game')
     parser.add_argument('--logs', type=Path, help='folder for what each config prints (default: a temporary one)')
     parser.add_argument('--markdown', type=Path, metavar='FILE', help='write the table here')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the results here; those of configs that are '
@@ -75,7 +75,8 @@ def earlier(path):
 
 # What of the job follows the recipe.
 WORK = dict(paper='calibration, two updates of the game',
-            low_bit='reparameterisation of norms, calibration, two updates of each block by reconstruction')
+            low_bit='reparameterisation of norms, calibration, '
+                    'two updates of each block by reconstruction, two updates of the game')
 
 
 def write_markdown(results, path, recipe):

@@ -1,4 +1,4 @@
-"""The data-free loop: starts -> images -> calibration -> game -> quantized model, one mmengine iteration an update.
+"""The data-free loop: starts -> images -> calibration -> reconstruction -> game, one mmengine iteration an update.
 
 :mod:`psaq_mm.engine.stages` holds what happens; the loop takes the stages one after the other.
 """
