@@ -439,7 +439,7 @@ def quick(small_config, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('at', [20, 21])  # 8 updates of images, then blocks of 3: at the edge of one, and within one
+@pytest.mark.parametrize('at', [20, 21, 56])  # 8 updates of images, then 15 blocks of 3: at an edge, within one; in the game
 def test_the_whole_recipe_resumes(small_config, tmp_path, killed_at, whole, at):  # noqa: F811
     killed_at(at)
     with pytest.raises(KeyboardInterrupt):
@@ -497,7 +497,7 @@ def test_frozen_layers_that_read_pixels_are_left_out(small_config, tmp_path):
 def test_the_recipe_in_two_processes(small_config, tmp_path):
     """Both end with one student, whose blocks have become better."""
     options = ['--cfg-options', 'quantization.recipe=low_bit', 'quantization.weight.bits=4',
-               'quantization.activation.bits=4', 'quantization.reconstruction.steps=5', 'quantization.game.steps=0']
+               'quantization.activation.bits=4', 'quantization.reconstruction.steps=5']
     (tmp_path / 'every_rank.py').write_text(EVERY_RANK)
     torchrun(small_config, tmp_path, '--no-eval', *options,
              script=(tmp_path / 'every_rank.py', ROOT / 'tools' / 'dfq.py'))

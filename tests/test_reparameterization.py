@@ -3,8 +3,12 @@ import copy
 
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
 from torch import nn
 
+from psaq_mm.engine import read_checkpoint
+from psaq_mm.engine.checkpoint import load_float
 from psaq_mm.models import extract_features, quantize_model
 from psaq_mm.quantization import (
     ActivationConfig,
@@ -17,6 +21,7 @@ from psaq_mm.quantization import (
 )
 from psaq_mm.quantization.reparameterization import apply, find_sites
 
+from .conftest import ROOT
 from .test_families import FAMILIES, images_for, mmdet_swin, timm_vit
 
 # Norms of each family that its blocks read: two a block; the mergings of Swin; those before the neck's 1 x 1
@@ -131,3 +136,26 @@ def test_channels_that_are_read_rearranged_are_put_back():
     assert found['left'] == {'norm': 'the model computes something else with changed channels'}
     for key in ('norm.weight', 'norm.bias', 'first.weight', 'first.bias'):
         assert torch.equal(model.state_dict()[key], expected[key])
+
+
+def test_the_baseline_quantizes_as_its_paper_says(monkeypatch):
+    """RepQ-ViT beside us: powers of the square root of 2, and with many bits what full precision says."""
+    monkeypatch.syspath_prepend(str(ROOT / 'benchmarks'))
+    import repq_vit
+    powers = 0.8 * 2**-torch.tensor([0.0, 0.5, 1.0, 1.5])
+    near = torch.tensor([0.9, 0.6, 0.41, 0.28, 0.2, 0.0])  # the last but one is nearest to the fifth power, which is 0
+    torch.testing.assert_close(repq_vit.LogSqrt2(2, 0.8)(near), torch.cat([powers, torch.zeros(2)]))
+    cfg = Config.fromfile(ROOT / 'demo' / 'vit_mini_objects.py')
+    images, errors = torch.randn(4, 3, 96, 96, generator=torch.Generator().manual_seed(0)), {}
+    for bits in (4, 8):
+        model = MODELS.build(dict(cfg.model, _scope_='psaq_mm')).eval()
+        quantize_model(model, dict(
+            targets=['backbone', 'head'], recipe='paper', weight=dict(bits=bits, symmetric=False),
+            activation=dict(bits=bits, symmetric_products=False)))
+        load_float(model, read_checkpoint(str(ROOT / 'demo' / 'vit_mini_objects.pth')), ('backbone', 'head'))
+        with torch.no_grad(), quantizer_mode(model, Mode.FLOAT):
+            exact = model.logits(images)
+        repq_vit.quantize_as_repq(model, images)
+        with torch.no_grad():
+            errors[bits] = ((model.logits(images) - exact).square().mean() / exact.square().mean()).item()
+    assert errors[8] < 0.01 < errors[4] < 1
