@@ -439,7 +439,7 @@ def quick(small_config, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('at', [20, 21, 56])  # 8 updates of images, 15 blocks of 3, the game: between, in a block, there
+@pytest.mark.parametrize('at', [20, 21, 56])  # of 8 updates of images, 15 blocks of 3, then the game
 def test_the_whole_recipe_resumes(small_config, tmp_path, killed_at, whole, at):  # noqa: F811
     killed_at(at)
     with pytest.raises(KeyboardInterrupt):
