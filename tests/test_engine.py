@@ -22,7 +22,7 @@ from psaq_mm.models import quantize_model
 from psaq_mm.quantization import QuantizerMismatchError, quantizers, search_weight_ranges
 from psaq_mm.registry import HOOKS
 from psaq_mm.stanza import StanzaError
-from psaq_mm.synthesis import valid_range
+from psaq_mm.synthesis import Game, valid_range
 
 from .conftest import DEMO_CHECKPOINT, DEMO_CONFIG, ROOT, run_tool
 from .test_converters import old_layout
@@ -534,6 +534,14 @@ def test_heads_that_nothing_compared_depends_on_are_calibrated_without_a_game(sm
     assert torch.isfinite(state['roi_head.mask_head.conv_logits.weight_quantizer.scale']).all()
     assert all(torch.equal(state[key], source[key]) for key in source)
     assert 'No game: ' in ''.join(path.read_text() for path in tmp_path.rglob('*.log'))
+
+
+def test_the_game_ends_when_patience_does(small_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(Game, 'over', property(lambda game: game.student_updates == 2))
+    result = run(config(small_config, tmp_path, **{'game.patience': 1, 'report.images': 0}))
+    assert result['stages']['game']['student'] == 2
+    assert 'have found no better student (quantization.game.patience)' in ''.join(
+        path.read_text() for path in tmp_path.rglob('*.log'))
 
 
 def test_diversity_of_batches_of_one_image_is_warned_of(small_config, tmp_path):

@@ -345,6 +345,15 @@ def test_images_of_the_game_differ_by_what_tells_them_apart():
     assert played.step(random.Random(0))['diversity'] < -1
 
 
+def test_the_game_is_over_when_looks_find_no_better_student():
+    played, _ = game(patience=2, evaluate_every=1, student_patience=1000, lower=1e-9)
+    found = iter((0.5, 0.4, 0.45, 0.3, 0.31, 0.32))
+    played.evaluate = lambda: next(found)
+    played.best = 1.0
+    assert [played.step(random.Random(0)) and played.over for _ in range(6)] == [False] * 5 + [True]
+    assert not game()[0].over
+
+
 def test_averages_of_the_student_run_on_from_turn_to_turn():
     played, _ = game(lower=1e-9, upper=1e9, student_patience=2, image_patience=2, view_updates=2)
     starts = []

@@ -108,5 +108,8 @@ class GameConfig(FrozenConfig):
     mix: bool = Field(True, description='a rectangle of what the student sees comes from another image')
     holdout: float = Field(0.25, gt=0, lt=1, description='share of the images held back to choose the best student')
     evaluate_every: int = Field(20, ge=1, description='student updates between looks at the held-back images')
+    patience: int | None = Field(
+        None, ge=1, description='the game is over when so many looks in a row have found no better student; None: it '
+        'takes all its steps')
 
 

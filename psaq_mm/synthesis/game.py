@@ -151,6 +151,7 @@ class Game:
         self.reference = self.average = self.student_average = self.turn_start = None
         self.lesson = self.seed = None
         self.lessons = self.uses = 0  # lessons begun; uses of the present one
+        self.vain = 0  # looks at the held-back images since the best student
 
     def start(self, progress: Callable[[], None] = lambda: None) -> None:
         """Measure the student as it is: the reference of the game and the first candidate for the best.
@@ -199,7 +200,8 @@ class Game:
         if self.turn == STUDENT:
             self.student_updates += 1
             if self.student_updates % self.config.evaluate_every == 0:
-                log['holdout'] = self.consider()
+                best, log['holdout'] = self.best, self.consider()
+                self.vain = 0 if self.best < best else self.vain + 1
         else:
             self.image_updates += 1
         if self.turn == IMAGES and (self.turn_updates >= self.config.image_patience
@@ -296,6 +298,11 @@ class Game:
             self.best, self.best_parameters = value, self._copy()
         return value
 
+    @property
+    def over(self) -> bool:
+        """Whether so many looks as patience allows have found no better student."""
+        return self.config.patience is not None and self.vain >= self.config.patience
+
     @torch.no_grad()
     def finish(self) -> None:
         """Leave the student with the best parameters seen; those before the game count among them."""
@@ -305,7 +312,7 @@ class Game:
             parameter.copy_(self.best_parameters[name])
 
     PLAIN = ('turn', 'turns', 'turn_updates', 'turn_start', 'student_updates', 'image_updates', 'reference', 'average',
-             'student_average', 'best', 'initial', 'best_parameters', 'lessons', 'uses', 'seed')
+             'student_average', 'best', 'initial', 'best_parameters', 'lessons', 'uses', 'seed', 'vain')
 
     def state_dict(self):
         return dict({name: getattr(self, name) for name in self.PLAIN},

@@ -189,6 +189,10 @@ class GameStage(Stage):
                 f"{log['ratio']}. The best student until then is kept. If it is not good enough, try without --amp, or "
                 f'a smaller {ROOT}.game.student_lr or {ROOT}.game.range_lr')
             loop.skip(self.updates - 1 - self.index)
+        elif self.game.over and self.index < self.updates - 1:
+            loop.runner.logger.info(f'The game ends early, at update {self.index + 1}: {self.game.vain} looks at the '
+                                    f'held-back images have found no better student ({ROOT}.game.patience)')
+            loop.skip(self.updates - 1 - self.index)
         return log
 
     def tags(self):
