@@ -277,9 +277,9 @@ def test_student_never_ends_worse_than_its_plain_calibration():
 def test_a_lesson_serves_several_updates_with_one_pass_of_the_teacher():
     played, _ = game(lower=1e-9, upper=1e9, student_patience=7, image_patience=2, view_updates=3)
     forward, passes = played.teacher.forward, []
-    played.teacher.forward = lambda images, visit=None: passes.append(len(images)) or forward(images)
+    played.teacher.forward = lambda images, *visits: passes.append(len(images)) or forward(images)
     views, student = [], played.student
-    played.student = lambda view, visit=None: views.append(view) or student(view)
+    played.student = lambda view, *visits: views.append(view) or student(view)
     for number in range(7):
         assert played.turn == 'student'
         played.step(random.Random(number))
