@@ -272,12 +272,12 @@ class Game:
             self.lessons += 1
         if self.lesson is None:
             self.lesson = self.new_lesson(self.seed)
-        view, teacher, *seen = self.lesson
+        view, teacher, inner, heads = self.lesson
         self.uses = (self.uses + 1) % self.config.view_updates
         if self.uses == 0:
             self.lesson = None
         # An error computed when its map appears has its gradient computed when that is needed, and not kept till then.
-        (inner, heads), errors, of_heads = map(iter, seen), [], []
+        inner, heads, errors, of_heads = iter(inner), iter(heads), [], []
         student = self.student(view, lambda value: errors.append(distillation(next(inner), value)[0]), self.hear(
             lambda value: of_heads.append(head_dissimilarity(next(heads), value))))
         of_features, gaps = zip(*map(distillation, teacher, student))
