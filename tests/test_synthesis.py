@@ -258,6 +258,18 @@ def test_student_learns_and_the_best_is_kept():
     assert played.evaluate() == pytest.approx(played.best)
 
 
+@pytest.mark.parametrize('gain, taken', [(0.1, True), (0.999, False)])
+def test_the_student_before_the_game_stays_where_too_little_was_gained(gain, taken):
+    played, student = game(student_patience=10, gain=gain)
+    start = [p.detach().clone() for p in student.parameters()]
+    for number in range(120):
+        played.step(random.Random(number))
+    played.finish()
+    assert played.best < 0.8 * played.initial and played.gained == taken
+    assert played.evaluate() == pytest.approx(played.best if taken else played.initial)
+    assert all(torch.equal(a, b) for a, b in zip(start, student.parameters())) != taken
+
+
 def test_student_never_ends_worse_than_its_plain_calibration():
     played, student = game(evaluate_every=1, student_patience=1000, lower=1e-9)
     start = [p.detach().clone() for p in student.parameters()]

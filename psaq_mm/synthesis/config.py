@@ -107,6 +107,9 @@ class GameConfig(FrozenConfig):
                          'brightness by up to so many standard deviations, colours by less than half as much')
     mix: bool = Field(True, description='a rectangle of what the student sees comes from another image')
     holdout: float = Field(0.25, gt=0, lt=1, description='share of the images held back to choose the best student')
+    gain: float = Field(
+        0.0, ge=0, lt=1, description='the best student of the game takes the place of the one before it only where its '
+        'discrepancy on the held-back images is lower by this share')
     evaluate_every: int = Field(20, ge=1, description='student updates between looks at the held-back images')
     patience: int | None = Field(
         None, ge=1, description='the game is over when so many looks in a row have found no better student; None: it '

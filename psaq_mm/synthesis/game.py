@@ -163,6 +163,7 @@ class Game:
             sum(self.measure(o.images, progress) for o in self.optimizers) / len(self.optimizers)) or 1e-12
         self.best = self.initial = self.evaluate(progress)
         self.best_parameters = self._copy()
+        self.parameters_before = self.best_parameters if self.config.gain else None
 
     def _copy(self):
         return {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -303,16 +304,23 @@ class Game:
         """Whether so many looks as patience allows have found no better student."""
         return self.config.patience is not None and self.vain >= self.config.patience
 
+    @property
+    def gained(self) -> bool:
+        """Whether the best student is so much better than the one before the game that it takes its place."""
+        return self.best <= (1 - self.config.gain) * self.initial
+
     @torch.no_grad()
     def finish(self) -> None:
-        """Leave the student with the best parameters seen; those before the game count among them."""
+        """Leave the student with the best parameters seen; with those before the game where too little was gained."""
         if self.student_updates % self.config.evaluate_every:
             self.consider()
+        kept = self.best_parameters if self.gained else self.parameters_before
         for name, parameter in self.parameters.items():
-            parameter.copy_(self.best_parameters[name])
+            parameter.copy_(kept[name])
 
     PLAIN = ('turn', 'turns', 'turn_updates', 'turn_start', 'student_updates', 'image_updates', 'reference', 'average',
-             'student_average', 'best', 'initial', 'best_parameters', 'lessons', 'uses', 'seed', 'vain')
+             'student_average', 'best', 'initial', 'best_parameters', 'parameters_before', 'lessons', 'uses', 'seed',
+             'vain')
 
     def state_dict(self):
         return dict({name: getattr(self, name) for name in self.PLAIN},

@@ -199,7 +199,7 @@ class GameStage(Stage):
         return dict(turn=self.game.turn)
 
     def finish(self):
-        """Keep the best student."""
+        """Keep the best student, or the one before the game."""
         if self.game is None:
             return
         game = self.game
@@ -212,6 +212,9 @@ class GameStage(Stage):
             f'The game is over after {counted(game.turns, "turn")}, {game.student_updates} student and '
             f'{game.image_updates} image updates: discrepancy on held-back images '
             f'{game.initial:.4f} -> {game.best:.4f}')
+        if not game.gained:
+            self.loop.runner.logger.info('The student before the game stays: the discrepancy is to be lower by '
+                                         f'{game.config.gain:.0%} ({ROOT}.game.gain)')
 
     def images(self):
         if self.game is None:
@@ -220,8 +223,8 @@ class GameStage(Stage):
 
     def summary(self):
         game = self.game
-        return game and dict(initial=game.initial, searched=self.searched, best=game.best, turns=game.turns,
-                             student=game.student_updates, images=game.image_updates)
+        return game and dict(initial=game.initial, searched=self.searched, best=game.best, gained=game.gained,
+                             turns=game.turns, student=game.student_updates, images=game.image_updates)
 
     def state_dict(self):
         return dict(game=self.game.state_dict(), searched=self.searched,
