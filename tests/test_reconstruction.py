@@ -553,3 +553,5 @@ def test_without_a_game_and_on_images_of_ones_own(small_config, tmp_path):
     errors = meta['reconstruction']['errors']
     assert len(errors) == 15 and sum(now < before for before, now in errors.values()) > 10
     assert meta['quantization']['recipe'] == 'low_bit' and 'game' not in meta
+    norms = result['stages']['calibration']['norms']
+    assert len(norms['reparameterized']) > 10 and not set(norms['reparameterized']) & set(norms['left_alone'])

@@ -11,6 +11,10 @@ class CalibrationStage(Stage):
     """Brings the channels behind norms to one range where the recipe wants it, then chooses all scales. No updates."""
     name = 'calibration'
 
+    def __init__(self, loop):
+        super().__init__(loop)
+        self.norms = None
+
     def start(self):
         loop = self.loop
         self.announce(f'calibration on {sum(map(len, loop.images))} images')
@@ -29,6 +33,7 @@ class CalibrationStage(Stage):
     def reparameterize(self, run):
         """Change the student's norms and the layers that read them; say what was left alone."""
         found = reparameterize(self.loop.student, run, self.loop.first_features, reduce_range, mean_over_processes)
+        self.norms = dict(reparameterized=list(found['changed']), left_alone=found['left'])
         changed, left, log = found['changed'], found['left'], self.loop.runner.logger.info
         if changed:
             log(f'{counted(len(changed), "norm")} reparameterised: squared error of the layers behind, over the power '
@@ -39,3 +44,7 @@ class CalibrationStage(Stage):
             names = [name for name, why in left.items() if why == reason]
             shown = ', '.join(names[:3]) + ', ...' * (len(names) > 3)
             log(f'{counted(len(names), "norm")} left alone ({shown}): {reason}')
+
+    def summary(self):
+        """Return, of the norms that quantized layers read, which were reparameterised, and why others were left alone."""
+        return self.norms and dict(norms=self.norms)
