@@ -46,5 +46,5 @@ class CalibrationStage(Stage):
             log(f'{counted(len(names), "norm")} left alone ({shown}): {reason}')
 
     def summary(self):
-        """Return, of the norms that quantized layers read, which were reparameterised, and why others were left alone."""
+        """Return which norms that feed quantized layers were reparameterised, and why the others were left alone."""
         return self.norms and dict(norms=self.norms)
