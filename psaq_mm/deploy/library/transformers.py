@@ -1,0 +1,1 @@
+"""DETR-like heads and mask classification."""

@@ -1,0 +1,104 @@
+"""A whole model as one function of tensors: images in, answers out, by the library's own code."""
+from __future__ import annotations
+
+import torch
+from mmengine.config import Config
+from torch import Tensor, nn
+
+from ..classification import Classifier
+from ..errors import UserError
+from .library import Traced
+from .pixels import Pixels
+
+
+class Predictor(nn.Module):
+    """Computes what a model predicts for images, as tensors. ``names`` says which; see the subclasses.
+
+    Args:
+        model (nn.Module): In float or quantized.
+        cfg (Config): Its config, with the test pipeline.
+    """
+    names: tuple[str, ...] = ()
+
+    def __init__(self, model: nn.Module, cfg: Config):
+        super().__init__()
+        self.model, self.pixels = model, Pixels(cfg, model.data_preprocessor)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Compute the answers.
+
+        Args:
+            images (Tensor): (B, H, W, C) in 0..255, uint8 or float32, RGB.
+
+        Returns:
+            tuple[Tensor]: As ``names`` says.
+        """
+        inputs, meta = self.pixels(images)
+        return self.answers(inputs, {key: Traced(value) for key, value in meta.items()})
+
+    def answers(self, inputs, meta):
+        raise NotImplementedError
+
+
+class DetectionPredictor(Predictor):
+    """Of a detector: boxes (1, N, 4) as x1, y1, x2, y2 in pixels of the image, scores (1, N), labels (1, N), and masks
+    (1, N, h, w): probabilities within each box.
+    """
+
+    @property
+    def names(self):
+        return ('boxes', 'scores', 'labels') + ('masks', ) * bool(getattr(self.model, 'with_mask', False))
+
+    def answers(self, inputs, meta):
+        from mmdet.structures import DetDataSample
+        sample = DetDataSample(metainfo=meta)
+        found, = self.model.predict(inputs, [sample], rescale=True)
+        found = found.pred_instances
+        keys = dict(boxes='bboxes', scores='scores', labels='labels', masks='masks')
+        return tuple(found[keys[name]][None] for name in self.names)
+
+
+class SegmentationPredictor(Predictor):
+    """Of a segmentor: a label for each pixel of the image, (B, H, W)."""
+    names = ('label_map', )
+
+    def __init__(self, model, cfg):
+        super().__init__(model, cfg)
+        mode = model.test_cfg.get('mode', 'whole')
+        if mode != 'whole':
+            raise UserError(f"model.test_cfg.mode = '{mode}': windows that slide over an image cannot be one graph. "
+                            "Export with --cfg-options model.test_cfg.mode=whole, and evaluate that, too")
+
+    def answers(self, inputs, meta):
+        from mmseg.models.utils import resize
+        logits = self.model.encode_decode(inputs, [meta])
+        height, width = meta['img_shape']
+        logits = resize(logits[:, :, :height, :width], size=meta['ori_shape'], mode='bilinear',
+                        align_corners=self.model.align_corners, warning=False)
+        if logits.shape[1] > 1:
+            return (logits.argmax(1), )
+        return ((logits[:, 0].sigmoid() > self.model.decode_head.threshold).to(torch.int64), )
+
+
+class ClassificationPredictor(Predictor):
+    """Of a classifier: probabilities (B, classes)."""
+    names = ('probabilities', )
+
+    def answers(self, inputs, meta):
+        return (self.model.logits(inputs).softmax(-1), )
+
+
+def predictor_of(model: nn.Module, cfg: Config) -> Predictor:
+    """Return the predictor of a model's kind.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if isinstance(model, Classifier):
+        return ClassificationPredictor(model, cfg)
+    if hasattr(model, 'decode_head') and hasattr(model, 'encode_decode'):
+        return SegmentationPredictor(model, cfg)
+    from mmdet.models.detectors import BaseDetector
+    if isinstance(model, BaseDetector):
+        return DetectionPredictor(model, cfg)
+    raise UserError(f'{type(model).__name__}: only detectors, segmentors and classifiers can be exported whole')
