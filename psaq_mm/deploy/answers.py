@@ -18,9 +18,9 @@ def overlaps(boxes, others):
 
 
 def matched(boxes, scores, labels, other_boxes, other_scores, other_labels, overlap=0.9, score=0.02) -> float:
-    """Return the share of detections with a counterpart: the same label, nearly the same box and score.
+    """Return the share of detections that have a counterpart: the same label, nearly the same box and score.
 
-    Each counterpart serves once; both sides count: 2 * matches / (N + M); of two empty sets 1.
+    Each counterpart serves once, both sides count, and each detection by its score: 1 if all match or there are none.
 
     Args:
         boxes, scores, labels (np.ndarray): (N, 4), (N, ), (N, ).
@@ -28,16 +28,40 @@ def matched(boxes, scores, labels, other_boxes, other_scores, other_labels, over
         overlap (float): Least intersection over union. Defaults to 0.9.
         score (float): Largest difference of scores. Defaults to 0.02.
     """
-    if not len(boxes) + len(other_boxes):
-        return 1.0
-    if not len(boxes) * len(other_boxes):
-        return 0.0
+    total = scores.sum() + other_scores.sum()
+    if not len(boxes) * len(other_boxes) or total <= 0:
+        return float(len(boxes) == len(other_boxes))
     pairs = overlaps(np.asarray(boxes, np.float64), np.asarray(other_boxes, np.float64))
     pairs[(labels[:, None] != other_labels[None]) | (np.abs(scores[:, None] - other_scores[None]) > score)] = 0
-    count = 0
+    common = 0.0
     for row in np.argsort(-scores):
         column = pairs[row].argmax()
         if pairs[row, column] >= overlap:
-            count += 1
+            common += scores[row] + other_scores[column]
             pairs[:, column] = 0
-    return 2 * count / (len(boxes) + len(other_boxes))
+    return float(common / total)
+
+
+def agreement(names, answers, others) -> float:
+    """Return how well two sets of answers to one image agree, from 0 to 1.
+
+    Detections count by their scores: one at the threshold that comes or goes weighs little.
+
+    Args:
+        names (Sequence[str]): What the answers are, as a predictor names them.
+        answers, others (Sequence[np.ndarray]): With an axis of images first.
+    """
+    ours, theirs = (dict(zip(names, (np.asarray(value) for value in values))) for values in (answers, others))
+    if 'boxes' in ours:
+        return min(matched(*(side[key][i] for side in (ours, theirs) for key in ('boxes', 'scores', 'labels')))
+                   for i in range(len(ours['boxes'])))
+    found = []
+    for name, value in ours.items():
+        other = theirs[name]
+        if value.shape != other.shape:
+            return 0.0
+        if value.dtype.kind in 'iub':
+            found.append(float((value == other).mean()))
+        else:
+            found.append(1 - float(np.abs(value - other).sum() / max(np.abs(value).sum(), 1e-12)))
+    return max(min(found), 0.0)
