@@ -19,6 +19,7 @@ class Predictor(nn.Module):
         cfg (Config): Its config, with the test pipeline.
     """
     names: tuple[str, ...] = ()
+    unlike_the_library: tuple[str, ...] = ()  # answers that the library gives in another form
 
     def __init__(self, model: nn.Module, cfg: Config):
         super().__init__()
@@ -39,6 +40,10 @@ class Predictor(nn.Module):
     def answers(self, inputs, meta):
         raise NotImplementedError
 
+    def axes(self, name: str) -> dict[int, str]:
+        """Return which axes of an answer have no fixed length, by number."""
+        return {1: 'detections'}
+
 
 class DetectionPredictor(Predictor):
     """Of a detector: boxes (1, N, 4) as x1, y1, x2, y2 in pixels of the image, scores (1, N), labels (1, N), and masks
@@ -48,6 +53,8 @@ class DetectionPredictor(Predictor):
     @property
     def names(self):
         return ('boxes', 'scores', 'labels') + ('masks', ) * bool(getattr(self.model, 'with_mask', False))
+
+    unlike_the_library = ('masks', )
 
     def answers(self, inputs, meta):
         from mmdet.structures import DetDataSample
@@ -61,6 +68,9 @@ class DetectionPredictor(Predictor):
 class SegmentationPredictor(Predictor):
     """Of a segmentor: a label for each pixel of the image, (B, H, W)."""
     names = ('label_map', )
+
+    def axes(self, name):
+        return {1: 'height', 2: 'width'}
 
     def __init__(self, model, cfg):
         super().__init__(model, cfg)
@@ -83,6 +93,9 @@ class SegmentationPredictor(Predictor):
 class ClassificationPredictor(Predictor):
     """Of a classifier: probabilities (B, classes)."""
     names = ('probabilities', )
+
+    def axes(self, name):
+        return {}
 
     def answers(self, inputs, meta):
         return (self.model.logits(inputs).softmax(-1), )
