@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..classification import Classifier
 from ..errors import UserError
+from ..models import image_channels
 from .library import Traced
 from .pixels import Pixels
 
@@ -22,7 +23,7 @@ class Predictor(nn.Module):
 
     def __init__(self, model: nn.Module, cfg: Config):
         super().__init__()
-        self.model, self.pixels = model, Pixels(cfg, model.data_preprocessor)
+        self.model, self.pixels = model, Pixels(cfg, model.data_preprocessor, image_channels(model))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Compute the answers.
