@@ -145,7 +145,7 @@ def test_pillow_columns_first(kind):
         made = pixels([dict(type='Resize', scale=wanted[::-1], backend='pillow', interpolation=kind)],
                       preprocessor(mean=[0.0] * 3, std=[1.0] * 3))
         levels = (made(rgb[None])[0][0].permute(1, 2, 0) - torch.tensor(np.array(expected))).abs()
-        assert levels.max() <= 1 and (levels > 0).float().mean() < 0.005
+        assert levels.max() <= 1 and (levels > 0).float().mean() < 0.02
 
 
 def test_mmseg_pads_as_its_test_cfg_says():
@@ -189,7 +189,7 @@ def test_images_in_float_are_not_rounded():
 def test_sizes_are_the_librarys_traced_and_not():
     from mmcv.image import rescale_size
     from mmdet.datasets.transforms.transforms import rescale_size as cut
-    numbers = np.random.default_rng(0).integers(50, 3000, (300, 2)).tolist() + [[427, 640], [49, 49], [480, 640]]
+    numbers = np.random.default_rng(0).integers(50, 3000, (60, 2)).tolist() + [[427, 640], [49, 49], [480, 640]]
     for scale in ((1333, 800), (2048, 512), (640, 640)):
         differing = [0, 0]
         for height, width in numbers:
