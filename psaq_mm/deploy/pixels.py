@@ -22,12 +22,17 @@ FILTERS = 'bilinear', 'bicubic'  # of Pillow
 LARGEST = 16384  # pixels of a side up to which sizes are exactly the library's
 
 
-def pipeline_of(cfg: Config) -> list[dict]:
-    """Return the transforms of a config's test data, or none where it has no test data."""
+def test_dataset(cfg: Config) -> dict:
+    """Return the config of the test data set that has a pipeline, within wrappers, or what there is."""
     dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
     while isinstance(dataset, (list, tuple)) or 'pipeline' not in dataset and dataset.get('dataset') is not None:
         dataset = dataset[0] if isinstance(dataset, (list, tuple)) else dataset['dataset']
-    return [dict(step) for step in dataset.get('pipeline') or ()]
+    return dataset
+
+
+def pipeline_of(cfg: Config) -> list[dict]:
+    """Return the transforms of a config's test data, or none where it has no test data."""
+    return [dict(step) for step in test_dataset(cfg).get('pipeline') or ()]
 
 
 def kind_of(step: dict) -> str:
@@ -297,14 +302,15 @@ class Pixels(nn.Module):
 
     def forward(self, images):
         height, width = images.shape[1:3]
-        x = images.permute(0, 3, 1, 2).to(torch.float32)
+        x = images.permute(0, 3, 1, 2).to(torch.float32).contiguous()  # some of mmcv's operators take it for granted
         if self.reverse:
             x = x.flip(1)
         factors = 1.0, 1.0
         for step in self.steps:
             before, x = x.shape, step(x)
             if isinstance(step, Resize):
-                factors = x.shape[3] / before[3], x.shape[2] / before[2]
+                factors = [new.to(torch.float64) / old if isinstance(new, Tensor) else new / old
+                           for new, old in zip(x.shape[:1:-1], before[:1:-1])]
         size = tuple(x.shape[2:])
         if self.mean is not None:
             x = (x - self.mean) / self.std
@@ -313,9 +319,9 @@ class Pixels(nn.Module):
             x = F.pad(x, (0, pads[1], 0, pads[0]), value=self.pad_value)
         elif self.size_divisor > 1:
             x = pad_to(x.permute(0, 2, 3, 1), *size, (self.size_divisor, ) * 2, self.pad_value).permute(0, 3, 1, 2)
-        whole = tuple(x.shape[2:])
-        return x, dict(ori_shape=(height, width), img_shape=size, scale_factor=factors, pad_shape=whole,
-                       batch_input_shape=whole)
+        padded = tuple(x.shape[2:]) if self.size or self.size_divisor > 1 else size
+        return x, dict(ori_shape=(height, width), img_shape=size, scale_factor=factors, pad_shape=padded,
+                       batch_input_shape=padded)
 
 
 def refuse(kind: str, why: str):
