@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-RUNTIMES = 'onnxruntime', 'openvino'
+RUNTIMES = [name for name in ('onnxruntime', 'openvino') if importlib.util.find_spec(name)] or ['openvino']
 
 
 def package(name):
@@ -125,7 +125,7 @@ def main():
     parser.add_argument('images', nargs='+', type=Path)
     parser.add_argument('--out', type=Path, help='a picture of the answers; of several images, names are added')
     parser.add_argument('--json', type=Path, help='the answers; bbox is x, y, width, height, as COCO has it')
-    parser.add_argument('--runtime', choices=RUNTIMES, default=next(filter(importlib.util.find_spec, RUNTIMES), 'openvino'))
+    parser.add_argument('--runtime', choices=('onnxruntime', 'openvino'), default=RUNTIMES[0])
     parser.add_argument('--score', type=float, default=0.3, help='leave out objects below; default 0.3')
     args = parser.parse_args()
     card, run, results = read_card(args.model), runner(args.model, args.runtime), []
