@@ -10,6 +10,7 @@ from ..errors import UserError
 from ..models import image_channels
 from .library import Traced
 from .pixels import Pixels
+from .windows import slide
 
 
 class Predictor(nn.Module):
@@ -61,18 +62,33 @@ class DetectionPredictor(Predictor):
 
 class DensePredictor(Predictor):
     """Of a model that says something of each pixel, for any number of images of one size."""
+    modes = 'whole', 'slide'
 
     def __init__(self, model, cfg):
         super().__init__(model, cfg)
-        mode = model.test_cfg.get('mode', 'whole')
-        if mode != 'whole':
-            raise UserError(f"model.test_cfg.mode = '{mode}': windows that slide over an image cannot be one graph. "
-                            'Export with --cfg-options model.test_cfg.mode=whole, and evaluate that, too')
+        self.mode = model.test_cfg.get('mode', 'whole')
+        if self.mode not in self.modes:
+            raise UserError(f"model.test_cfg.mode = '{self.mode}' of {type(model).__name__}: only "
+                            f'{" and ".join(self.modes)} can be one graph')
+
+    def encode_decode(self, inputs, meta):
+        """What the model computes for each pixel of its input, (B, C, H, W)."""
+        if self.mode == 'whole':
+            return self.model.encode_decode(inputs, [meta])
+
+        def compute(windows, size):
+            of_window = dict(meta, img_shape=Traced(size), pad_shape=Traced(size))
+            values = self.model.encode_decode(windows, [of_window])
+            if self.mode == 'slide':
+                return values
+            return (values + self.model.encode_decode(windows.flip(3), [of_window]).flip(3)) / 2
+
+        return slide(inputs, self.model.test_cfg.crop_size, self.model.test_cfg.stride, compute)
 
     def values(self, inputs, meta):
         """What the model computes for each pixel of the image, (B, C, H, W)."""
         from mmseg.models.utils import resize
-        values = self.model.encode_decode(inputs, [meta])
+        values = self.encode_decode(inputs, meta)
         height, width = meta['img_shape']
         return resize(values[:, :, :height, :width], size=meta['ori_shape'], mode='bilinear',
                       align_corners=self.model.align_corners, warning=False)
@@ -92,6 +108,7 @@ class SegmentationPredictor(DensePredictor):
 class DepthPredictor(DensePredictor):
     """Of a depth estimator: metres from the camera for each pixel of the image, (B, H, W)."""
     names = ('depth', )
+    modes = 'whole', 'slide_flip'
 
     def answers(self, inputs, meta):
         return (self.values(inputs, meta)[:, 0], )

@@ -35,11 +35,10 @@ def adaptive_max(x: Tensor, height, width) -> Tensor:
 @replaces('mmseg.models.utils.wrappers:Upsample.forward')
 def upsample(self, x):
     """``Upsample`` by a factor: sides are cut to integers."""
-    size, factor = self.size, self.scale_factor
+    size = self.size
     if not size:
-        factors = [Fraction(value).limit_denominator(1000) for value in (
-            factor if isinstance(factor, tuple) else (factor, factor))]
-        size = [side * value.numerator // value.denominator for side, value in zip(x.shape[2:], factors)]
+        factor = Fraction(self.scale_factor).limit_denominator(1000)
+        size = [side * factor.numerator // factor.denominator for side in x.shape[2:]]
     return F.interpolate(x, size, mode=self.mode, align_corners=self.align_corners)
 
 
