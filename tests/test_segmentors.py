@@ -7,11 +7,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from mmengine.config import ConfigDict
 from torch import nn
 
 from psaq_mm.deploy.library import traceable_library
 from psaq_mm.deploy.library.segmentors import adaptive_max
+from psaq_mm.deploy.predictor import DensePredictor, SegmentationPredictor, predictor_of
 from psaq_mm.deploy.windows import slide
+from psaq_mm.engine import read_config
+from psaq_mm.engine.config import default_scope
+from psaq_mm.engine.pipeline import build_float
+from psaq_mm.errors import UserError
+
+from .conftest import ROOT
 
 
 class Calls(nn.Module):
@@ -116,10 +124,41 @@ def test_windows_slide_as_the_library_slides_them(crop, stride):
             assert torch.allclose(torch.as_tensor(run(x)), expected, atol=1e-5)
 
 
+def test_windows_and_their_mirror_images():
+    from mmseg.models import DepthEstimator
+
+    def values(windows, metas):
+        assert tuple(metas[0]['img_shape']) == tuple(windows.shape[2:])
+        return windows.cumsum(3)[:, :1]
+
+    settings = ConfigDict(mode='slide_flip', crop_size=(12, 10), stride=(8, 6))
+    library = SimpleNamespace(test_cfg=settings, out_channels=1, encode_decode=values)
+    x = torch.rand(2, 3, 25, 23)
+    expected = DepthEstimator.slide_flip_inference(library, x, [{}])
+    found = DensePredictor.encode_decode(SimpleNamespace(mode='slide_flip', model=library), x, {})
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('classes, kind', [(1, torch.uint8), (256, torch.uint8), (257, torch.int32)])
+def test_labels_are_small_integers(classes, kind):
+    values = torch.randn(2, classes, 4, 5)
+    stub = SimpleNamespace(values=lambda inputs, meta: values,
+                           model=SimpleNamespace(decode_head=SimpleNamespace(threshold=0.3)))
+    labels, = SegmentationPredictor.answers(stub, None, None)
+    assert labels.dtype == kind and labels.shape == (2, 4, 5)
+    assert torch.equal(labels.long(), values.argmax(1) if classes > 1 else (values[:, 0].sigmoid() > 0.3).long())
+
+
+def test_a_mode_that_the_library_does_not_know_is_refused():
+    cfg = read_config(ROOT / 'demo' / 'upernet_swin_mini_scenes.py', {'model.test_cfg.mode': 'slide_flip'})
+    default_scope(cfg)
+    with pytest.raises(UserError, match="model.test_cfg.mode = 'slide_flip' of EncoderDecoder: only whole and slide"):
+        predictor_of(build_float(cfg), cfg)
+
+
 @pytest.mark.parametrize('side', (2, 3))
 def test_a_side_adapter_traced_at_its_own_size_takes_others(side):
     """Where position embeddings fit the example, the library leaves them as they are."""
-    from mmengine.config import ConfigDict
     from mmseg.models.decode_heads.san_head import SideAdapterNetwork
     module = SideAdapterNetwork(
         clip_channels=4, embed_dims=8, num_queries=3, fusion_index=[0],

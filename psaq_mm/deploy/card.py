@@ -130,7 +130,8 @@ def describe(predictor: Predictor, cfg: Config, meta: dict, graph: Path, measure
         outputs=[dict(port, **({'meaning': MEANINGS[port['name']]} if port['name'] in MEANINGS else {}))
                  for port in ports(content.output, measured)],
         outside=steps, upright=upright,
-        inside=[*pixels.done, *normalised, *padding_of(pixels), 'the network', 'decoding of its answers'],
+        inside=[*pixels.done, *normalised, *padding_of(pixels), *windows_of(predictor), 'the network',
+                'decoding of its answers'],
         sizes=dict(any=not isinstance(image['shape'][1], int), measured=measured),
         **limits(model))
     if 'masks' in predictor.names:
@@ -149,6 +150,14 @@ def padding_of(pixels) -> list[str]:
     if pixels.size:
         return [f'pad to at least {pixels.size[0]} x {pixels.size[1]}']
     return [f'pad to multiples of {pixels.size_divisor}'] if pixels.size_divisor > 1 else []
+
+
+def windows_of(predictor) -> list[str]:
+    """Return which windows slide over an image, in words."""
+    if getattr(predictor, 'mode', 'whole') == 'whole':
+        return []
+    sizes = [' x '.join(map(str, predictor.model.test_cfg[key])) for key in ('crop_size', 'stride')]
+    return [f'windows of {sizes[0]} in steps of {sizes[1]}, their values averaged']
 
 
 def installed(name: str) -> bool:
