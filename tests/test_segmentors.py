@@ -124,6 +124,21 @@ def test_windows_slide_as_the_library_slides_them(crop, stride):
             assert torch.allclose(torch.as_tensor(run(x)), expected, atol=1e-5)
 
 
+def test_windows_of_a_normalised_image_in_a_quantized_graph():
+    layer = nn.Conv2d(3, 4, 3, padding=1).requires_grad_(False)
+    mean, std = torch.tensor([90.0, 100, 110])[:, None, None], torch.tensor([50.0, 60, 70])[:, None, None]
+
+    def quantized(windows, size):
+        return layer(torch.fake_quantize_per_tensor_affine(windows, 0.03, 128, 0, 255))
+
+    def network(images):
+        return slide((images.permute(0, 3, 1, 2).to(torch.float32) - mean) / std, (12, 12), (8, 8), quantized)
+
+    images = torch.randint(0, 256, (1, 30, 25, 3), dtype=torch.uint8)
+    for run in traced(network, (images, ), [{0: 'b', 1: 'h', 2: 'w'}]):
+        assert torch.allclose(torch.from_numpy(run(images)), network(images), atol=0.1)
+
+
 def test_windows_and_their_mirror_images():
     from mmseg.models import DepthEstimator
 

@@ -23,9 +23,13 @@ class Windows:
         self.last = larger(length - crop, 0)
 
     def places(self) -> Tensor:
-        """Which pixels the windows see, (count, size)."""
+        """Which pixels the windows see, one window behind the other.
+
+        In one row: in a quantized graph OpenVINO 2026.4.1 takes a normalised image for integers with a scale, and moves
+        the scale wrongly through a gathering that adds a dimension.
+        """
         starts = (torch.arange(self.count) * self.stride).clamp(max=self.last)
-        return starts[:, None] + torch.arange(self.size)[None]
+        return (starts[:, None] + torch.arange(self.size)[None]).flatten()
 
     def joined(self, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         """Sum what windows say of each pixel.
@@ -60,7 +64,8 @@ def slide(images: Tensor, crop, stride, compute) -> Tensor:
     """
     batch, channels = images.shape[:2]
     rows, columns = (Windows(*numbers) for numbers in zip(images.shape[2:], crop, stride))
-    x = images[:, :, rows.places()][..., columns.places()].permute(0, 2, 4, 1, 3, 5)
+    x = images.index_select(2, rows.places()).index_select(3, columns.places())
+    x = x.reshape(batch, channels, rows.count, rows.size, columns.count, columns.size).permute(0, 2, 4, 1, 3, 5)
     x = compute(x.reshape(-1, channels, rows.size, columns.size), (rows.size, columns.size))
     x = x.reshape(batch, rows.count, columns.count, x.shape[1], rows.size, columns.size).permute(0, 3, 1, 4, 2, 5)
     x = x.reshape(batch, x.shape[1], rows.count * rows.size, columns.count * columns.size)

@@ -28,8 +28,9 @@ def bins(length, wanted) -> Tensor:
 
 def adaptive_max(x: Tensor, height, width) -> Tensor:
     """``adaptive_max_pool2d`` of (B, C, H, W), to a size that may be traced."""
-    x = x[:, :, :, bins(x.shape[3], width)].amax(4)
-    return x[:, :, bins(x.shape[2], height)].amax(3)
+    batch, channels, rows, columns = x.shape
+    x = x.index_select(3, bins(columns, width).flatten()).reshape(batch, channels, rows, width, -1).amax(4)
+    return x.index_select(2, bins(rows, height).flatten()).reshape(batch, channels, height, -1, width).amax(3)
 
 
 @replaces('mmseg.models.utils.wrappers:Upsample.forward')
