@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from ..classification import Classifier
 from ..errors import UserError
+from ..models import image_channels
 from .library import Traced
 from .pixels import Pixels
+from .windows import slide
 
 
 class Predictor(nn.Module):
@@ -23,7 +25,7 @@ class Predictor(nn.Module):
 
     def __init__(self, model: nn.Module, cfg: Config):
         super().__init__()
-        self.model, self.pixels = model, Pixels(cfg, model.data_preprocessor)
+        self.model, self.pixels = model, Pixels(cfg, model.data_preprocessor, image_channels(model))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Compute the answers.
@@ -65,33 +67,65 @@ class DetectionPredictor(Predictor):
         return tuple(found[keys[name]][None] for name in self.names)
 
 
-class SegmentationPredictor(Predictor):
-    """Of a segmentor: a label for each pixel of the image, (B, H, W)."""
-    names = ('label_map', )
+class DensePredictor(Predictor):
+    """Of a model that says something of each pixel, for any number of images of one size."""
+    modes = 'whole', 'slide'
 
     def axes(self, name):
         return {1: 'height', 2: 'width'}
 
     def __init__(self, model, cfg):
         super().__init__(model, cfg)
-        mode = model.test_cfg.get('mode', 'whole')
-        if mode != 'whole':
-            raise UserError(f"model.test_cfg.mode = '{mode}': windows that slide over an image cannot be one graph. "
-                            "Export with --cfg-options model.test_cfg.mode=whole, and evaluate that, too")
+        self.mode = model.test_cfg.get('mode', 'whole')
+        if self.mode not in self.modes:
+            raise UserError(f"model.test_cfg.mode = '{self.mode}' of {type(model).__name__}: only "
+                            f'{" and ".join(self.modes)} can be one graph')
+
+    def encode_decode(self, inputs, meta):
+        """What the model computes for each pixel of its input, (B, C, H, W)."""
+        if self.mode == 'whole':
+            return self.model.encode_decode(inputs, [meta])
+
+        def compute(windows, size):
+            of_window = dict(meta, img_shape=Traced(size), pad_shape=Traced(size))
+            values = self.model.encode_decode(windows, [of_window])
+            if self.mode == 'slide':
+                return values
+            return (values + self.model.encode_decode(windows.flip(3), [of_window]).flip(3)) / 2
+
+        return slide(inputs, self.model.test_cfg.crop_size, self.model.test_cfg.stride, compute)
+
+    def values(self, inputs, meta):
+        """What the model computes for each pixel of the image, (B, C, H, W)."""
+        from mmseg.models.utils import resize
+        values = self.encode_decode(inputs, meta)
+        height, width = meta['img_shape']
+        return resize(values[:, :, :height, :width], size=meta['ori_shape'], mode='bilinear',
+                      align_corners=self.model.align_corners, warning=False)
+
+
+class SegmentationPredictor(DensePredictor):
+    """Of a segmentor: a label for each pixel of the image, (B, H, W), uint8 where that is enough."""
+    names = ('label_map', )
 
     def answers(self, inputs, meta):
-        from mmseg.models.utils import resize
-        logits = self.model.encode_decode(inputs, [meta])
-        height, width = meta['img_shape']
-        logits = resize(logits[:, :, :height, :width], size=meta['ori_shape'], mode='bilinear',
-                        align_corners=self.model.align_corners, warning=False)
+        logits = self.values(inputs, meta)
         if logits.shape[1] > 1:
-            return (logits.argmax(1), )
-        return ((logits[:, 0].sigmoid() > self.model.decode_head.threshold).to(torch.int64), )
+            return (logits.argmax(1).to(torch.uint8 if logits.shape[1] <= 256 else torch.int32), )
+        return ((logits[:, 0].sigmoid() > self.model.decode_head.threshold).to(torch.uint8), )
+
+
+class DepthPredictor(DensePredictor):
+    """Of a depth estimator: metres from the camera for each pixel of the image, (B, H, W)."""
+    names = ('depth', )
+    modes = 'whole', 'slide_flip'
+
+    def answers(self, inputs, meta):
+        return (self.values(inputs, meta)[:, 0], )
 
 
 class ClassificationPredictor(Predictor):
-    """Of a classifier: probabilities (B, classes)."""
+    """Of a classifier: probabilities (B, classes), for any number of images of one size."""
     names = ('probabilities', )
 
     def axes(self, name):
@@ -110,7 +144,8 @@ def predictor_of(model: nn.Module, cfg: Config) -> Predictor:
     if isinstance(model, Classifier):
         return ClassificationPredictor(model, cfg)
     if hasattr(model, 'decode_head') and hasattr(model, 'encode_decode'):
-        return SegmentationPredictor(model, cfg)
+        from mmseg.models.segmentors import DepthEstimator
+        return (DepthPredictor if isinstance(model, DepthEstimator) else SegmentationPredictor)(model, cfg)
     from mmdet.models.detectors import BaseDetector
     if isinstance(model, BaseDetector):
         return DetectionPredictor(model, cfg)
