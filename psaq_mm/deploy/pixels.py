@@ -110,7 +110,7 @@ class Pixels(nn.Module):
 
     def forward(self, images):
         height, width = images.shape[1:3]
-        x = images.permute(0, 3, 1, 2).to(torch.float32)
+        x = images.permute(0, 3, 1, 2).to(torch.float32).contiguous()  # some of mmcv's operators take it for granted
         if self.reverse:
             x = x.flip(1)
         size = height, width

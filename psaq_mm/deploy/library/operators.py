@@ -58,7 +58,7 @@ class _RoIAlign(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, rois, size, scale, sampling, aligned):
         from mmcv.ops import roi_align
-        return roi_align(x, rois, size, scale, sampling, 'avg', aligned)
+        return roi_align(x.contiguous(), rois, size, scale, sampling, 'avg', aligned)  # reads memory as if it were
 
     @staticmethod
     def symbolic(g, x, rois, size, scale, sampling, aligned):
