@@ -1,7 +1,9 @@
-"""mmcv's operators as ONNX has them: non-maximum suppression and RoIAlign."""
+"""mmcv's operators as ONNX has them: non-maximum suppression, RoIAlign and deformable convolution."""
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
+from torch.nn.modules.utils import _pair
 
 from ...errors import UserError
 from .replace import replaces
@@ -127,3 +129,49 @@ def roi_align(self, input, rois):
         raise UserError(f"RoIAlign with pool_mode='{self.pool_mode}': only 'avg' can be exported")
     size = self.output_size if isinstance(self.output_size, tuple) else (self.output_size, self.output_size)
     return _RoIAlign.apply(input, rois, tuple(size), float(self.spatial_scale), int(self.sampling_ratio), self.aligned)
+
+
+@replaces('mmcv.ops.modulated_deform_conv:modulated_deform_conv2d')
+def modulated_deform_conv2d(input, offset, mask, weight, bias=None, stride=1, padding=0, dilation=1, groups=1,
+                            deform_groups=1):
+    """``modulated_deform_conv2d``: a convolution of what is sampled at shifted places, times a mask if there is one.
+
+    Offsets and masks of a larger map count from their first number on, as if it had the size of the output: mmcv reads
+    memory so, and DyHead depends on it.
+    """
+    (height, width), points = weight.shape[2:], weight[0, 0].numel()
+    (down, right), (above_, left), (step_y, step_x) = map(_pair, (stride, padding, dilation))
+    tall, wide = input.shape[2:]
+    rows = (tall + 2 * above_ - step_y * (height - 1) - 1) // down + 1
+    columns = (wide + 2 * left - step_x * (width - 1) - 1) // right + 1
+
+    def of_output(x, kind):
+        x = x.flatten(1)[:, :deform_groups * points * kind * rows * columns]
+        return x.reshape(-1, points, kind, rows, columns)
+
+    kernel_y, kernel_x = torch.meshgrid(torch.arange(height) * step_y, torch.arange(width) * step_x, indexing='ij')
+    offset = of_output(offset, 2)
+    y = offset[:, :, 0] + kernel_y.reshape(-1, 1, 1) + (torch.arange(rows) * down - above_)[:, None]
+    x = offset[:, :, 1] + kernel_x.reshape(-1, 1, 1) + (torch.arange(columns) * right - left)
+    grid = torch.stack([(2 * x + 1) / wide - 1, (2 * y + 1) / tall - 1], -1).flatten(1, 2)
+    channels = weight.shape[1] * groups
+    found = F.grid_sample(input.reshape(-1, channels // deform_groups, tall, wide), grid, align_corners=False)
+    found = found.reshape(-1, channels // deform_groups, points, rows, columns)
+    if mask is not None:
+        found = found * of_output(mask, 1).transpose(1, 2)
+    found = found.reshape(-1, channels * points, rows, columns)
+    return F.conv2d(found, weight.reshape(weight.shape[0], -1, 1, 1), bias, groups=groups)
+
+
+@replaces('mmcv.ops.deform_conv:deform_conv2d')
+def deform_conv2d(input, offset, weight, stride=1, padding=0, dilation=1, groups=1, deform_groups=1, bias=False,
+                  im2col_step=32):
+    """``deform_conv2d``."""
+    return modulated_deform_conv2d(input, offset, None, weight, None, stride, padding, dilation, groups, deform_groups)
+
+
+@replaces('mmcv.ops:DeformConv2d.forward')
+def deform_conv_layer(self, x, offset):
+    """``DeformConv2d``, without its detour for maps smaller than the kernel, which the sum does not need."""
+    return deform_conv2d(x, offset, self.weight, self.stride, self.padding, self.dilation, self.groups,
+                         self.deform_groups)
