@@ -117,7 +117,8 @@ class Pixels(nn.Module):
         if self.resize is not None:
             size = self.resize.target(height, width)
             x = self.resize(x, *size)
-        factors = size[1] / width, size[0] / height
+        factors = [new.to(torch.float64) / old if isinstance(new, Tensor) else new / old
+                   for new, old in zip(size[::-1], (width, height))]
         if self.padding is not None:
             x = self.padded(x)
             size = tuple(x.shape[2:])

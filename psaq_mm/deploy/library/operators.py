@@ -139,7 +139,8 @@ def modulated_deform_conv2d(input, offset, mask, weight, bias=None, stride=1, pa
     Offsets and masks of a larger map count from their first number on, as if it had the size of the output: mmcv reads
     memory so, and DyHead depends on it.
     """
-    (height, width), points = weight.shape[2:], weight[0, 0].numel()
+    height, width = weight.shape[2:]
+    points = height * width
     (down, right), (above_, left), (step_y, step_x) = map(_pair, (stride, padding, dilation))
     tall, wide = input.shape[2:]
     rows = (tall + 2 * above_ - step_y * (height - 1) - 1) // down + 1
