@@ -131,6 +131,84 @@ def roi_align(self, input, rois):
     return _RoIAlign.apply(input, rois, tuple(size), float(self.spatial_scale), int(self.sampling_ratio), self.aligned)
 
 
+class _DeformableSampling(torch.autograd.Function):
+    """What a deformable convolution multiplies with its kernel: (B, C * points, h, w) from a map (B, C, H, W).
+
+    Args:
+        offset (Tensor): (B, groups * points * 2, ...).
+        mask (Tensor | None): (B, groups * points, ...).
+        channels, groups (int): Of the map, and how many of its parts have offsets of their own.
+        kernel, stride, padding, dilation (tuple[int, int]): Of the convolution.
+    """
+
+    @staticmethod
+    def forward(ctx, x, offset, mask, channels, groups, kernel, stride, padding, dilation):
+        sides = [int(side) for side in x.shape[2:]]
+        tall, wide = [(side + 2 * pad - step * (length - 1) - 1) // move + 1 for side, length, move, pad, step in zip(
+            sides, kernel, stride, padding, dilation)]
+        points = kernel[0] * kernel[1]
+        offset = offset.flatten(1)[:, :groups * points * 2 * tall * wide].reshape(-1, points, 2, tall, wide)
+        rows, columns = (torch.arange(length)[:, None] * step - pad + torch.arange(side) * move for length, step, pad,
+                         side, move in zip(kernel, dilation, padding, (tall, wide), stride))
+        y = offset[:, :, 0] + rows.repeat_interleave(kernel[1], 0)[:, :, None]
+        x_ = offset[:, :, 1] + columns.repeat(kernel[0], 1)[:, None]
+        grid = (torch.stack([x_, y], -1).flatten(2, 3) * 2 + 1) / torch.tensor(sides[::-1]) - 1
+        found = F.grid_sample(x.reshape(-1, channels // groups, *sides), grid, align_corners=False)
+        if mask is not None:
+            found = found * mask.flatten(1)[:, :groups * points * tall * wide].reshape(-1, 1, points, tall * wide)
+        return found.reshape(-1, channels * points, tall, wide)
+
+    @staticmethod
+    def symbolic(g, x, offset, mask, channels, groups, kernel, stride, padding, dilation):
+        points = kernel[0] * kernel[1]
+
+        def constant(value):
+            return g.op('Constant', value_t=torch.as_tensor(value))
+
+        def ints(*values):
+            return constant(values)
+
+        def concat(*parts):
+            return g.op('Concat', *parts, axis_i=0)
+
+        def places(length, dim, step, pad, repeats, shape):
+            """Of each point of the kernel in each row or column, without offset."""
+            start = torch.arange(length) * step - pad
+            start = (start.repeat_interleave(repeats) if dim == 0 else start.repeat(repeats)).reshape(points, 1, 1)
+            along = g.op('Range', constant(0), g.op('Gather', size, constant(dim), axis_i=0), constant(1))
+            along = g.op('Reshape', g.op('Cast', along, to_i=1), ints(*shape))
+            if stride[dim] > 1:
+                along = g.op('Mul', along, constant(float(stride[dim])))
+            return g.op('Add', along, constant(start.float()))
+
+        sides = g.op('Slice', g.op('Shape', x), ints(2), ints(4))
+        size = g.op('Add', sides, ints(*(2 * p - d * (k - 1) - 1 for p, d, k in zip(padding, dilation, kernel))))
+        size = g.op('Add', g.op('Div', size, ints(*stride)), ints(1))
+        area = g.op('ReduceProd', size, keepdims_i=1)
+
+        def of_output(value, *shape):
+            flat = g.op('Flatten', value, axis_i=1)
+            count = g.op('Mul', area, ints(groups * points * (2 if value is offset else 1)))
+            return g.op('Reshape', g.op('Slice', flat, ints(0), count, ints(1)), concat(ints(*shape), area))
+
+        shifts = g.op('Reshape', of_output(offset, -1, points, 2), concat(ints(0, points, 2), size))
+        y, x_ = (g.op('Gather', shifts, constant(i), axis_i=2) for i in (0, 1))
+        y = g.op('Add', y, places(kernel[0], 0, dilation[0], padding[0], kernel[1], (1, -1, 1)))
+        x_ = g.op('Add', x_, places(kernel[1], 1, dilation[1], padding[1], kernel[0], (1, 1, -1)))
+        grid = g.op('Concat', *(g.op('Unsqueeze', value, ints(-1)) for value in (x_, y)), axis_i=-1)
+        grid = g.op('Reshape', grid, ints(0, points, -1, 2))
+        unit = g.op('Div', constant(2.), g.op('Cast', g.op('Gather', sides, ints(1, 0), axis_i=0), to_i=1))
+        start = g.op('Sub', g.op('Mul', unit, constant(0.5)), constant(1.))
+        grid = g.op('Add', g.op('Mul', grid, unit), start)
+        if groups > 1:
+            x = g.op('Reshape', x, concat(ints(-1, channels // groups), sides))
+        found = g.op('GridSample', x, grid, mode_s='bilinear', padding_mode_s='zeros', align_corners_i=0)
+        if mask is not None:
+            found = g.op('Mul', found, of_output(mask, -1, 1, points))
+        found = g.op('Reshape', found, concat(ints(-1, channels * points), size))
+        return found.setType(x.type().with_sizes([None, channels * points, None, None]))
+
+
 @replaces('mmcv.ops.modulated_deform_conv:modulated_deform_conv2d')
 def modulated_deform_conv2d(input, offset, mask, weight, bias=None, stride=1, padding=0, dilation=1, groups=1,
                             deform_groups=1):
@@ -139,29 +217,10 @@ def modulated_deform_conv2d(input, offset, mask, weight, bias=None, stride=1, pa
     Offsets and masks of a larger map count from their first number on, as if it had the size of the output: mmcv reads
     memory so, and DyHead depends on it.
     """
-    height, width = weight.shape[2:]
-    points = height * width
-    (down, right), (above_, left), (step_y, step_x) = map(_pair, (stride, padding, dilation))
-    tall, wide = input.shape[2:]
-    rows = (tall + 2 * above_ - step_y * (height - 1) - 1) // down + 1
-    columns = (wide + 2 * left - step_x * (width - 1) - 1) // right + 1
-
-    def of_output(x, kind):
-        x = x.flatten(1)[:, :deform_groups * points * kind * rows * columns]
-        return x.reshape(-1, points, kind, rows, columns)
-
-    kernel_y, kernel_x = torch.meshgrid(torch.arange(height) * step_y, torch.arange(width) * step_x, indexing='ij')
-    offset = of_output(offset, 2)
-    y = offset[:, :, 0] + kernel_y.reshape(-1, 1, 1) + (torch.arange(rows) * down - above_)[:, None]
-    x = offset[:, :, 1] + kernel_x.reshape(-1, 1, 1) + (torch.arange(columns) * right - left)
-    grid = torch.stack([(2 * x + 1) / wide - 1, (2 * y + 1) / tall - 1], -1).flatten(1, 2)
-    channels = weight.shape[1] * groups
-    found = F.grid_sample(input.reshape(-1, channels // deform_groups, tall, wide), grid, align_corners=False)
-    found = found.reshape(-1, channels // deform_groups, points, rows, columns)
-    if mask is not None:
-        found = found * of_output(mask, 1).transpose(1, 2)
-    found = found.reshape(-1, channels * points, rows, columns)
-    return F.conv2d(found, weight.reshape(weight.shape[0], -1, 1, 1), bias, groups=groups)
+    outputs, channels, *kernel = map(int, weight.shape)
+    found = _DeformableSampling.apply(input, offset, mask, channels * groups, deform_groups, tuple(kernel), _pair(stride),
+                                      _pair(padding), _pair(dilation))
+    return F.conv2d(found, weight.reshape(outputs, channels * kernel[0] * kernel[1], 1, 1), bias, groups=groups)
 
 
 @replaces('mmcv.ops.deform_conv:deform_conv2d')
