@@ -218,8 +218,8 @@ def modulated_deform_conv2d(input, offset, mask, weight, bias=None, stride=1, pa
     memory so, and DyHead depends on it.
     """
     outputs, channels, *kernel = map(int, weight.shape)
-    found = _DeformableSampling.apply(input, offset, mask, channels * groups, deform_groups, tuple(kernel), _pair(stride),
-                                      _pair(padding), _pair(dilation))
+    settings = map(_pair, (kernel, stride, padding, dilation))
+    found = _DeformableSampling.apply(input, offset, mask, channels * groups, deform_groups, *map(tuple, settings))
     return F.conv2d(found, weight.reshape(outputs, channels * kernel[0] * kernel[1], 1, 1), bias, groups=groups)
 
 
