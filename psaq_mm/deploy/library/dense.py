@@ -27,6 +27,55 @@ def filter_scores_and_topk(scores, score_thr, topk, results=None):
     return scores, labels, kept, results
 
 
+def best(scores, count):
+    """Return so many of the best scores and their indices; all where there are fewer, or where ``count`` is not
+    positive.
+    """
+    length = scores.shape[0]
+    if count > 0:
+        length = torch.minimum(length, torch.tensor(count)) if isinstance(length, torch.Tensor) else min(length, count)
+    return scores.topk(length)
+
+
+@replaces('mmdet.models.dense_heads.rpn_head:RPNHead._predict_by_feat_single')
+def proposals(self, cls_score_list, bbox_pred_list, score_factor_list, mlvl_priors, img_meta, cfg, rescale=False,
+              with_nms=True):
+    """``RPNHead._predict_by_feat_single``: of each level no more than ``nms_pre``, on images of every size."""
+    from mmdet.structures.bbox import cat_boxes
+    from mmengine.structures import InstanceData
+    cfg = self.test_cfg if cfg is None else cfg
+    found = []
+    for level, (logits, deltas, priors) in enumerate(zip(cls_score_list, bbox_pred_list, mlvl_priors)):
+        logits = logits.permute(1, 2, 0).reshape(-1, self.cls_out_channels)
+        scores = logits[:, 0].sigmoid() if self.use_sigmoid_cls else logits.softmax(-1)[:, 0]
+        scores, kept = best(scores, cfg.get('nms_pre', -1))
+        deltas = deltas.permute(1, 2, 0).reshape(-1, self.bbox_coder.encode_size)[kept]
+        found.append((priors[kept], deltas, scores, torch.full_like(kept, level)))
+    priors, deltas, scores, levels = zip(*found)
+    boxes = self.bbox_coder.decode(cat_boxes(priors), torch.cat(deltas), max_shape=img_meta['img_shape'])
+    results = InstanceData(bboxes=boxes, scores=torch.cat(scores), level_ids=torch.cat(levels))
+    return self._bbox_post_process(results, cfg=cfg, rescale=rescale, img_meta=img_meta)
+
+
+@replaces('mmdet.models.dense_heads.paa_head:PAAHead._predict_by_feat_single')
+def candidates_for_voting(self, cls_score_list, bbox_pred_list, score_factor_list, mlvl_priors, img_meta, cfg=None,
+                          rescale=False, with_nms=True):
+    """``PAAHead._predict_by_feat_single``: of each level no more than ``nms_pre``, on images of every size."""
+    from mmengine.structures import InstanceData
+    cfg = self.test_cfg if cfg is None else cfg
+    found = []
+    for logits, deltas, factors, priors in zip(cls_score_list, bbox_pred_list, score_factor_list, mlvl_priors):
+        scores = logits.permute(1, 2, 0).reshape(-1, self.cls_out_channels).sigmoid()
+        factors = factors.permute(1, 2, 0).reshape(-1).sigmoid()
+        kept = best((scores * factors[:, None]).sqrt().max(1)[0], cfg.get('nms_pre', -1))[1]
+        boxes = self.bbox_coder.decode(priors[kept], deltas.permute(1, 2, 0).reshape(-1, 4)[kept],
+                                       max_shape=img_meta['img_shape'])
+        found.append((boxes, scores[kept], factors[kept]))
+    boxes, scores, factors = map(torch.cat, zip(*found))
+    results = InstanceData(bboxes=boxes, scores=scores, score_factors=factors)
+    return self._bbox_post_process(results, cfg, rescale, with_nms, img_meta)
+
+
 @replaces('mmdet.models.dense_heads.base_dense_head:BaseDenseHead._bbox_post_process',
           'mmdet.models.dense_heads.rpn_head:RPNHead._bbox_post_process',
           'mmdet.models.dense_heads.yolox_head:YOLOXHead._bbox_post_process')

@@ -75,6 +75,12 @@ class _RoIAlign(torch.autograd.Function):
                     coordinate_transformation_mode_s='half_pixel' if aligned else 'output_half_pixel')
 
 
+@replaces('torch.utils.checkpoint:checkpoint')
+def checkpoint(function, *args, use_reentrant=None, **named):
+    """``checkpoint``, which saves memory in a training: the function itself."""
+    return function(*args, **named)
+
+
 @replaces('mmcv.ops:nms')
 def nms(boxes, scores, iou_threshold, offset=0, score_threshold=0, max_num=-1):
     """``mmcv.ops.nms``: (boxes with scores (K, 5), indices (K, )), best first.
@@ -118,6 +124,16 @@ def batched_nms(boxes, scores, idxs, nms_cfg, class_agnostic=False):
     return torch.cat([boxes[keep], found[:, 4:]], -1), keep
 
 
+def outside(rois, which):
+    """Return rois (N, 5), some of them moved to where no map is, so that their features are zeros.
+
+    Args:
+        rois (Tensor): (N, 5).
+        which (Tensor): Bool, (N, ).
+    """
+    return torch.where(which[:, None], rois.new_tensor([0, -10001, -10001, -10000, -10000]), rois)
+
+
 @replaces('mmcv.ops:RoIAlign.forward')
 def roi_align(self, input, rois):
     """``RoIAlign``.
@@ -128,6 +144,8 @@ def roi_align(self, input, rois):
     if self.pool_mode != 'avg':
         raise UserError(f"RoIAlign with pool_mode='{self.pool_mode}': only 'avg' can be exported")
     size = self.output_size if isinstance(self.output_size, tuple) else (self.output_size, self.output_size)
+    if self.aligned and self.sampling_ratio <= 0:  # mmcv samples nothing of an empty roi, OpenVINO yields NaN
+        rois = outside(rois, ((rois[:, 3:] - rois[:, 1:3]) <= 0).any(1))
     return _RoIAlign.apply(input, rois, tuple(size), float(self.spatial_scale), int(self.sampling_ratio), self.aligned)
 
 

@@ -4,22 +4,19 @@ from __future__ import annotations
 import torch
 
 from .boxes import clipped, scale_boxes
-from .operators import above, batched_nms
+from .operators import above, batched_nms, outside
 from .replace import replaces
-
-OUTSIDE = -1e6  # pixels: no sample of a roi there is on a map
 
 
 @replaces('mmdet.models.roi_heads.roi_extractors.single_level_roi_extractor:SingleRoIExtractor.forward')
 def extract(self, feats, rois, roi_scale_factor=None):
     """``SingleRoIExtractor``: each roi from the level of its size, (N, C, h, w).
 
-    One that ends before it begins has no level, and zeros for features: those of a place far outside.
+    One that ends before it begins has no level, and zeros for features.
     """
     if len(feats) == 1:
         return self.roi_layers[0](feats[0], rois)
-    inverted = (rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2]) < 0
-    rois = torch.where(inverted[:, None], rois.new_tensor([0, OUTSIDE, OUTSIDE, OUTSIDE, OUTSIDE]), rois)
+    rois = outside(rois, (rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2]) < 0)
     levels = self.map_roi_levels(rois, len(feats))
     if roi_scale_factor is not None:
         rois = self.roi_rescale(rois, roi_scale_factor)
