@@ -402,3 +402,12 @@ def test_what_cannot_be_a_graph_is_refused_by_name(monkeypatch):
     model.head = Child()
     with pytest.raises(UserError, match='model.head: Odd cannot be one graph .*, because it is odd'):
         refuse(model)
+
+
+def test_soft_suppression_is_refused_before_anything_is_traced():
+    model = nn.Module()
+    model.test_cfg = dict(rpn=dict(nms=dict(type='nms')), rcnn=dict(nms=dict(type='soft_nms', iou_threshold=0.5)))
+    with pytest.raises(UserError, match="nms of type 'soft_nms' has no ONNX operator"):
+        refuse(model)
+    model.test_cfg['rcnn']['nms'] = dict(iou_threshold=0.5)
+    refuse(model)

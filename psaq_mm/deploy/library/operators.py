@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.nn.modules.utils import _pair
 
 from ...errors import UserError
+from .refused import no_suppression
 from .replace import replaces
 
 
@@ -112,7 +113,7 @@ def batched_nms(boxes, scores, idxs, nms_cfg, class_agnostic=False):
     settings = dict(nms_cfg)
     kind = settings.pop('type', 'nms')
     if kind != 'nms':
-        raise UserError(f"test_cfg: nms of type '{kind}' has no ONNX operator; set type='nms' and see what it costs")
+        raise UserError(no_suppression(kind))
     settings.pop('split_thr', None)  # how much the library does at once
     if 'iou_thr' in settings:
         settings['iou_threshold'] = settings.pop('iou_thr')
