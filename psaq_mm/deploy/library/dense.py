@@ -57,6 +57,12 @@ def proposals(self, cls_score_list, bbox_pred_list, score_factor_list, mlvl_prio
     return self._bbox_post_process(results, cfg=cfg, rescale=rescale, img_meta=img_meta)
 
 
+@replaces('mmdet.models.dense_heads.cascade_rpn_head:StageCascadeRPNHead._predict_by_feat_single')
+def proposals_of_stage(self, cls_scores, bbox_preds, mlvl_anchors, img_meta, cfg, rescale=False):
+    """``StageCascadeRPNHead._predict_by_feat_single``: as other region proposal networks'."""
+    return proposals(self, cls_scores, bbox_preds, None, mlvl_anchors, img_meta, cfg, rescale)
+
+
 @replaces('mmdet.models.dense_heads.paa_head:PAAHead._predict_by_feat_single')
 def candidates_for_voting(self, cls_score_list, bbox_pred_list, score_factor_list, mlvl_priors, img_meta, cfg=None,
                           rescale=False, with_nms=True):
