@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..classification import Classifier
 from ..errors import UserError
 from ..models import image_channels
-from .library import Traced
+from .library import Traced, refuse
 from .pixels import Pixels
 from .windows import slide
 
@@ -49,12 +49,24 @@ class Predictor(nn.Module):
 
 class DetectionPredictor(Predictor):
     """Of a detector: boxes (1, N, 4) as x1, y1, x2, y2 in pixels of the image, scores (1, N), labels (1, N), and masks
-    (1, N, h, w): probabilities within each box.
+    of the kind that ``mask_form`` says.
+
+    Attributes:
+        mask_form (str | None): 'box': probabilities within each box, (1, N, h, w). 'image': bool, in pixels of the
+            image, (1, N, H, W). None: there are no masks.
     """
+
+    def __init__(self, model, cfg):
+        super().__init__(model, cfg)
+        refuse(model)
+        dense = hasattr(getattr(model, 'bbox_head', None), '_bbox_mask_post_process')  # RTMDet-Ins, without a mask_head
+        self.mask_form = None
+        if getattr(model, 'with_mask', False) or dense:
+            self.mask_form = 'box' if hasattr(model, 'roi_head') else 'image'
 
     @property
     def names(self):
-        return ('boxes', 'scores', 'labels') + ('masks', ) * bool(getattr(self.model, 'with_mask', False))
+        return ('boxes', 'scores', 'labels') + ('masks', ) * (self.mask_form is not None)
 
     unlike_the_library = ('masks', )
 

@@ -5,6 +5,7 @@ what they decided for its example. The functions here compute the same and leave
 what it takes the place of; whatever calls that, in any library or in a user's own code, gets ours within
 :func:`traceable_library`.
 """
+from .refused import refuse
 from .replace import Traced, number, replaces, traceable_library
 
-__all__ = ['Traced', 'number', 'replaces', 'traceable_library']
+__all__ = ['Traced', 'number', 'refuse', 'replaces', 'traceable_library']

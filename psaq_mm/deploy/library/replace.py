@@ -27,7 +27,7 @@ def replaces(*targets: str) -> Callable:
 
 @contextmanager
 def traceable_library() -> Iterator[None]:
-    """Within it, the libraries' functions compute in a way that can be traced, and so do two of torch's."""
+    """Within it, the libraries' functions compute in a way that can be traced, and so do three of torch's."""
     for part in PARTS:
         importlib.import_module(f'{__package__}.{part}')
     changed = []
@@ -53,6 +53,7 @@ def traceable_library() -> Iterator[None]:
         shadow(torch, 'squeeze', _squeeze)
         shadow(torch.Tensor, 'squeeze', _squeeze)
         shadow(torch.Tensor, 'split', _split)
+        shadow(torch.Tensor, 'new_tensor', _new_tensor)
         shadow(torch.onnx, 'is_in_onnx_export', lambda: False)  # mmdet's branches for it import what is no longer there
         yield
     finally:
@@ -63,7 +64,7 @@ def traceable_library() -> Iterator[None]:
                 setattr(owner, name, old)
 
 
-_SQUEEZE, _SPLIT = torch.squeeze, torch.Tensor.split
+_SQUEEZE, _SPLIT, _NEW_TENSOR = torch.squeeze, torch.Tensor.split, torch.Tensor.new_tensor
 
 
 def _squeeze(x, *dims, **named):
@@ -80,6 +81,13 @@ def _split(x, size, dim=0):
     if isinstance(size, (tuple, list)) and len(size) == 1:
         return (x, )
     return _SPLIT(x, size, dim)
+
+
+def _new_tensor(like, data, **settings):
+    """``new_tensor`` that keeps traced numbers in a list as they are: they would become constants."""
+    if isinstance(data, (tuple, list)) and any(isinstance(value, Tensor) for value in data):
+        return torch.stack([number(value, like) for value in data])
+    return _NEW_TENSOR(like, data, **settings)
 
 
 class Traced(tuple):
