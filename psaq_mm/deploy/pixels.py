@@ -125,8 +125,9 @@ class Pixels(nn.Module):
             x = (x - self.mean) / self.std
         if self.size_divisor > 1:
             x = pad_to(x.permute(0, 2, 3, 1), *size, (self.size_divisor, ) * 2, self.pad_value).permute(0, 3, 1, 2)
-        return x, dict(ori_shape=(height, width), img_shape=size, scale_factor=factors, pad_shape=tuple(x.shape[2:]),
-                       batch_input_shape=tuple(x.shape[2:]))
+        padded = tuple(x.shape[2:]) if self.size_divisor > 1 else size
+        return x, dict(ori_shape=(height, width), img_shape=size, scale_factor=factors, pad_shape=padded,
+                       batch_input_shape=padded)
 
     def padded(self, x):
         """Pad at the lower and right end, as ``Pad`` of the pipeline does."""

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-PARTS = ('operators', 'boxes', 'dense', 'two_stage', 'transformers')  # modules here that replace something
+PARTS = ('operators', 'boxes', 'dense', 'two_stage', 'transformers', 'masks')  # modules here that replace something
 REPLACEMENTS: dict[str, Callable] = {}  # by what they replace, 'module:name' or 'module:Class.name'
 
 
