@@ -14,12 +14,17 @@ from .adapters import pad_to
 IGNORED = ('LoadAnnotations', 'LoadPanopticAnnotations')  # what only an evaluation needs
 
 
-def pipeline_of(cfg: Config) -> list[dict]:
-    """Return the transforms of a config's test data, or none where it has no test data."""
+def test_dataset(cfg: Config) -> dict:
+    """Return the config of the test data set that has a pipeline, within wrappers, or what there is."""
     dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
     while isinstance(dataset, (list, tuple)) or 'pipeline' not in dataset and dataset.get('dataset') is not None:
         dataset = dataset[0] if isinstance(dataset, (list, tuple)) else dataset['dataset']
-    return list(dataset.get('pipeline') or ())
+    return dataset
+
+
+def pipeline_of(cfg: Config) -> list[dict]:
+    """Return the transforms of a config's test data, or none where it has no test data."""
+    return list(test_dataset(cfg).get('pipeline') or ())
 
 
 class Resize(nn.Module):

@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .boxes import clipped
+from .operators import batched_nms
 from .replace import number, replaces
 
 
@@ -96,4 +98,98 @@ def detections_of_queries(self, cls_score, bbox_pred, img_meta, rescale=True):
         scores, classes = cls_score.softmax(-1)[..., :-1].max(-1)
         scores, queries = best(scores, count)
         labels = classes[queries]
+    return _answers(_boxes_of_queries(bbox_pred[queries], img_meta, rescale), scores, labels)
+
+
+def _distinct(boxes, scores, settings):
+    """Indices of what suppression leaves of boxes (N, 4) as centres and sides, best first."""
+    from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
+    return batched_nms(bbox_cxcywh_to_xyxy(boxes), scores, torch.ones_like(scores), settings)[1]
+
+
+@replaces('mmdet.models.detectors.ddq_detr:DDQDETR.pre_decoder')
+def distinct_proposals(self, memory, memory_mask, spatial_shapes, batch_data_samples=None):
+    """``DDQDETR.pre_decoder``: the best proposals that do not overlap become queries; where there are too few, zeros
+    fill up.
+    """
+    head, last = self.bbox_head, self.decoder.num_layers
+    features, proposals = self.gen_encoder_output_proposals(memory, memory_mask, spatial_shapes)
+    scores = head.cls_branches[last](features).max(-1)[0].sigmoid()
+    places = head.reg_branches[last](features) + proposals
+    self.cache_dict['dis_query_info'] = [0, self.num_queries]
+    queries, references = [], []
+    for image in range(int(memory.shape[0])):
+        keep = _distinct(places[image].sigmoid(), scores[image], self.cache_dict['dqs_cfg'])[:self.num_queries]
+        missing = 0, 0, 0, self.num_queries - keep.shape[0]
+        queries.append(F.pad(self.query_map(memory[image])[keep], missing))
+        references.append(F.pad(places[image][keep], missing))
+    queries, references = (torch.stack(found).reshape(len(found), self.num_queries, found[0].shape[-1])
+                           for found in (queries, references))
+    return dict(query=queries, memory=memory, reference_points=references.sigmoid(), dn_mask=None), {}
+
+
+@replaces('mmdet.models.layers.transformer.ddq_detr_layers:DDQTransformerDecoder.select_distinct_queries')
+def mask_of_distinct_queries(self, reference_points, query, self_attn_mask, layer_index):
+    """``select_distinct_queries``: which pairs of queries a layer hides from each other, those without a distinct one.
+
+    Candidates are those that the first query sees.
+    """
+    scores = self.cache_dict['cls_branches'][layer_index](query).sigmoid().max(-1).values
+    heads, masks = self.cache_dict['num_heads'], []
+    for image in range(int(query.shape[0])):
+        candidates = (~self_attn_mask[image * heads, 0]).nonzero()[:, 0]
+        keep = candidates[_distinct(reference_points[image][candidates], scores[image][candidates],
+                                    self.cache_dict['dqs_cfg'])]
+        other = torch.ones_like(scores[image]).scatter(0, keep, torch.zeros_like(keep, dtype=scores.dtype)) > 0
+        masks.append((other[:, None] & other)[None].expand(heads, -1, -1))
+    mask = torch.cat(masks)
+    self.cache_dict['distinct_query_mask'].append(~mask)
+    return mask
+
+
+@replaces('mmdet.models.utils.vlfuse_helper:BiAttentionBlock.single_attention_call')
+def fuse(self, visual, lang, attention_mask_v=None, attention_mask_l=None):
+    """``BiAttentionBlock``: image and text attend to each other.
+
+    A mask of text must be of numbers, 0 where there is padding. The library turns each value of one of booleans into
+    True, so that it hides nothing; so do we.
+    """
+    visual, lang = self.layer_norm_v(visual), self.layer_norm_l(lang)
+    if attention_mask_l is not None:
+        attention_mask_l = None if attention_mask_l.dtype == torch.bool else attention_mask_l.to(visual.dtype)
+    of_visual, of_lang = self.attn(visual, lang, attention_mask_v, attention_mask_l)
+    return visual + self.drop_path(self.gamma_v * of_visual), lang + self.drop_path(self.gamma_l * of_lang)
+
+
+@replaces('mmdet.models.dense_heads.atss_vlfusion_head:convert_grounding_to_cls_scores')
+def scores_of_words(logits, positive_maps):
+    """``convert_grounding_to_cls_scores``: scores of classes (B, N, classes), each the mean of its words'.
+
+    Args:
+        logits (Tensor): (B, N, words).
+        positive_maps (list[dict]): Of each image, words by class; classes count from 1.
+    """
+    classes, images = len(positive_maps[0]), []
+    for scores, words in zip(logits, positive_maps):
+        weights = torch.zeros(scores.shape[-1], classes, dtype=scores.dtype)
+        for label, places in words.items():
+            weights[places, label - 1] = 1 / max(len(places), 1)
+        images.append(scores @ weights)
+    return torch.stack(images)
+
+
+@replaces('mmdet.models.dense_heads.grounding_dino_head:GroundingDINOHead._predict_by_feat_single')
+def detections_of_words(self, cls_score, bbox_pred, token_positive_maps, img_meta, rescale=True):
+    """``GroundingDINOHead``: of all pairs of query and class the best; each query's best word where there are no
+    classes.
+    """
+    count, scores = self.test_cfg.get('max_per_img', cls_score.shape[0]), cls_score.sigmoid()
+    if token_positive_maps is None:
+        scores, queries = best(scores.max(-1)[0], count)
+        labels = torch.zeros_like(queries)
+    else:
+        scores = scores_of_words(scores[None], [token_positive_maps])[0]
+        classes = scores.shape[-1]
+        scores, places = best(scores.reshape(-1), count)
+        queries, labels = places // classes, places % classes
     return _answers(_boxes_of_queries(bbox_pred[queries], img_meta, rescale), scores, labels)
