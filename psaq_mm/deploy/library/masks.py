@@ -59,7 +59,7 @@ def panoptic_map_of_queries(self, mask_cls, mask_pred):
     own = (winners == queries[:, None, None]).to(torch.float32).sum((1, 2))
     whole = inside.to(torch.float32).sum((1, 2))
     valid = (own > 0) & (whole > 0) & (own / whole >= self.test_cfg.get('iou_thr', 0.8)) & (scores > 0)
-    things = valid & (labels < self.num_things_classes)
+    things = (valid & (labels < self.num_things_classes)).to(labels.dtype)
     numbers = labels + things * things.cumsum(0) * INSTANCE_OFFSET
     found = torch.where(valid, numbers, self.num_classes)[winners]
     if self.test_cfg.get('filter_low_score', False):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .boxes import clipped
 from .operators import batched_nms
-from .replace import number, replaces
+from .replace import Traced, number, replaces
 
 
 def _same(side, other) -> bool:
@@ -193,3 +193,10 @@ def detections_of_words(self, cls_score, bbox_pred, token_positive_maps, img_met
         scores, places = best(scores.reshape(-1), count)
         queries, labels = places // classes, places % classes
     return _answers(_boxes_of_queries(bbox_pred[queries], img_meta, rescale), scores, labels)
+
+
+@replaces('mmdet.models.detectors.base_detr:DetectionTransformer.extract_feat')
+def maps_of_image(self, batch_inputs):
+    """``DetectionTransformer.extract_feat``, whose maps may be asked for copies: a copy would be a constant."""
+    x = self.backbone(batch_inputs)
+    return Traced(self.neck(x) if self.with_neck else x)
