@@ -82,6 +82,7 @@ class MaskClassificationPredictor(Predictor):
         self.panoptic, self.instances = settings.get('panoptic_on', True), settings.get('instance_on', False)
         if not self.panoptic and not self.instances:
             raise UserError('model.test_cfg: neither panoptic_on nor instance_on is set, so the model answers nothing')
+        self.mask_form = 'image' if self.instances else None
 
     @property
     def names(self):

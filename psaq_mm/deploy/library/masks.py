@@ -52,7 +52,8 @@ def panoptic_map_of_queries(self, mask_cls, mask_pred):
     scores, labels = mask_cls.softmax(-1).max(-1)
     kept = ((labels != self.num_classes) & (scores > self.test_cfg.get('object_mask_thr', 0.8))).nonzero()[:, 0]
     rows = torch.cat([kept, kept.new_zeros(1)])
-    scores, labels, masks = torch.cat([scores[kept], scores.new_full((1, ), -1)]), labels[rows], mask_pred[rows].sigmoid()
+    scores, labels = torch.cat([scores[kept], scores.new_full((1, ), -1)]), labels[rows]
+    masks = mask_pred[rows].sigmoid()
     winners = (scores[:, None, None] * masks).argmax(0)
     queries = torch.arange(rows.shape[0], device=rows.device)
     inside = masks >= 0.5

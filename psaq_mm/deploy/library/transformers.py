@@ -62,8 +62,9 @@ def maps_to_sequence(self, mlvl_feats, batch_data_samples=None):
         ratios = torch.stack([self.get_valid_ratio(mask) for mask in masks], 1)
     places = dict(spatial_shapes=shapes, valid_ratios=ratios,
                   level_start_index=torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]]))
-    return (dict(feat=torch.cat([_sequence(x) for x in mlvl_feats], 1), feat_mask=mask, feat_pos=torch.cat(positions, 1),
-                 **places), dict(memory_mask=mask, **places))
+    x = torch.cat([_sequence(x) for x in mlvl_feats], 1)
+    return (dict(feat=x, feat_mask=mask, feat_pos=torch.cat(positions, 1), **places),
+            dict(memory_mask=mask, **places))
 
 
 def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
