@@ -411,6 +411,14 @@ def test_models_of_videos_are_refused():
         predictor_of(Video(), Config({}))
 
 
+def test_panoptic_maps_of_two_stages_are_refused():
+    from mmdet.models.detectors import PanopticFPN
+    model = object.__new__(PanopticFPN)
+    nn.Module.__init__(model)
+    with pytest.raises(UserError, match='PanopticFPN: its panoptic maps'):
+        predictor_of(model, Config({}))
+
+
 def test_maps_of_an_image_are_copied_as_they_are():
     import copy
     model = SimpleNamespace(backbone=lambda x: [x], neck=None, with_neck=False)

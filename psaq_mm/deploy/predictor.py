@@ -158,7 +158,8 @@ def untraced(module: nn.Module | None) -> Iterator[None]:
         state = torch._C._get_tracing_state()
         torch._C._set_tracing_state(None)
         try:
-            return forward(*args, **named)
+            with torch.no_grad():
+                return forward(*args, **named)
         finally:
             torch._C._set_tracing_state(state)
 
@@ -179,10 +180,13 @@ def predictor_of(model: nn.Module, cfg: Config) -> Predictor:
         return ClassificationPredictor(model, cfg)
     if hasattr(model, 'decode_head') and hasattr(model, 'encode_decode'):
         return SegmentationPredictor(model, cfg)
-    from mmdet.models.detectors import BaseDetector, MaskFormer
+    from mmdet.models.detectors import BaseDetector, MaskFormer, TwoStagePanopticSegmentor
     from mmdet.models.mot import BaseMOTModel
     if isinstance(model, BaseMOTModel):
         raise UserError(f'{type(model).__name__}: videos cannot be exported, a graph takes single images')
+    if isinstance(model, TwoStagePanopticSegmentor):
+        raise UserError(f'{type(model).__name__}: its panoptic maps cannot be exported, they are laid out instance by '
+                        'instance')
     if isinstance(model, MaskFormer):
         return MaskClassificationPredictor(model, cfg)
     if isinstance(model, BaseDetector):
