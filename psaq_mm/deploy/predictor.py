@@ -1,6 +1,9 @@
 """A whole model as one function of tensors: images in, answers out, by the library's own code."""
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from mmengine.config import Config
 from torch import Tensor, nn
@@ -9,7 +12,7 @@ from ..classification import Classifier
 from ..errors import UserError
 from ..models import image_channels
 from .library import Traced, refuse
-from .pixels import Pixels
+from .pixels import Pixels, test_dataset
 from .windows import slide
 
 
@@ -51,6 +54,8 @@ class DetectionPredictor(Predictor):
     """Of a detector: boxes (1, N, 4) as x1, y1, x2, y2 in pixels of the image, scores (1, N), labels (1, N), and masks
     of the kind that ``mask_form`` says.
 
+    A detector that reads text gets the names of its classes, as in an evaluation. What it makes of them is a constant.
+
     Attributes:
         mask_form (str | None): 'box': probabilities within each box, (1, N, h, w). 'image': bool, in pixels of the
             image, (1, N, H, W). None: there are no masks.
@@ -63,20 +68,53 @@ class DetectionPredictor(Predictor):
         self.mask_form = None
         if getattr(model, 'with_mask', False) or dense:
             self.mask_form = 'box' if hasattr(model, 'roi_head') else 'image'
+        self.prompt = prompt_of(cfg) if hasattr(model, 'language_model') else {}
 
     @property
     def names(self):
         return ('boxes', 'scores', 'labels') + ('masks', ) * (self.mask_form is not None)
 
-    unlike_the_library = ('masks', )
+    @property
+    def unlike_the_library(self):
+        return ('masks', ) * (self.mask_form == 'box')
 
     def answers(self, inputs, meta):
         from mmdet.structures import DetDataSample
-        sample = DetDataSample(metainfo=meta)
-        found, = self.model.predict(inputs, [sample], rescale=True)
+        sample = DetDataSample(metainfo=dict(meta, **self.prompt))
+        with untraced(getattr(self.model, 'language_model', None)):
+            found, = self.model.predict(inputs, [sample], rescale=True)
         found = found.pred_instances
         keys = dict(boxes='bboxes', scores='scores', labels='labels', masks='masks')
         return tuple(found[keys[name]][None] for name in self.names)
+
+
+class MaskClassificationPredictor(Predictor):
+    """Of MaskFormer and its kind, as ``model.test_cfg`` has it: a map (1, H, W) of class + instance * INSTANCE_OFFSET
+    (``panoptic_on``); boxes (1, N, 4), scores (1, N), labels (1, N) and masks (1, N, H, W) of instances
+    (``instance_on``).
+    """
+
+    def __init__(self, model, cfg):
+        super().__init__(model, cfg)
+        settings = model.panoptic_fusion_head.test_cfg
+        if settings.get('semantic_on', False):
+            raise UserError('model.test_cfg.semantic_on: mmdet has no semantic map of this model. Set it to False')
+        self.panoptic, self.instances = settings.get('panoptic_on', True), settings.get('instance_on', False)
+        if not self.panoptic and not self.instances:
+            raise UserError('model.test_cfg: neither panoptic_on nor instance_on is set, so the model answers nothing')
+        self.mask_form = 'image' if self.instances else None
+
+    @property
+    def names(self):
+        return ('panoptic_map', ) * self.panoptic + ('boxes', 'scores', 'labels', 'masks') * self.instances
+
+    def answers(self, inputs, meta):
+        from mmdet.structures import DetDataSample
+        found, = self.model.predict(inputs, [DetDataSample(metainfo=meta)], rescale=True)
+        answers = (found.pred_panoptic_seg.sem_seg, ) if self.panoptic else ()
+        if self.instances:
+            answers += tuple(found.pred_instances[key][None] for key in ('bboxes', 'scores', 'labels', 'masks'))
+        return answers
 
 
 class DensePredictor(Predictor):
@@ -147,6 +185,49 @@ class ClassificationPredictor(Predictor):
         return (self.model.logits(inputs).softmax(-1), )
 
 
+def prompt_of(cfg: Config) -> dict:
+    """Return what data samples of an evaluation tell a model that reads text: the names of the classes.
+
+    Raises:
+        UserError: If there are no names.
+    """
+    from ..engine.config import dataset_meta
+    names = dataset_meta(cfg, {}).get('classes')
+    if not names:
+        raise UserError('the model reads the names of its classes, and the config has none. Give them as '
+                        'test_dataloader.dataset.metainfo = dict(classes=(...))')
+    prompt = dict(text=tuple(names), custom_entities=True)
+    dataset = test_dataset(cfg)
+    if dataset.get('caption_prompt') and any('caption_prompt' in step.get('meta_keys', ())
+                                             for step in dataset['pipeline']):
+        prompt['caption_prompt'] = dataset['caption_prompt']
+    return prompt
+
+
+@contextmanager
+def untraced(module: nn.Module | None) -> Iterator[None]:
+    """Within it, what a module computes is a constant of a trace."""
+    if module is None:
+        yield
+        return
+    forward = module.forward
+
+    def constant(*args, **named):
+        state = torch._C._get_tracing_state()
+        torch._C._set_tracing_state(None)
+        try:
+            with torch.no_grad():
+                return forward(*args, **named)
+        finally:
+            torch._C._set_tracing_state(state)
+
+    module.forward = constant
+    try:
+        yield
+    finally:
+        del module.forward
+
+
 def predictor_of(model: nn.Module, cfg: Config) -> Predictor:
     """Return the predictor of a model's kind.
 
@@ -156,9 +237,22 @@ def predictor_of(model: nn.Module, cfg: Config) -> Predictor:
     if isinstance(model, Classifier):
         return ClassificationPredictor(model, cfg)
     if hasattr(model, 'decode_head') and hasattr(model, 'encode_decode'):
+<<<<<<< HEAD
         from mmseg.models.segmentors import DepthEstimator
         return (DepthPredictor if isinstance(model, DepthEstimator) else SegmentationPredictor)(model, cfg)
     from mmdet.models.detectors import BaseDetector
+=======
+        return SegmentationPredictor(model, cfg)
+    from mmdet.models.detectors import BaseDetector, MaskFormer, TwoStagePanopticSegmentor
+    from mmdet.models.mot import BaseMOTModel
+    if isinstance(model, BaseMOTModel):
+        raise UserError(f'{type(model).__name__}: videos cannot be exported, a graph takes single images')
+    if isinstance(model, TwoStagePanopticSegmentor):
+        raise UserError(f'{type(model).__name__}: its panoptic maps cannot be exported, they are laid out instance by '
+                        'instance')
+    if isinstance(model, MaskFormer):
+        return MaskClassificationPredictor(model, cfg)
+>>>>>>> h2
     if isinstance(model, BaseDetector):
         return DetectionPredictor(model, cfg)
     raise UserError(f'{type(model).__name__}: only detectors, segmentors and classifiers can be exported whole')

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-PARTS = ('operators', 'boxes', 'dense', 'two_stage', 'transformers', 'segmentors')  # modules here that replace
+PARTS = ('operators', 'boxes', 'dense', 'two_stage', 'transformers', 'masks', 'segmentors')  # modules that replace
 REPLACEMENTS: dict[str, Callable] = {}  # by what they replace, 'module:name' or 'module:Class.name'
 
 
