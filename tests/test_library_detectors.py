@@ -7,8 +7,7 @@ from mmengine.structures import InstanceData
 from torch import nn
 
 from psaq_mm.deploy.library import Traced, refuse, traceable_library
-from psaq_mm.deploy.library.dense import best
-from psaq_mm.deploy.library.operators import above
+from psaq_mm.deploy.library.operators import above, best
 from psaq_mm.deploy.library.refused import REFUSED
 from psaq_mm.errors import UserError
 

@@ -135,8 +135,7 @@ def describe(predictor: Predictor, cfg: Config, meta: dict, graph: Path, measure
         sizes=dict(any=not isinstance(image['shape'][1], int), measured=measured),
         **limits(model))
     if 'masks' in predictor.names:
-        whole = all(tuple(item['answers']['masks'][-2:]) == tuple(item['size']) for item in measured)
-        card.update(mask_form='image' if whole else 'box', mask_meaning=MASKS['image' if whole else 'box'])
+        card.update(mask_form=predictor.mask_form, mask_meaning=MASKS[predictor.mask_form])
         card.setdefault('mask_threshold', 0.5)
     palette = meta.get('palette')
     return dict(card, classes=list(meta.get('classes') or ()) or None,

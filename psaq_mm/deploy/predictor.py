@@ -24,6 +24,7 @@ class Predictor(nn.Module):
         cfg (Config): Its config, with the test pipeline.
     """
     names: tuple[str, ...] = ()
+    mask_form: str | None = None
     unlike_the_library: tuple[str, ...] = ()  # answers that the library gives in another form
 
     def __init__(self, model: nn.Module, cfg: Config):
@@ -47,7 +48,10 @@ class Predictor(nn.Module):
 
     def axes(self, name: str) -> dict[int, str]:
         """Return which axes of an answer have no fixed length, by number."""
-        return {1: 'detections'}
+        if name == 'panoptic_map':
+            return {1: 'height', 2: 'width'}
+        image = name == 'masks' and self.mask_form == 'image'
+        return {1: 'detections', **({2: 'height', 3: 'width'} if image else {})}
 
 
 class DetectionPredictor(Predictor):
@@ -237,12 +241,8 @@ def predictor_of(model: nn.Module, cfg: Config) -> Predictor:
     if isinstance(model, Classifier):
         return ClassificationPredictor(model, cfg)
     if hasattr(model, 'decode_head') and hasattr(model, 'encode_decode'):
-<<<<<<< HEAD
         from mmseg.models.segmentors import DepthEstimator
         return (DepthPredictor if isinstance(model, DepthEstimator) else SegmentationPredictor)(model, cfg)
-    from mmdet.models.detectors import BaseDetector
-=======
-        return SegmentationPredictor(model, cfg)
     from mmdet.models.detectors import BaseDetector, MaskFormer, TwoStagePanopticSegmentor
     from mmdet.models.mot import BaseMOTModel
     if isinstance(model, BaseMOTModel):
@@ -252,7 +252,6 @@ def predictor_of(model: nn.Module, cfg: Config) -> Predictor:
                         'instance')
     if isinstance(model, MaskFormer):
         return MaskClassificationPredictor(model, cfg)
->>>>>>> h2
     if isinstance(model, BaseDetector):
         return DetectionPredictor(model, cfg)
     raise UserError(f'{type(model).__name__}: only detectors, segmentors and classifiers can be exported whole')

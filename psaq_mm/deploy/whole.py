@@ -31,7 +31,7 @@ from .packing import pack_weights
 from .predictor import Predictor
 from .runtime import SESSIONS
 
-INPUT = 'images'
+MODEL, INPUT = 'model.onnx', 'images'
 PYTORCH = 'PyTorch'
 SAME = 0.98  # agreement of answers that only rounding tells apart: two equal scores may swap at the limit
 MARGIN = 0.1  # by which an int8 graph may agree less with the fake-quantized model than that does with the float one
@@ -196,12 +196,14 @@ class Whole(NamedTuple):
         size (tuple[int, int] | None): (H, W) of the images that it takes; None: any.
         differences (list[Difference]): Of answers.
         findings (list[Finding]): Of feature maps.
+        answers (list[dict]): ``size`` of each image that was measured, and the shapes of its ``answers`` by name.
         reason (str | None): Why it takes one size though every size was wanted.
     """
     file: Path
     size: tuple[int, int] | None
     differences: list[Difference]
     findings: list
+    answers: list[dict]
     reason: str | None
 
     def failures(self, runtime: str) -> list:
@@ -256,7 +258,7 @@ def export_whole(predictor: Predictor, folder: Path, images: Tensor, fixed: bool
         sizes = sizes_of(tuple(images.shape[1:3])) if dynamic else [tuple(images.shape[1:3])]
         examples = {f'{h} x {w}': enlarged(images, (h, w)) for h, w in sizes}
         try:
-            found = _written(predictor, Path(folder) / 'model.onnx', examples, dynamic, preset, runtimes, notes)
+            found = _written(predictor, Path(folder) / MODEL, examples, dynamic, preset, runtimes, notes)
         except Exception as error:  # the exporter's or the model's, which traces what it never did
             if isinstance(error, UserError) and not dynamic:
                 raise
@@ -316,5 +318,7 @@ def _written(predictor, path, examples, dynamic, preset, runtimes, notes):
         session = SESSIONS[runtime](str(path), 0)
         differences += hold(lambda x, session=session: session.run({INPUT: x}), examples, aims, marks, names,
                             graph='int8', runtime=runtime)
-    return Whole(path, None if dynamic else tuple(first.shape[1:3]), differences, findings, None)
+    answers = [dict(size=list(image.shape[1:3]), answers={name: list(value.shape) for name, value in zip(
+        names, aims[place].answers)}) for place, image in examples.items()]
+    return Whole(path, None if dynamic else tuple(first.shape[1:3]), differences, findings, answers, None)
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from .boxes import scale_boxes
-from .operators import above, batched_nms, deform_conv2d
+from .operators import above, batched_nms, best, deform_conv2d
 from .replace import number, replaces
 
 
@@ -25,16 +25,6 @@ def filter_scores_and_topk(scores, score_thr, topk, results=None):
     elif results is not None:
         results = results[kept]
     return scores, labels, kept, results
-
-
-def best(scores, count):
-    """Return so many of the best scores and their indices; all where there are fewer, or where ``count`` is not
-    positive.
-    """
-    length = scores.shape[0]
-    if count > 0:
-        length = torch.minimum(length, torch.tensor(count)) if isinstance(length, torch.Tensor) else min(length, count)
-    return scores.topk(length)
 
 
 @replaces('mmdet.models.dense_heads.rpn_head:RPNHead._predict_by_feat_single')

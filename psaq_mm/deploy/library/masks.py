@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import torch
 
+from .operators import best
 from .replace import replaces
-from .transformers import best
 
 
 @replaces('mmdet.structures.mask.utils:mask2bbox')

@@ -55,6 +55,16 @@ def above(x, threshold):
     return _Above.apply(x, float(threshold))
 
 
+def best(scores, count):
+    """Return so many of the best scores and their indices; all where there are fewer, or where ``count`` is not
+    positive.
+    """
+    length = scores.shape[0]
+    if count > 0:
+        length = torch.minimum(length, torch.tensor(count)) if isinstance(length, torch.Tensor) else min(length, count)
+    return scores.topk(length)
+
+
 class _RoIAlign(torch.autograd.Function):
     """RoIAlign of one map (B, C, H, W) and rois (N, 5), the number of the image first."""
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .boxes import clipped
-from .operators import batched_nms
+from .operators import batched_nms, best
 from .replace import Traced, number, replaces
 
 
@@ -65,12 +65,6 @@ def maps_to_sequence(self, mlvl_feats, batch_data_samples=None):
     x = torch.cat([_sequence(x) for x in mlvl_feats], 1)
     return (dict(feat=x, feat_mask=mask, feat_pos=torch.cat(positions, 1), **places),
             dict(memory_mask=mask, **places))
-
-
-def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the largest scores of (N, ) and their indices: so many, or all there are."""
-    length = scores.shape[0]
-    return scores.topk(torch.minimum(length, torch.tensor(count)) if isinstance(length, Tensor) else min(length, count))
 
 
 def _boxes_of_queries(found, img_meta, rescale):
