@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.model import ImgDataPreprocessor
 from torch import nn
 
 from psaq_mm.deploy.library import Traced, masks, traceable_library, transformers
@@ -385,7 +386,8 @@ def test_the_prompt_is_the_names_of_the_classes():
 def test_mask_classification_answers_what_the_config_asks_for():
     def predictor(**settings):
         model = nn.Module()
-        model.data_preprocessor, model.panoptic_fusion_head = nn.Module(), fusion_head(**settings)
+        model.data_preprocessor, model.panoptic_fusion_head = ImgDataPreprocessor(), fusion_head(**settings)
+        model.backbone = nn.Conv2d(3, 4, 1)
         return MaskClassificationPredictor(model, Config(dict(model={})))
 
     assert predictor().names == ('panoptic_map', )
