@@ -2,14 +2,13 @@
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config, ConfigDict
+from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 from torch import nn
 
 from psaq_mm.deploy.library import Traced, refuse, traceable_library
 from psaq_mm.deploy.library.operators import above, best
 from psaq_mm.deploy.library.refused import REFUSED
-from psaq_mm.engine.config import default_scope
 from psaq_mm.errors import UserError
 
 pytest.importorskip('onnx', reason="needs pip install 'psaq_mm[deploy]'")
@@ -22,7 +21,6 @@ META = dict(img_shape=Traced((64, 96)), ori_shape=Traced((32, 48)), scale_factor
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-    default_scope(Config(dict(default_scope='mmdet')))  # a segmentor of an earlier test may have set its own
     with torch.no_grad():
         yield
 
