@@ -89,7 +89,8 @@ def main():
         folder = Path(folder)
         plain, ours = folder / 'float.onnx', folder / 'ours'
         export_graph(model, plain, (224, 224), integers=False)
-        export(Config.fromfile(args.grid / OURS / 'test_config.py'), str(args.grid / OURS / 'quantized.pth'), str(ours))
+        export(Config.fromfile(args.grid / OURS / 'test_config.py'), str(args.grid / OURS / 'quantized.pth'), str(ours),
+               whole=False)
         runs['full precision', 'PyTorch', ''] = lambda array: [model.logits(torch.from_numpy(array)).numpy()]
         runs['full precision', 'ONNX Runtime', ''] = ort_session(plain, args.threads)
         runs['full precision', 'OpenVINO', ''] = openvino_network(str(plain), args.threads)

@@ -42,7 +42,7 @@ def main():
             Config.fromfile(run / 'test_config.py'), str(run / 'quantized.pth'), str(folder), 'quantized'))}
         for runtime in args.runtimes:
             done = export(Config.fromfile(run / 'test_config.py'), str(run / 'quantized.pth'), str(folder / runtime),
-                          runtime=runtime)
+                          runtime=runtime, whole=False)
             metrics = evaluate(Config.fromfile(done['config']), done['checkpoint'], str(folder), runtime)
             found[runtime] = dict(metrics=metrics, sqnr_db=done['sqnr_db'], size_mb=done['size_mb'],
                                   int8=done['int8'], products=done['int8'] + len(done['float']))

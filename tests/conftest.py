@@ -37,6 +37,15 @@ def _scope():
     init_default_scope('mmdet')
 
 
+@pytest.fixture(autouse=True)
+def _same_scope():
+    yield
+    from mmengine.config import Config
+
+    from psaq_mm.engine.config import default_scope
+    default_scope(Config(dict(default_scope='mmdet')))  # a segmentor sets its own
+
+
 @pytest.fixture(scope='session')
 def scenes(tmp_path_factory):
     """A few rendered scenes in the demo's layout: (folder, its val.json)."""

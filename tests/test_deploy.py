@@ -494,6 +494,10 @@ def test_detector_by_mmdets_own_tools(quantized_run, tmp_path):
     result = json.loads((tmp_path / 'numbers.json').read_text())
     assert result['size'] is None and result['size_mb']['graph'] < 0.45 * result['size_mb']['float']
     assert min(result['sqnr_db'].values()) > 20 and f"{result['int8']} of" in done.stdout
+    whole = result['whole']
+    assert whole['size'] is None and all(item['passed'] for item in whole['measured'])
+    assert {item['graph'] for item in whole['measured']} == {'replaced', 'float', 'int8'}
+    assert all((tmp_path / 'int8' / name).is_file() for name in ('model.onnx', 'model.json', 'predict.py'))
     tested = run_tool(mmdet_tool('test.py'), tmp_path / 'int8' / 'int8_config.py', tmp_path / 'int8' / 'int8.pth',
                       '--work-dir', tmp_path / 'tested', cwd=tmp_path)
     quantized = json.loads((work_dir / 'metrics.json').read_text())['quantized']['coco/bbox_mAP']
@@ -678,7 +682,7 @@ def test_a_segmentor_with_an_int8_head_by_mmsegs_own_functions(segmentation_conf
     from mmseg.apis import inference_model, init_model
     run_tool(ROOT / 'tools' / 'dfq.py', segmentation_config, '--work-dir', tmp_path, '--no-eval', '--cfg-options',
              "quantization.targets=['backbone','neck','decode_head']")
-    run_tool(ROOT / 'tools' / 'export.py', tmp_path / 'test_config.py', tmp_path / 'quantized.pth')
+    run_tool(ROOT / 'tools' / 'export.py', tmp_path / 'test_config.py', tmp_path / 'quantized.pth', '--parts-only')
     maps = []
     for folder, name, weights in ((tmp_path, 'test_config.py', 'quantized.pth'),
                                   (tmp_path / 'int8', 'int8_config.py', 'int8.pth')):

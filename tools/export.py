@@ -27,6 +27,8 @@ def parse_args():
     parser.add_argument('--preset', choices=['asymmetric', 'symmetric'], default='asymmetric',
                         help="'asymmetric': unsigned activations with a zero point (OpenVINO, ONNX Runtime); "
                         "'symmetric': signed without (TensorRT), of a model quantized like that")
+    parser.add_argument('--parts-only', action='store_true', help="write only the graphs that the ecosystem's tools "
+                        'run, not the whole model as one')
     parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override settings of the config')
     parser.add_argument('--json', metavar='FILE', help='also write the numbers to this file')
     common.debug_argument(parser)
@@ -45,7 +47,8 @@ def export(args):
     args.work_dir = args.work_dir or str(Path(args.checkpoint).parent / 'int8')
     cfg = common.load_config(args, args.work_dir)
     with doing(f'exporting {args.checkpoint}'):
-        result = export(cfg, args.checkpoint, args.work_dir, args.size and tuple(args.size), args.runtime, args.preset)
+        result = export(cfg, args.checkpoint, args.work_dir, args.size and tuple(args.size), args.runtime, args.preset,
+                        not args.parts_only)
     table = Table('exported', '', show_header=False)
     sizes = result['size_mb']
     heads = ' and of heads' if result['heads'] else ''
@@ -74,6 +77,11 @@ def export(args):
         if names:
             more = f' and {len(names) - 5} more, see export.json' if len(names) > 5 else ''
             table.add_row(title, '\n'.join(names[:5]) + more)
+    whole = result.get('whole')
+    if whole:
+        sizes = f"images of {' x '.join(map(str, whole['size']))}" if whole.get('size') else 'images of any size'
+        table.add_row('whole model', f"none: {whole['refused']}" if 'refused' in whole else
+                      f"model.onnx, {whole['size_mb']} MB, for {sizes}; try python predict.py model.onnx IMAGE there")
     Console().print(table)
     for warning in result['warnings']:
         print(f'WARNING: {warning}', file=sys.stderr)

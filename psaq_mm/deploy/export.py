@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..classification import Classifier
 from ..engine.checkpoint import read_checkpoint
-from ..engine.config import default_scope, test_config
+from ..engine.config import dataset_meta, default_scope, test_config
 from ..engine.config_file import config_text as plain_text
 from ..engine.loop import read_images
 from ..errors import UserError
@@ -37,14 +37,18 @@ from .agreement import (
     probes,
     reference,
 )
+from .card import CARD, SCRIPT, deliver, describe
 from .extras import need
 from .graph import Features, annotate, check_calibrated, check_preset, export_graph, float_layers, nesting
 from .heads import export_head, head_inputs, head_names
+from .predictor import predictor_of
 from .runtime import RUNTIMES, Graph, HeadGraph, host
+from .whole import MODEL, export_whole, in_pixels
 
 QUANTIZED = 'psaq_mm.QuantizedModel'
 FOLDER = '<folder of this file>'
-RESULTS = ('features.onnx', 'int8_config.py', 'int8.pth', 'export.json')  # and a graph for each quantized head
+# And a graph for each quantized head.
+RESULTS = ('features.onnx', 'int8_config.py', 'int8.pth', 'export.json', MODEL, CARD, SCRIPT)
 PROPOSALS = 16  # that a head's graph keeps to check itself with
 CHECK_SIDE = 256  # the check image is stored in this size at most, and enlarged
 
@@ -439,9 +443,40 @@ def check_delivery(model, folder: Path, image: Tensor, marks: list[float], runti
                         f'model: {finding}. Please report it')
 
 
+def deliver_whole(model, cfg: Config, meta: dict, folder: Path, image: Tensor, size: tuple[int, int], fixed: bool,
+                  runtimes: list[str], preset: str) -> dict:
+    """Write ``model.onnx``, ``model.json`` and ``predict.py``.
+
+    Args:
+        model (nn.Module): Quantized.
+        cfg (Config): Its config.
+        meta (dict): Of the checkpoint.
+        folder (Path): Where to.
+        image (Tensor): To check with, (1, C, H, W).
+        size (tuple[int, int]): (H, W) of the trace.
+        fixed, runtimes, preset: As of :func:`export_whole`.
+
+    Returns:
+        dict: ``size``, ``size_mb``, ``reason`` and what was ``measured``; or ``refused``, why there is no such graph.
+    """
+    try:
+        predictor = predictor_of(model, cfg).eval()
+        found = export_whole(predictor, folder, in_pixels(predictor, resized(image, size)), fixed, runtimes, preset)
+    except UserError as error:
+        (folder / MODEL).unlink(missing_ok=True)
+        return dict(refused=str(error))
+    measured = [dict(item._asdict(), passed=item.passed) for item in (*found.differences, *found.findings)]
+    deliver(describe(predictor, cfg, dataset_meta(cfg, meta), found.file, found.answers), folder)
+    return dict(size=found.size, size_mb=round(found.file.stat().st_size / 1e6, 2), reason=found.reason,
+                measured=measured)
+
+
 def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | None = None, runtime: str = 'openvino',
-           preset: str = 'asymmetric') -> dict:
-    """Write ``features.onnx``, a graph for each quantized head, ``int8_config.py``, ``int8.pth`` and ``export.json``.
+           preset: str = 'asymmetric', whole: bool = True) -> dict:
+    """Write a quantized model for runtimes: its parts for the ecosystem's tools, and all of it as one graph.
+
+    The former are ``features.onnx``, a graph for each quantized head, ``int8_config.py`` and ``int8.pth``; the latter
+    ``model.onnx``, ``model.json`` and ``predict.py``, where the model can be one graph. ``export.json`` tells of both.
 
     Each graph is measured in every runtime that is installed, at sizes that stand for all that it is said to take, see
     :mod:`psaq_mm.deploy.agreement`; what the config builds is run once. Files appear only if all is right in the chosen
@@ -455,6 +490,7 @@ def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | 
             classifiers, which have their own, and of models whose graph is right at one size only.
         runtime (str): What the config runs the graph with. Defaults to 'openvino'.
         preset (str): 'asymmetric' or 'symmetric'.
+        whole (bool): Whether to write the whole model, too. Defaults to True.
 
     Returns:
         dict: Sizes, layers in int8 and in float, SQNR against the quantized model, warnings.
@@ -469,10 +505,10 @@ def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | 
     runtimes = installed(runtime)
     with target.lock():
         target.claim(RESULTS)
-        return _export(cfg, checkpoint, target, size, runtimes, preset)
+        return _export(cfg, checkpoint, target, size, runtimes, preset, whole)
 
 
-def _export(cfg, checkpoint, target, size, runtimes, preset):
+def _export(cfg, checkpoint, target, size, runtimes, preset, whole):
     folder, runtime = target.path, runtimes[0]
     cfg = quantized_config(cfg)
     content = read_checkpoint(checkpoint)
@@ -522,6 +558,9 @@ def _export(cfg, checkpoint, target, size, runtimes, preset):
                          float=round(4e-6 * floats, 2)),
             int8=sum(products.values()), float=[name for name, integer in products.items() if not integer],
             kept_float=float_layers(model))
+        if whole:
+            result['whole'] = deliver_whole(model, cfg, content.get('meta', {}), work, image, traced, bool(size),
+                                            runtimes, preset)
         write_json(result, work / 'export.json')
         target.write_all(work)
     return result

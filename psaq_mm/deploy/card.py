@@ -1,0 +1,173 @@
+"""``model.json``, what people and programs need to know of a whole model in one file, and the script that runs both."""
+from __future__ import annotations
+
+import re
+import shutil
+from collections import Counter
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+from mmengine.config import Config
+
+from ..engine.checkpoint import versions
+from ..files import digest, write_json
+from ..models import backbone_of
+from ..quantization import QuantizedLinear, quantized_layers, quantizers
+from .extras import need
+from .pixels import loader_of
+from .predictor import Predictor
+
+CARD, SCRIPT = 'model.json', 'predict.py'
+RUNTIMES = 'onnx', 'onnxruntime', 'openvino'
+UNNAMED = re.compile(r'dim_\d+$|^$')  # what the exporter calls lengths that have no name
+UPRIGHT = 'cv2', 'pillow'  # what turns images as their EXIF orientation says when it decodes them
+MEANINGS = dict(
+    boxes='x1, y1, x2, y2 in pixels of the image: x2 and y2 are where a box ends, pixel centres lie at + 0.5',
+    scores='0 to 1, one a box',
+    labels='index into classes, one a box',
+    label_map='index into classes, one a pixel',
+    panoptic_map='index into classes + 1000 * number of the instance, one a pixel; an index behind the last class is '
+    'none of them',
+    depth='metres, one a pixel',
+    probabilities='0 to 1, one a class; they add up to 1')
+MASKS = dict(
+    box='probabilities in a grid of w columns and h rows that covers the box. A pixel of the image with its centre at '
+        '(x + 0.5, y + 0.5) has the place ((x + 0.5 - x1) / (x2 - x1) * w - 0.5, (y + 0.5 - y1) / (y2 - y1) * h - 0.5) '
+        'in it; interpolate bilinearly, with 0 around the grid; the pixel is in the mask where that is >= '
+        'mask_threshold',
+    image='one number a pixel of the image; the pixel is in the mask where it is >= mask_threshold')
+
+
+def kind_of(names) -> str:
+    """Name what a model does by the names of its answers."""
+    kinds = dict(panoptic_map='panoptic', masks='instance segmentation', boxes='detection', label_map='segmentation',
+                 depth='depth', probabilities='classification')
+    return next(kind for name, kind in kinds.items() if name in names)
+
+
+def ports(values, measured: list[dict]) -> list[dict]:
+    """Return names, types and shapes of a graph's inputs or outputs; letters are lengths that vary.
+
+    Args:
+        values (Iterable[ValueInfoProto]): The inputs or outputs.
+        measured (list[dict]): As of :func:`describe`. Tells lengths that the exporter did not know to be the same.
+    """
+    onnx = need('onnx')
+    found = []
+    for value in values:
+        kind, seen = value.type.tensor_type, [item['answers'].get(value.name) or () for item in measured]
+        shape = [axis.dim_value if axis.HasField('dim_value') else axis.dim_param for axis in kind.shape.dim]
+        for place, length in enumerate(shape):
+            if isinstance(length, str) and UNNAMED.search(length):
+                lengths = {shape[place] for shape in seen}
+                shape[place] = lengths.pop() if len(lengths) == 1 else None
+        found.append(dict(name=value.name, shape=shape,
+                          type=np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)).name))
+    return found
+
+
+def limits(model) -> dict:
+    """Return what a test config says of the answers: ``score_thr``, ``max_per_img``, ``mask_threshold``."""
+    settings = dict(getattr(model, 'test_cfg', None) or {})
+    settings = dict(settings.get('rcnn') or settings)
+    names = dict(score_thr='score_thr', max_per_img='max_per_img', max_per_image='max_per_img',
+                 mask_thr_binary='mask_threshold', mask_thr='mask_threshold')
+    return {new: settings[old] for old, new in names.items() if settings.get(old) is not None}
+
+
+def quantization_of(model) -> dict | None:
+    """Return which parts of a model are quantized, and to how many bits; None of a model in float."""
+    layers = quantized_layers(model)
+    if not layers:
+        return None
+
+    def bits(weights):
+        """How many quantizers have so many bits, by these."""
+        found = Counter((q.quant_max - q.quant_min).bit_length() for name, q in quantizers(model).items()
+                        if name.endswith('weight_quantizer') == weights)
+        return {str(count): number for count, number in sorted(found.items())}
+
+    return dict(parts=sorted({name.partition('.')[0] for name in layers}), layers=len(layers),
+                linear_layers=sum(isinstance(layer, QuantizedLinear) for layer in layers.values()),
+                bits_of_weights=bits(True), bits_of_activations=bits(False))
+
+
+def loading_of(cfg: Config, channels: int) -> tuple[list[str], bool]:
+    """Return what is left to do before the graph, in words, and whether images are turned as they were held."""
+    loader = loader_of(cfg)
+    colour = loader.get('color_type', 'color')
+    upright = loader.get('imdecode_backend', 'cv2') in UPRIGHT and colour in ('color', 'grayscale')
+    orders = {3: 'three channels in the order R, G, B', 1: 'one channel, grey'}
+    turning = 'turn it as its EXIF orientation says' if upright else 'leave it as it is stored, without turning it'
+    order = orders.get(channels, f'{channels} channels in the order of the training images')
+    return ['decode the image to 8 bits a channel', turning, order], upright
+
+
+def describe(predictor: Predictor, cfg: Config, meta: dict, graph: Path, measured: list[dict]) -> dict:
+    """Return what ``model.json`` says.
+
+    Args:
+        predictor (Predictor): Of the model, in float or quantized.
+        cfg (Config): Its config.
+        meta (dict): Classes and palette, see ``engine.config.dataset_meta``.
+        graph (Path): The file.
+        measured (list[dict]): Of each size that was measured ``size``, (H, W), ``answers``, shapes by name, and what
+            else is worth telling.
+    """
+    onnx = need('onnx')
+    model, pixels = predictor.model, predictor.pixels
+    content = onnx.load(str(graph), load_external_data=False).graph
+    image, = ports(content.input, measured)
+    channels = image['shape'][-1]
+    steps, upright = loading_of(cfg, channels)
+    normalised = [] if pixels.mean is None else [
+        f'subtract {pixels.mean.flatten().tolist()}, divide by {pixels.std.flatten().tolist()}']
+    card = dict(
+        kind=kind_of(predictor.names), model=type(model).__name__, backbone=type(backbone_of(model)).__name__,
+        file=Path(graph).name, sha256=digest(graph),
+        input=dict(image, range=[0, 255], channels='RGB' if channels == 3 else None),
+        outputs=[dict(port, **({'meaning': MEANINGS[port['name']]} if port['name'] in MEANINGS else {}))
+                 for port in ports(content.output, measured)],
+        outside=steps, upright=upright,
+        inside=[*pixels.done, *normalised, *padding_of(pixels), *windows_of(predictor), 'the network',
+                'decoding of its answers'],
+        sizes=dict(any=not isinstance(image['shape'][1], int), measured=measured),
+        **limits(model))
+    if 'masks' in predictor.names:
+        card.update(mask_form=predictor.mask_form, mask_meaning=MASKS[predictor.mask_form])
+        card.setdefault('mask_threshold', 0.5)
+    palette = meta.get('palette')
+    return dict(card, classes=list(meta.get('classes') or ()) or None,
+                palette=[list(map(int, colour)) for colour in palette] if isinstance(palette, (list, tuple)) else None,
+                quantized=quantization_of(model),
+                versions=dict(versions(), **{name: metadata.version(name) for name in RUNTIMES if installed(name)}))
+
+
+def padding_of(pixels) -> list[str]:
+    """Return how a data preprocessor pads, in words."""
+    if pixels.size:
+        return [f'pad to at least {pixels.size[0]} x {pixels.size[1]}']
+    return [f'pad to multiples of {pixels.size_divisor}'] if pixels.size_divisor > 1 else []
+
+
+def windows_of(predictor) -> list[str]:
+    """Return which windows slide over an image, in words."""
+    if getattr(predictor, 'mode', 'whole') == 'whole':
+        return []
+    sizes = [' x '.join(map(str, predictor.model.test_cfg[key])) for key in ('crop_size', 'stride')]
+    return [f'windows of {sizes[0]} in steps of {sizes[1]}, their values averaged']
+
+
+def installed(name: str) -> bool:
+    """Whether a package is there."""
+    try:
+        return bool(metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def deliver(card: dict, folder: Path) -> None:
+    """Write ``model.json`` and ``predict.py`` beside a graph."""
+    write_json(card, Path(folder) / CARD)
+    shutil.copyfile(Path(__file__).with_name(SCRIPT), Path(folder) / SCRIPT)

@@ -1,0 +1,149 @@
+"""Runs the model beside this file on images: python predict.py model.onnx street.jpg [more.jpg ...] [--out street.png]
+
+Needs NumPy, Pillow, and onnxruntime or openvino. model.json says what goes in, what comes out and what it means.
+"""
+import argparse
+import colorsys
+import hashlib
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+RUNTIMES = [name for name in ('onnxruntime', 'openvino') if importlib.util.find_spec(name)] or ['openvino']
+
+
+def package(name):
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        sys.exit(f'{name} cannot be imported ({error}): pip install {"Pillow" if name.startswith("PIL") else name}')
+
+
+def read_card(model):
+    try:
+        card, content = json.loads(model.with_name('model.json').read_text(encoding='utf-8')), model.read_bytes()
+    except (OSError, ValueError) as error:
+        sys.exit(f'{error}: give the .onnx file, with model.json in the same folder')
+    if hashlib.sha256(content).hexdigest() != card['sha256']:
+        sys.exit(f'{model} is not the file that its model.json describes: copy both from the same export')
+    return card
+
+
+def runner(model, name):
+    """A function from an array to a dict of arrays."""
+    module = package(name)
+    if name == 'onnxruntime':
+        session = module.InferenceSession(model.read_bytes(), providers=['CPUExecutionProvider'])
+        return lambda images: dict(zip([o.name for o in session.get_outputs()], session.run(None, dict(images=images))))
+    network = module.Core().compile_model(str(model), 'CPU', dict(INFERENCE_PRECISION_HINT='f32'))
+    return lambda images: {key.any_name: value for key, value in network(dict(images=images)).items()}
+
+
+def read_image(path, card):
+    """(1, H, W, C) in 0..255, as an evaluation reads it."""
+    _, height, width, channels = card['input']['shape']
+    try:
+        image = Image.open(path)
+        image = ImageOps.exif_transpose(image) if card['upright'] else image
+        if image.mode.startswith('I'):  # 16 bits
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        pixels = np.array(image.convert({1: 'L', 3: 'RGB'}.get(channels)))
+    except OSError as error:
+        sys.exit(f'{path} cannot be read as an image ({error})')
+    pixels = pixels.reshape(1, image.height, image.width, -1)
+    if pixels.shape[3] != channels or isinstance(height, int) and pixels.shape[1:3] != (height, width):
+        sys.exit(f'{path} has {image.width} x {image.height} pixels and {pixels.shape[3]} channels, the model takes '
+                 f'{width} x {height} and {channels} only: convert the image first')
+    return pixels
+
+
+def paste(mask, box, size, card):
+    """Where an object is, (H, W): mask_meaning in model.json says how."""
+    if card['mask_form'] == 'image':
+        return mask >= card['mask_threshold']
+    found, values, area = np.zeros(size, bool), np.pad(mask, 1), []
+    for low, high, side, count in zip(box[1::-1], box[:1:-1], size, mask.shape):
+        area.append(slice(max(int(low) - 1, 0), min(int(high) + 2, side)))
+        centres = np.arange(area[-1].start, area[-1].stop) + 0.5
+        places = ((centres - low) / max(high - low, 1e-6) * count + 0.5).clip(0, count + 1)
+        first = np.minimum(places.astype(int), count)
+        share = (places - first)[:, None]
+        values = (values[first] * (1 - share) + values[first + 1] * share).T  # the columns come next
+    found[tuple(area)] = values >= card['mask_threshold']
+    return found
+
+
+def named(card, index):
+    """A class for JSON, and its colour."""
+    index, names, colours = int(index), card['classes'] or (), card['palette'] or ()
+    own = [255 * part for part in colorsys.hsv_to_rgb(index * 0.618 % 1, 0.8, 0.9)]
+    return dict(category_id=index, category=names[index] if index < len(names) else f'class {index}'), tuple(
+        map(int, colours[index] if index < len(colours) else own))
+
+
+def understand(answers, pixels, card, score):
+    """What the answers say, for JSON; the same in words; and as a picture."""
+    answers = {name: value[0] for name, value in answers.items()}
+    found, words = dict(objects=[]) if 'boxes' in answers else {}, []
+    canvas = np.repeat(pixels[0], 3, 2) if pixels.shape[3] == 1 else pixels[0, :, :, :3].copy()
+    areas = answers.get('label_map', answers.get('panoptic_map'))  # a panoptic map counts instances in thousands
+    if areas is not None:
+        kinds = areas % 1000 if 'panoptic_map' in answers else areas
+        found['areas'] = [dict(named(card, i)[0], share=float((kinds == i).mean())) for i in np.unique(kinds)]
+        words += ['{category}: {share:.1%} of the pixels'.format(**item) for item in found['areas']]
+        for i in np.unique(kinds):
+            canvas[kinds == i] = canvas[kinds == i] * 0.5 + np.array(named(card, i)[1]) * 0.5
+    if 'depth' in answers:
+        near, far = found['depth'] = [float(answers['depth'].min()), float(answers['depth'].max())]
+        words.append(f'{near:.2f} to {far:.2f} m away')
+        canvas[:] = (255 * answers['depth'] / max(far, 1e-6))[..., None]
+    chosen = np.flatnonzero(answers['scores'] >= score) if 'boxes' in answers else ()
+    for i in chosen if 'masks' in answers else ():
+        inside = paste(answers['masks'][i].astype(np.float32), answers['boxes'][i].tolist(), pixels.shape[1:3], card)
+        canvas[inside] = canvas[inside] * 0.5 + np.array(named(card, answers['labels'][i])[1]) * 0.5
+    picture = Image.fromarray(canvas)
+    draw = ImageDraw.Draw(picture)
+    if 'probabilities' in answers:
+        found['classes'] = [dict(named(card, i)[0], score=float(answers['probabilities'][i]))
+                            for i in np.argsort(-answers['probabilities'])[:5]]
+        words += ['{category}: {score:.3f}'.format(**item) for item in found['classes']]
+        draw.text((4, 4), '\n'.join(words), fill=(255, 255, 0))
+    for i in chosen:
+        (x1, y1, x2, y2), (item, colour) = answers['boxes'][i].tolist(), named(card, answers['labels'][i])
+        item.update(score=float(answers['scores'][i]), bbox=[x1, y1, x2 - x1, y2 - y1])
+        found['objects'].append(item)
+        words.append('{category} {score:.2f}, x {:.0f}, y {:.0f}, {:.0f} x {:.0f}'.format(*item['bbox'], **item))
+        draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=2)
+        draw.text((x1 + 3, y1 + 1), '{category} {score:.2f}'.format(**item), fill=(255, 255, 255))
+    return found, words or [f'nothing with a score of {score} or more'], picture
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('model', type=Path, help='the .onnx file, with model.json beside it')
+    parser.add_argument('images', nargs='+', type=Path)
+    parser.add_argument('--out', type=Path, help='a picture of the answers; of several images, names are added')
+    parser.add_argument('--json', type=Path, help='the answers; bbox is x, y, width, height, as COCO has it')
+    parser.add_argument('--runtime', choices=('onnxruntime', 'openvino'), default=RUNTIMES[0])
+    parser.add_argument('--score', type=float, default=0.3, help='leave out objects below; default 0.3')
+    args = parser.parse_args()
+    card, run, results = read_card(args.model), runner(args.model, args.runtime), []
+    for path in args.images:
+        pixels = read_image(path, card)
+        try:
+            answers = run(pixels)
+        except Exception as error:  # the runtime's own, of many kinds
+            sys.exit(f'{path}: the model takes no image of this size, resize it ({" ".join(str(error).split())[:200]})')
+        found, words, picture = understand(answers, pixels, card, args.score)
+        results.append(dict(file=str(path), height=pixels.shape[1], width=pixels.shape[2], **found))
+        print(path, *words, sep='\n  ')
+        if args.out:
+            picture.save(args.out.with_stem(f'{args.out.stem}_{path.stem}') if len(args.images) > 1 else args.out)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
+
+
+np, Image, ImageDraw, ImageOps = map(package, ('numpy', 'PIL.Image', 'PIL.ImageDraw', 'PIL.ImageOps'))
+if __name__ == '__main__':
+    main()

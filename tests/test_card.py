@@ -1,0 +1,278 @@
+"""model.json, and predict.py, which runs a whole model where there is neither PyTorch nor any mm library."""
+import json
+import os
+import subprocess
+import sys
+
+import mmcv
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from PIL import Image
+
+from psaq_mm.deploy.adapters import traceable
+from psaq_mm.deploy.card import deliver, describe, kind_of, limits, loading_of, quantization_of
+from psaq_mm.deploy.graph import write
+from psaq_mm.deploy.library import traceable_library
+from psaq_mm.deploy.predictor import predictor_of
+from psaq_mm.engine import read_config
+from psaq_mm.engine.checkpoint import read_checkpoint
+from psaq_mm.engine.config import dataset_meta, default_scope
+from psaq_mm.engine.pipeline import build_float
+from psaq_mm.models import quantize_model
+
+from .conftest import ROOT
+
+DEMOS = dict(detection='mask_rcnn_swin_mini_scenes', segmentation='upernet_swin_mini_scenes',
+             classification='vit_mini_objects')
+# Runs a script as Python does, and fails where it has imported what people who only run a model do not have.
+ALONE = '''import runpy, sys
+script, sys.argv = sys.argv[1], sys.argv[1:]
+try:
+    runpy.run_path(script, run_name='__main__')
+finally:
+    absent = 'torch', 'cv2', 'psaq_mm', 'timm', 'mmengine', 'mmcv', 'mmdet', 'mmseg'
+    heavy = [name for name in sys.modules if name.split('.')[0] in absent]
+    assert not heavy, heavy
+'''
+
+
+def model_of(task):
+    cfg = read_config(ROOT / 'demo' / f'{DEMOS[task]}.py')
+    default_scope(cfg)
+    model = build_float(cfg)
+    content = read_checkpoint(str(ROOT / 'demo' / f'{DEMOS[task]}.pth'))
+    state = content.get('state_dict', content)
+    missing = model.load_state_dict(state, strict=False).missing_keys
+    assert not [name for name in missing if not name.startswith('auxiliary')]
+    return cfg, model.eval()
+
+
+@pytest.fixture(scope='module')
+def delivered(tmp_path_factory):
+    """Folder, config and model of each task."""
+    pytest.importorskip('onnxruntime')
+    pytest.importorskip('openvino')
+    found = {}
+    for task in DEMOS:
+        folder, (cfg, model) = tmp_path_factory.mktemp(task), model_of(task)
+        predictor = predictor_of(model, cfg).eval()
+        sizes = dict(classification=[(96, 96)]).get(task, [(128, 160), (96, 112)])
+        image = torch.randint(0, 255, (1, *sizes[0], 3), dtype=torch.uint8)
+        with torch.no_grad(), traceable(model), traceable_library():
+            shapes = [{name: list(value.shape) for name, value in zip(predictor.names, predictor(
+                image[:, :height, :width]))} for height, width in sizes]
+            batch = {} if task == 'detection' else {0: 'B'}
+            axes = {'images': batch if task == 'classification' else {**batch, 1: 'H', 2: 'W'}}
+            axes.update(boxes={1: 'N'}, scores={1: 'N'}, labels={1: 'N'}, masks={1: 'N'}, probabilities=batch,
+                        label_map={**batch, 1: 'H', 2: 'W'})
+            axes = {name: axes[name] for name in ('images', *predictor.names)}
+            write(predictor, (image, ), folder / 'model.onnx', ['images'], list(predictor.names), axes, {}, task)
+        measured = [dict(size=size, answers=shape) for size, shape in zip(sizes, shapes)]
+        deliver(describe(predictor, cfg, dataset_meta(cfg, {}), folder / 'model.onnx', measured), folder)
+        found[task] = folder, cfg, model
+    return found
+
+
+@pytest.fixture(scope='module')
+def pictures(scenes):
+    """An image of a scene, and of an object."""
+    return dict(scene=sorted((scenes / 'val').glob('*.png'))[0],
+                object=sorted((scenes / 'objects' / 'val').rglob('*.png'))[0])
+
+
+def run(folder, *arguments, script=None):
+    return subprocess.run([sys.executable, '-c', ALONE, str(script or folder / 'predict.py'), *map(str, arguments)],
+                          capture_output=True, text=True, cwd=folder, timeout=120,
+                          env={k: v for k, v in os.environ.items() if k != 'PYTHONPATH'})
+
+
+def asked(folder, path, *options):
+    done = run(folder, folder / 'model.onnx', path, '--json', folder / 'answers.json', *options)
+    assert done.returncode == 0, done.stderr
+    answer, = json.loads((folder / 'answers.json').read_text())
+    return answer, done.stdout
+
+
+@torch.no_grad()
+def by_library(cfg, model, path):
+    """What the library predicts for an image, by its own pipeline and preprocessor."""
+    from mmengine.dataset import Compose, pseudo_collate
+    default_scope(cfg)
+    steps = [step for step in cfg.test_dataloader.dataset.pipeline if not step.type.startswith('LoadAnn')]
+    data = Compose(steps)(dict(img_path=str(path), img_id=0, gt_label=0, reduce_zero_label=False, seg_fields=[]))
+    return model.test_step(pseudo_collate([data]))[0]
+
+
+@pytest.mark.parametrize('runtime', ('onnxruntime', 'openvino'))
+def test_a_detector_in_a_process_of_its_own(delivered, pictures, runtime):
+    folder, cfg, model = delivered['detection']
+    answer, text = asked(folder, pictures['scene'], '--runtime', runtime, '--out', folder / 'out.png')
+    expected = by_library(cfg, model, pictures['scene']).pred_instances
+    expected = expected[expected.scores >= 0.3]
+    assert len(expected) and len(answer['objects']) == len(expected)
+    for found, box, label, score in zip(answer['objects'], expected.bboxes, expected.labels, expected.scores):
+        x, y, width, height = found['bbox']
+        assert np.allclose([x, y, x + width, y + height], box, atol=0.05) and abs(found['score'] - score) < 1e-3
+        assert found['category_id'] == label and found['category'] == cfg.metainfo.classes[label]
+        assert f"{found['category']} {found['score']:.2f}" in text
+    with Image.open(folder / 'out.png') as picture, Image.open(pictures['scene']) as image:
+        assert picture.size == image.size and np.abs(np.asarray(picture).astype(int) - np.asarray(image)).max() > 50
+
+
+def test_masks_are_pasted_as_the_library_does(delivered):
+    from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
+    sys.path.insert(0, str(delivered['detection'][0]))
+    try:
+        import predict
+    finally:
+        sys.path.pop(0)
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand(40, 28, 28, generator=generator)
+    corners = torch.rand(40, 2, 2, generator=generator) * torch.tensor([120.0, 90.0]) - 10
+    boxes = torch.cat([corners.amin(1), corners.amax(1)], 1)
+    boxes[0] = torch.tensor([5.0, 5.0, 5.0, 9.0])  # empty
+    for threshold in (0.5, 0.3):
+        card = dict(mask_form='box', mask_threshold=threshold)
+        for mask, box in zip(masks[1:], boxes[1:]):
+            whole = _do_paste_mask(mask[None, None], box[None], 80, 100, skip_empty=False)[0][0]
+            found = predict.paste(mask.numpy(), box.tolist(), (80, 100), card)
+            assert (found != (whole >= threshold).numpy())[(whole - threshold).abs().numpy() > 1e-4].sum() == 0
+        assert not predict.paste(masks[0].numpy() * 0, boxes[0].tolist(), (80, 100), card).any()
+
+
+@pytest.mark.parametrize('runtime', ('onnxruntime', 'openvino'))
+def test_a_segmentor_in_a_process_of_its_own(delivered, pictures, runtime):
+    folder, cfg, model = delivered['segmentation']
+    answer, text = asked(folder, pictures['scene'], '--runtime', runtime)
+    expected = by_library(cfg, model, pictures['scene']).pred_sem_seg.data[0]
+    for item in answer['areas']:
+        assert abs(item['share'] - (expected == item['category_id']).float().mean()) < 0.002
+        assert item['category'] == cfg.metainfo.classes[item['category_id']] and f"{item['category']}: " in text
+    assert abs(sum(item['share'] for item in answer['areas']) - 1) < 1e-6
+
+
+@pytest.mark.parametrize('runtime', ('onnxruntime', 'openvino'))
+def test_a_classifier_in_a_process_of_its_own(delivered, pictures, runtime):
+    folder, cfg, model = delivered['classification']
+    answer, text = asked(folder, pictures['object'], '--runtime', runtime)
+    expected = by_library(cfg, model, pictures['object'])
+    best = answer['classes'][0]
+    assert len(answer['classes']) == 5 and best['category_id'] == expected.pred_label
+    assert all(abs(item['score'] - expected.pred_score[item['category_id']]) < 1e-4 for item in answer['classes'])
+    assert text.splitlines()[1].strip() == f"{best['category']}: {best['score']:.3f}"
+
+
+def test_several_images_have_a_picture_each(delivered, pictures):
+    folder = delivered['segmentation'][0]
+    other = folder / 'other.png'
+    Image.open(pictures['scene']).crop((0, 0, 100, 90)).save(other)
+    done = run(folder, folder / 'model.onnx', pictures['scene'], other, '--out', folder / 'all.png')
+    assert done.returncode == 0, done.stderr
+    assert Image.open(folder / 'all_other.png').size == (100, 90)
+    assert (folder / f"all_{pictures['scene'].stem}.png").is_file()
+
+
+def test_an_image_is_turned_as_the_library_turns_it(delivered, tmp_path):
+    sys.path.insert(0, str(delivered['detection'][0]))
+    try:
+        import predict
+    finally:
+        sys.path.pop(0)
+    array = np.random.default_rng(0).integers(0, 256, (6, 8, 3)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
+    card = dict(input=dict(shape=[1, 'H', 'W', 3]), upright=True)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = tmp_path / f'{orientation}.jpg'
+        Image.fromarray(array).save(path, quality=95, exif=exif)
+        found = predict.read_image(path, card)[0].astype(int)
+        assert np.abs(found - mmcv.imread(str(path), channel_order='rgb')).max() <= 3
+        stored = predict.read_image(path, dict(card, upright=False))[0].astype(int)
+        assert np.abs(stored - mmcv.imread(str(path), 'color_ignore_orientation')[..., ::-1]).max() <= 3
+    for mode in ('L', 'RGBA', 'P', 'I;16', '1'):
+        path = tmp_path / f'{mode.replace(";", "")}.png'
+        image = Image.fromarray(array[..., 0].astype(np.uint16) * 257) if mode == 'I;16' else Image.fromarray(
+            array).convert(mode)
+        image.save(path)
+        assert np.array_equal(predict.read_image(path, card)[0], mmcv.imread(str(path), channel_order='rgb'))
+    assert predict.read_image(path, dict(card, input=dict(shape=[1, 'H', 'W', 1]))).shape == (1, 48, 64, 1)
+
+
+def test_errors_are_one_line_that_says_what_to_do(delivered, pictures, tmp_path):
+    folder = delivered['classification'][0]
+    model, text, other = folder / 'model.onnx', tmp_path / 'text.jpg', tmp_path / 'alone.onnx'
+    text.write_text('no image')
+    other.write_bytes(b'')
+    changed = tmp_path / 'changed'
+    changed.mkdir()
+    (changed / 'model.onnx').write_bytes(model.read_bytes() + b' ')
+    (changed / 'model.json').write_bytes((folder / 'model.json').read_bytes())
+    for arguments, words in (
+            ((model, 'none.jpg'), 'none.jpg cannot be read as an image'), ((model, text), 'cannot be read as an image'),
+            ((folder / 'none.onnx', text), 'none.onnx'), ((other, text), 'model.json in the same folder'),
+            ((changed / 'model.onnx', pictures['object']), 'copy both from the same export'),
+            ((model, pictures['scene']), 'the model takes 96 x 96 and 3 only')):
+        done = run(folder, *arguments)
+        assert done.returncode == 1 and words in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_missing_package_is_named(delivered, pictures, tmp_path):
+    folder = delivered['classification'][0]
+    script = tmp_path / 'predict.py'
+    script.write_text('import sys\nsys.modules.update({"onnxruntime": None, "PIL.ImageOps": None})\n'
+                      + (folder / 'predict.py').read_text())
+    done = run(folder, folder / 'model.onnx', pictures['object'], script=script)
+    assert done.returncode == 1 and 'pip install Pillow' in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_the_script_is_short_and_stands_alone():
+    source = (ROOT / 'psaq_mm' / 'deploy' / 'predict.py').read_text()
+    assert len(source.splitlines()) < 150 and 'torch' not in source
+
+
+def test_a_card_says_what_a_graph_takes_and_gives(delivered):
+    cards = {task: json.loads((item[0] / 'model.json').read_text()) for task, item in delivered.items()}
+    card = cards['detection']
+    assert card['kind'] == 'instance segmentation' and card['quantized'] is None
+    assert card['input'] == dict(name='images', type='uint8', shape=[1, 'H', 'W', 3], range=[0, 255], channels='RGB')
+    shapes = {port['name']: (port['type'], port['shape']) for port in card['outputs']}
+    assert shapes['boxes'] == ('float32', [1, 'N', 4]) and shapes['labels'] == ('int64', [1, 'N'])
+    assert card['mask_form'] == 'box' and card['mask_threshold'] == 0.5 and card['score_thr'] == 0.05
+    assert card['inside'][0] == 'Resize(scale=(192, 192), keep_ratio=True)' and len(card['outside']) == 3
+    assert card['sizes']['any'] and card['sizes']['measured'][1]['size'] == [96, 112]
+    assert len(card['classes']) == len(card['palette']) == 6 and card['versions']['onnx']
+    assert cards['segmentation']['outputs'][0]['type'] == 'uint8' and 'mask_form' not in cards['segmentation']
+    assert cards['classification']['kind'] == 'classification' and not cards['classification']['sizes']['any']
+
+
+def test_a_card_says_what_is_quantized():
+    model = model_of('classification')[1]
+    quantize_model(model, dict(weight=dict(bits=4), patch_embed_bits=8))
+    found = quantization_of(model)
+    assert found['parts'] == ['backbone', 'head'] or found['parts'] == ['backbone']
+    assert set(found['bits_of_weights']) == {'4', '8'} and set(found['bits_of_activations']) == {'8'}
+    assert found['layers'] > found['linear_layers'] > 0
+
+
+def test_limits_are_those_of_the_second_stage():
+    model = torch.nn.Module()
+    model.test_cfg = dict(rpn=dict(max_per_img=1000), rcnn=dict(score_thr=0.05, max_per_img=100, mask_thr_binary=0.4))
+    assert limits(model) == dict(score_thr=0.05, max_per_img=100, mask_threshold=0.4)
+    model.test_cfg = dict(max_per_image=30)
+    assert limits(model) == dict(max_per_img=30)
+
+
+@pytest.mark.parametrize('settings, upright', [
+    (dict(), True), (dict(imdecode_backend='pillow'), True), (dict(imdecode_backend='turbojpeg'), False),
+    (dict(color_type='unchanged'), False), (dict(color_type='color_ignore_orientation'), False)])
+def test_orientation_is_what_the_loader_makes_of_it(settings, upright):
+    step = dict(type='LoadImageFromFile', **settings)
+    assert loading_of(Config(dict(test_dataloader=dict(dataset=dict(pipeline=[step])))), 3)[1] == upright
+
+
+def test_kinds():
+    assert kind_of(('boxes', 'scores', 'labels')) == 'detection' and kind_of(('depth', )) == 'depth'
+    assert kind_of(('panoptic_map', 'boxes', 'scores', 'labels', 'masks')) == 'panoptic'
