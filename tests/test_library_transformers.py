@@ -12,9 +12,8 @@ from psaq_mm.deploy.library import Traced, masks, traceable_library, transformer
 from psaq_mm.deploy.predictor import MaskClassificationPredictor, predictor_of, prompt_of, untraced
 from psaq_mm.errors import UserError
 
-pytest.importorskip('onnx', reason="needs pip install 'psaq_mm[deploy]'")
-ort = pytest.importorskip('onnxruntime')
-ov = pytest.importorskip('openvino')
+from .graphs import adapted, runs, written
+
 SIZES = [((64, 96), (64, 96)), ((64, 96), (50, 96)), ((96, 64), (65, 33)), ((40, 72), (40, 71))]  # padded, image
 
 
@@ -25,40 +24,6 @@ def seeded():
         yield
 
 
-class Calls(nn.Module):
-    """A function as a module, with modules whose parameters it uses."""
-
-    def __init__(self, function, *parts):
-        super().__init__()
-        self.function, self.parts = function, nn.ModuleList(parts)
-
-    def forward(self, *inputs):
-        return self.function(*inputs)
-
-
-def runs(function, example, path, parts=()):
-    """Runs of a function's graph in both runtimes; all dimensions but the first of a batch of 1 vary."""
-    names = [f'x{i}' for i in range(len(example))]
-    axes = {name: {dim: f'{name}_{dim}' for dim, length in enumerate(value.shape) if dim or length > 1}
-            for name, value in zip(names, example)}
-    with traceable_library():
-        torch.onnx.export(Calls(function, *parts).eval(), example, str(path), dynamo=False, opset_version=17,
-                          input_names=names, dynamic_axes=axes)
-    session = ort.InferenceSession(str(path), providers=['CPUExecutionProvider'])
-    compiled = ov.Core().compile_model(str(path), 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
-    read = [value.name for value in session.get_inputs()]
-
-    def feed(inputs):
-        return {name: value.numpy() for name, value in zip(names, inputs) if name in read}
-
-    return [lambda *inputs: session.run(None, feed(inputs)), lambda *inputs: list(compiled(feed(inputs)).values())]
-
-
-def adapted(function, *inputs):
-    with traceable_library():
-        return function(*inputs)
-
-
 def assert_close(found, expected):
     found, expected = list(found), list(expected)
     assert [tuple(value.shape) for value in found] == [tuple(value.shape) for value in expected]
@@ -66,9 +31,9 @@ def assert_close(found, expected):
         np.testing.assert_allclose(np.asarray(value), np.asarray(other), rtol=1e-4, atol=1e-5)
 
 
-def check(function, example, others, path, parts=()):
+def check(function, example, others, parts=()):
     """The library's answers, ours and those of the graph are the same, for the example and for other inputs."""
-    graph = runs(function, example, path, parts)
+    graph = runs(function, example, parts=parts)
     for inputs in (example, *others):
         expected = function(*inputs)
         assert_close(adapted(function, *inputs), expected)
@@ -105,7 +70,7 @@ def detector(kind):
 
 
 @pytest.mark.parametrize('name', ['DETR', 'DeformableDETR'])
-def test_sequences_of_maps_know_the_padding_of_each_image(name, tmp_path):
+def test_sequences_of_maps_know_the_padding_of_each_image(name):
     from mmdet.models import detectors
     model = detector(getattr(detectors, name))
 
@@ -120,7 +85,7 @@ def test_sequences_of_maps_know_the_padding_of_each_image(name, tmp_path):
         expected = [function(*values) for values in inputs[1:]]
     for values, answers in zip(inputs[1:], expected):
         assert_close(answers, function(*values))
-    for run in runs(function, inputs[0], tmp_path / 'x.onnx', [model]):
+    for run in runs(function, inputs[0], parts=[model]):
         for values, answers in zip(inputs[1:], expected):
             assert_close(run(*values), answers)
 
@@ -133,7 +98,7 @@ def test_a_map_that_is_never_padded_has_no_mask():
     assert encoder['feat_mask'] is None and encoder['valid_ratios'].eq(1).all()
 
 
-def test_deformable_attention_is_standard_operators(tmp_path):
+def test_deformable_attention_is_standard_operators():
     from mmcv.ops import MultiScaleDeformableAttention
     attention = MultiScaleDeformableAttention(embed_dims=16, num_heads=2, num_levels=2, num_points=2,
                                               batch_first=True).eval()
@@ -149,8 +114,7 @@ def test_deformable_attention_is_standard_operators(tmp_path):
         return (torch.randn(1, queries, 16), *(torch.randn(1, 16, *size) for size in sizes),
                 torch.rand(1, queries, 2, 2))
 
-    check(function, inputs(5, (4, 6), (2, 3)), [inputs(7, (5, 3), (3, 2)), inputs(1, (1, 1), (6, 1))],
-          tmp_path / 'x.onnx', [attention])
+    check(function, inputs(5, (4, 6), (2, 3)), [inputs(7, (5, 3), (3, 2)), inputs(1, (1, 1), (6, 1))], [attention])
 
 
 def detr_head(sigmoid, count=10):
@@ -160,7 +124,7 @@ def detr_head(sigmoid, count=10):
 
 @pytest.mark.parametrize('rescale', [True, False])
 @pytest.mark.parametrize('sigmoid', [True, False])
-def test_detections_of_queries(sigmoid, rescale, tmp_path):
+def test_detections_of_queries(sigmoid, rescale):
     from mmdet.models.dense_heads import DETRHead
 
     def function(image, scores, boxes):
@@ -172,7 +136,7 @@ def test_detections_of_queries(sigmoid, rescale, tmp_path):
     def inputs(height, width):
         return torch.zeros(1, 3, height, width), torch.randn(12, 4 if sigmoid else 5) * 3, torch.rand(12, 4)
 
-    check(function, inputs(64, 96), [inputs(50, 41), inputs(96, 64)], tmp_path / 'x.onnx')
+    check(function, inputs(64, 96), [inputs(50, 41), inputs(96, 64)])
 
 
 def test_as_many_detections_as_there_are():
@@ -191,7 +155,7 @@ def test_scores_of_classes_are_means_of_their_words():
 
 
 @pytest.mark.parametrize('words', [{1: [1, 2], 2: [4], 3: [5, 6]}, None])
-def test_detections_of_words(words, tmp_path):
+def test_detections_of_words(words):
     from mmdet.models.dense_heads import GroundingDINOHead
     head = SimpleNamespace(test_cfg=dict(max_per_img=8))
 
@@ -203,11 +167,11 @@ def test_detections_of_words(words, tmp_path):
     def inputs(height, width):
         return torch.zeros(1, 3, height, width), torch.randn(12, 9) * 3, torch.rand(12, 4)
 
-    check(function, inputs(64, 96), [inputs(50, 41)], tmp_path / 'x.onnx')
+    check(function, inputs(64, 96), [inputs(50, 41)])
 
 
 @pytest.mark.parametrize('kind', [torch.bool, torch.int64, None])
-def test_image_and_text_attend_to_each_other(kind, tmp_path):
+def test_image_and_text_attend_to_each_other(kind):
     from mmdet.models.utils.vlfuse_helper import SingleScaleBiAttentionBlock
     block = SingleScaleBiAttentionBlock(v_dim=8, l_dim=8, embed_dim=16, num_heads=2, init_values=1.0).eval()
     mask = kind and torch.tensor([[1, 1, 1, 0, 0]]).to(kind)
@@ -216,7 +180,7 @@ def test_image_and_text_attend_to_each_other(kind, tmp_path):
         return block(image, text, attention_mask_l=mask)
 
     text = torch.randn(1, 5, 8)
-    graph = runs(function, (torch.randn(1, 6, 8), text), tmp_path / 'x.onnx', [block])
+    graph = runs(function, (torch.randn(1, 6, 8), text), parts=[block])
     for count in (6, 11, 1):
         image = torch.randn(1, count, 8)
         expected = function(image, text)
@@ -235,7 +199,7 @@ def distinct_decoder(threshold=0.5):
 
 
 @pytest.mark.parametrize('hidden', [(), (0, 3, 4)])
-def test_queries_that_overlap_do_not_see_each_other(hidden, tmp_path):
+def test_queries_that_overlap_do_not_see_each_other(hidden):
     decoder = distinct_decoder()
     mask = torch.zeros(2, 12, 12, dtype=torch.bool)
     for query in hidden:
@@ -250,11 +214,11 @@ def test_queries_that_overlap_do_not_see_each_other(hidden, tmp_path):
 
     example, other = inputs(), inputs()
     assert not torch.equal(function(*example)[0], function(*other)[0])
-    check(function, example, [other], tmp_path / 'x.onnx', [decoder.cache_dict['cls_branches']])
+    check(function, example, [other], parts=[decoder.cache_dict['cls_branches']])
 
 
 @pytest.mark.parametrize('threshold', [0.8, 0.05])  # enough distinct proposals; too few
-def test_distinct_proposals_become_queries(threshold, tmp_path):
+def test_distinct_proposals_become_queries(threshold):
     from mmdet.models.detectors import DDQDETR
     model = object.__new__(DDQDETR)
     nn.Module.__init__(model)
@@ -277,7 +241,7 @@ def test_distinct_proposals_become_queries(threshold, tmp_path):
     example = torch.randn(1, 8, 6, 7)
     assert bool((function(example)[0] == 0).all(-1).any()) == (threshold < 0.1)
     others = [(torch.randn(1, 8, *size), ) for size in ((5, 9), (9, 8))]
-    check(function, (example, ), others, tmp_path / 'x.onnx', [model])
+    check(function, (example, ), others, parts=[model])
 
 
 def some_masks(count, height, width):
@@ -289,7 +253,7 @@ def some_masks(count, height, width):
     return found
 
 
-def test_boxes_around_masks(tmp_path):
+def test_boxes_around_masks():
     from mmdet.structures.mask import utils
 
     def function(numbers):
@@ -298,7 +262,7 @@ def test_boxes_around_masks(tmp_path):
     empty = some_masks(3, 6, 9).float()
     empty[1] = 0
     check(function, (some_masks(4, 7, 8).float(), ),
-          [(empty, ), (some_masks(1, 12, 3).float(), ), (torch.zeros(0, 4, 5), )], tmp_path / 'x.onnx')
+          [(empty, ), (some_masks(1, 12, 3).float(), ), (torch.zeros(0, 4, 5), )])
 
 
 def fusion_head(stuff=3, **test_cfg):
@@ -307,7 +271,7 @@ def fusion_head(stuff=3, **test_cfg):
 
 
 @pytest.mark.parametrize('stuff', [0, 3, 5])
-def test_instances_of_queries(stuff, tmp_path):
+def test_instances_of_queries(stuff):
     head = fusion_head(stuff, max_per_image=9)
 
     def function(classes, logits):
@@ -319,7 +283,7 @@ def test_instances_of_queries(stuff, tmp_path):
         logits = torch.where(some_masks(queries, height, width), 1.0, -1.0) * torch.rand(queries, height, width)
         return torch.randn(queries, 6) * 2, logits
 
-    check(function, inputs(7, 8), [inputs(12, 5), inputs(4, 9, 30)], tmp_path / 'x.onnx')
+    check(function, inputs(7, 8), [inputs(12, 5), inputs(4, 9, 30)])
 
 
 def segments(height, width, queries=10):
@@ -330,7 +294,7 @@ def segments(height, width, queries=10):
 
 @pytest.mark.parametrize('least, share, filter_low_score', [
     (0.5, 0.3, True), (0.7, 0.8, False), (1.0, 0.8, True), (0.0, 0.0, False)])
-def test_panoptic_maps_of_queries(least, share, filter_low_score, tmp_path):
+def test_panoptic_maps_of_queries(least, share, filter_low_score):
     head = fusion_head(object_mask_thr=least, iou_thr=share, filter_low_score=filter_low_score)
 
     def function(classes, logits):
@@ -339,10 +303,10 @@ def test_panoptic_maps_of_queries(least, share, filter_low_score, tmp_path):
     inputs = [segments(*size) for size in ((16, 16), (9, 20), (31, 12), (8, 8), (24, 24))]
     counts = [len(function(*values)[0].unique()) for values in inputs]
     assert max(counts) == 1 if least == 1 else max(counts) > 1
-    check(function, inputs[0], inputs[1:], tmp_path / 'x.onnx')
+    check(function, inputs[0], inputs[1:])
 
 
-def test_a_panoptic_map_of_one_query_and_of_none_in_the_example(tmp_path):
+def test_a_panoptic_map_of_one_query_and_of_none_in_the_example():
     head = fusion_head(object_mask_thr=0.5, iou_thr=0.5)
 
     def function(classes, logits):
@@ -351,21 +315,20 @@ def test_a_panoptic_map_of_one_query_and_of_none_in_the_example(tmp_path):
     classes, logits = segments(8, 9, 4)
     nothing, one = torch.zeros(4, 6), torch.zeros(4, 6)
     nothing[:, 5] = one[1:, 5] = one[0, 0] = 9
-    check(function, (nothing, logits), [(one, logits), (classes, logits)], tmp_path / 'x.onnx')
+    check(function, (nothing, logits), [(one, logits), (classes, logits)])
 
 
-def test_what_a_language_model_makes_of_words_is_a_constant(tmp_path):
+def test_what_a_language_model_makes_of_words_is_a_constant():
     language = nn.Linear(4, 4)
 
     def function(x):
         with untraced(language):
             return [x + language(torch.ones(1, 4))]
 
-    runs(function, (torch.zeros(3, 4), ), tmp_path / 'x.onnx', [language])
     import onnx
-    graph = onnx.load(str(tmp_path / 'x.onnx')).graph
+    graph = onnx.load_model_from_string(written(function, (torch.zeros(3, 4), ), parts=[language])).graph
     assert {node.op_type for node in graph.node} <= {'Add', 'Constant'} and 'forward' not in vars(language)
-    check(function, (torch.zeros(3, 4), ), [(torch.randn(5, 4), )], tmp_path / 'y.onnx', [language])
+    check(function, (torch.zeros(3, 4), ), [(torch.randn(5, 4), )], [language])
 
 
 def prompt_config(**dataset):

@@ -1,9 +1,6 @@
 """Segmentors as one graph: what the library counts in Python, for every size and any number of images."""
-import io
-import warnings
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,33 +17,12 @@ from psaq_mm.engine.pipeline import build_float
 from psaq_mm.errors import UserError
 
 from .conftest import ROOT
-
-
-class Calls(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs):
-        return self.function(*inputs)
+from .graphs import runs
 
 
 def traced(function, examples, axes):
-    """Run a function's trace in ONNX Runtime and in OpenVINO: a list of two functions."""
-    ort, ov = pytest.importorskip('onnxruntime'), pytest.importorskip('openvino')
-    stream, names = io.BytesIO(), [f'x{i}' for i in range(len(examples))]
-    with warnings.catch_warnings(), traceable_library():
-        warnings.simplefilter('ignore')
-        torch.onnx.export(Calls(function).eval(), examples, stream, dynamo=False, opset_version=17, input_names=names,
-                          output_names=['y'], dynamic_axes=dict(zip(names, axes)))
-    session = ort.InferenceSession(stream.getvalue(), providers=['CPUExecutionProvider'])
-    core = ov.Core()
-    model = core.compile_model(core.read_model(io.BytesIO(stream.getvalue())), 'CPU',
-                               {'INFERENCE_PRECISION_HINT': 'f32'})
-    return [lambda *x: session.run(None, dict(zip(names, map(np.asarray, x))))[0],
-            lambda *x: model(dict(zip(names, map(np.asarray, x))))[0]]
+    """Return what runs a function's graph, in both runtimes: from tensors to its only output."""
+    return [lambda *inputs, run=run: run(*inputs)[0] for run in runs(function, examples, axes)]
 
 
 @pytest.mark.parametrize('factor', (2, 4.0, 1.5))
