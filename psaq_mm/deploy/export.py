@@ -43,7 +43,7 @@ from .graph import Features, annotate, check_calibrated, check_preset, export_gr
 from .heads import export_head, head_inputs, head_names
 from .predictor import predictor_of
 from .runtime import RUNTIMES, Graph, HeadGraph, host
-from .whole import MODEL, export_whole, in_pixels
+from .whole import MODEL, Whole, export_whole, in_pixels
 
 QUANTIZED = 'psaq_mm.QuantizedModel'
 FOLDER = '<folder of this file>'
@@ -458,17 +458,18 @@ def deliver_whole(model, cfg: Config, meta: dict, folder: Path, image: Tensor, s
 
     Returns:
         dict: ``size``, ``size_mb``, ``reason`` and what was ``measured``; or ``refused``, why there is no such graph.
+        With ``warnings``.
     """
     try:
         predictor = predictor_of(model, cfg).eval()
         found = export_whole(predictor, folder, in_pixels(predictor, resized(image, size)), fixed, runtimes, preset)
     except UserError as error:
         (folder / MODEL).unlink(missing_ok=True)
-        return dict(refused=str(error))
+        return dict(refused=str(error), warnings=[])
     measured = [dict(item._asdict(), passed=item.passed) for item in (*found.differences, *found.findings)]
     deliver(describe(predictor, cfg, dataset_meta(cfg, meta), found.file, found.answers), folder)
     return dict(size=found.size, size_mb=round(found.file.stat().st_size / 1e6, 2), reason=found.reason,
-                measured=measured)
+                measured=measured, warnings=warnings_of({MODEL: found}, runtimes, found.reason))
 
 
 def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | None = None, runtime: str = 'openvino',
@@ -552,7 +553,8 @@ def _export(cfg, checkpoint, target, size, runtimes, preset, whole):
                      if item.graph == 'int8' and item.runtime == runtime},
             measured=[dict(item._asdict(), sqnr=round(item.sqnr, 1), required=round(item.required, 1),
                            passed=item.passed) for item in findings],
-            warnings=warnings_of(written, runtimes, features['reason']),
+            warnings=warnings_of(written, runtimes, features['reason']) + [
+                f'{name} is not installed: nothing was measured in it' for name in RUNTIMES if name not in runtimes],
             heads={name: str(folder / part.file.name) for name, part in heads.items()}, heads_not_exported=not_exported,
             size_mb=dict(graph=round(sum(part.file.stat().st_size for part in written.values()) / 1e6, 2),
                          float=round(4e-6 * floats, 2)),
@@ -561,17 +563,19 @@ def _export(cfg, checkpoint, target, size, runtimes, preset, whole):
         if whole:
             result['whole'] = deliver_whole(model, cfg, content.get('meta', {}), work, image, traced, bool(size),
                                             runtimes, preset)
+            result['warnings'] += result['whole'].pop('warnings')
         write_json(result, work / 'export.json')
+        for name in (MODEL, CARD, SCRIPT):  # of an earlier export
+            target.remove(name)
         target.write_all(work)
     return result
 
 
-def warnings_of(parts: dict[str, Part], runtimes: list[str], reason: str | None) -> list[str]:
-    """Say what a user must know: a graph for one size that was not asked for, a runtime that computes it wrongly."""
-    found = [f'the graph takes one image size: {reason}'] if reason else []
+def warnings_of(parts: dict[str, Part | Whole], runtimes: list[str], reason: str | None) -> list[str]:
+    """Say what a user must know: graphs for one size that was not asked for, a runtime that computes one wrongly."""
+    found = [f'{next(iter(parts))} takes one image size: {reason}'] if reason else []
     for runtime in runtimes[1:]:
         for name, part in parts.items():
             if part.failures(runtime):
                 found.append(f'{name} must not be used with {runtime}: {part.failures(runtime)[0]}')
-    return found + [f'{runtime} is not installed: nothing was measured in it' for runtime in RUNTIMES
-                    if runtime not in runtimes]
+    return found
