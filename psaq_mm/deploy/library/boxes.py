@@ -67,3 +67,8 @@ def scale_boxes(boxes, scale_factor):
     """``scale_boxes``: boxes (N, 4) times factors of width and height."""
     factors = torch.stack([number(factor, boxes) for factor in scale_factor])
     return boxes * factors.repeat(boxes.size(-1) // 2)
+
+
+def unscaled(boxes: Tensor, img_meta: dict) -> Tensor:
+    """Return boxes (N, 4) in pixels of the image as it was before it was resized."""
+    return scale_boxes(boxes, [1 / factor for factor in img_meta['scale_factor']])

@@ -4,8 +4,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .boxes import scale_boxes
-from .operators import above, batched_nms, best, deform_conv2d
+from .boxes import unscaled
+from .operators import above, at_most, batched_nms, best, deform_conv2d
 from .replace import number, replaces
 
 
@@ -79,7 +79,7 @@ def post_process(self, results, cfg, rescale=False, with_nms=True, img_meta=None
     """``_bbox_post_process``: what is left of boxes behind score factors, small ones, suppression and the limit."""
     from mmdet.structures.bbox import get_box_tensor, get_box_wh
     if rescale:
-        results.bboxes = scale_boxes(results.bboxes, [1 / factor for factor in img_meta['scale_factor']])
+        results.bboxes = unscaled(results.bboxes, img_meta)
     if 'score_factors' in results:
         results.scores = results.scores * results.pop('score_factors')
     if cfg.get('min_bbox_size', -1) >= 0:
@@ -87,11 +87,9 @@ def post_process(self, results, cfg, rescale=False, with_nms=True, img_meta=None
         results = results[(width > cfg.min_bbox_size) & (height > cfg.min_bbox_size)]
     proposals = 'level_ids' in results  # of a region proposal network
     if with_nms:
-        settings, limit = cfg.nms and dict(cfg.nms), cfg.get('max_per_img')  # YOLOX has none
-        if settings and settings.get('type', 'nms') == 'nms' and limit and limit > 0:
-            settings.setdefault('max_num', limit)  # no more than these are looked at
+        limit = cfg.get('max_per_img')  # YOLOX has none
         found, keep = batched_nms(get_box_tensor(results.bboxes), results.scores,
-                                  results.level_ids if proposals else results.labels, settings)
+                                  results.level_ids if proposals else results.labels, at_most(cfg.nms, limit))
         results = results[keep]
         results.scores = found[:, -1]
         results = results[:limit]

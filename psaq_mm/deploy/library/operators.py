@@ -135,6 +135,14 @@ def batched_nms(boxes, scores, idxs, nms_cfg, class_agnostic=False):
     return torch.cat([boxes[keep], found[:, 4:]], -1), keep
 
 
+def at_most(settings, limit):
+    """Return the settings of a suppression that looks at no more boxes than a limit, if any, leaves."""
+    settings = settings and dict(settings)
+    if settings and settings.get('type', 'nms') == 'nms' and limit and limit > 0:
+        settings.setdefault('max_num', limit)
+    return settings
+
+
 def outside(rois, which):
     """Return rois (N, 5), some of them moved to where no map is, so that their features are zeros.
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import torch
 
-from .boxes import clipped, scale_boxes
-from .operators import above, batched_nms, outside
+from .boxes import clipped, unscaled
+from .operators import above, at_most, batched_nms, outside
 from .replace import replaces
 
 
@@ -35,7 +35,7 @@ def masks_of_boxes(self, mask_preds, bboxes, labels, img_meta, rcnn_test_cfg, re
     """
     masks = mask_preds if activate_map else mask_preds.sigmoid()
     if rescale:
-        bboxes.copy_(scale_boxes(bboxes, [1 / factor for factor in img_meta['scale_factor']]))
+        bboxes.copy_(unscaled(bboxes, img_meta))
     if self.class_agnostic:
         return masks[:, 0]
     return masks[torch.arange(masks.shape[0]), labels]
@@ -53,10 +53,7 @@ def multiclass_nms(multi_bboxes, multi_scores, score_thr, nms_cfg, max_num=-1, s
     boxes, kept = boxes[rows, labels], scores[rows, labels]
     if score_factors is not None:
         kept = kept * score_factors[rows]
-    settings = nms_cfg and dict(nms_cfg)
-    if settings and settings.get('type', 'nms') == 'nms' and max_num > 0:
-        settings.setdefault('max_num', max_num)
-    found, keep = batched_nms(boxes, kept, labels, settings)
+    found, keep = batched_nms(boxes, kept, labels, at_most(nms_cfg, max_num))
     if max_num > 0:
         found, keep = found[:max_num], keep[:max_num]
     if return_inds:
@@ -80,7 +77,7 @@ def boxes_of_rois(self, roi, cls_score, bbox_pred, img_meta, rescale=False, rcnn
         deltas = bbox_pred.reshape(roi.shape[0] * kinds, size)
         boxes = get_box_tensor(self.bbox_coder.decode(rois, deltas, max_shape=img_meta['img_shape']))
     if rescale:
-        boxes = scale_boxes(boxes, [1 / factor for factor in img_meta['scale_factor']])
+        boxes = unscaled(boxes, img_meta)
     boxes = boxes.reshape(roi.shape[0], kinds * 4)
     if rcnn_test_cfg is None:
         return InstanceData(bboxes=boxes, scores=scores)
