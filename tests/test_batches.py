@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from psaq_mm.deploy.answers import single
 from psaq_mm.deploy.batches import loop_over_images
+from psaq_mm.deploy.predictor import predictor_of
+from psaq_mm.deploy.runtime import SESSIONS
+from psaq_mm.deploy.whole import complete, write_graph
+from psaq_mm.errors import UserError
+
+from .test_card import model_of
 
 onnx = pytest.importorskip('onnx')
 
@@ -23,7 +30,6 @@ class Bright(nn.Module):
 @pytest.mark.parametrize('runtime', ['onnxruntime', 'openvino'])
 def test_rows_of_a_batch_are_those_of_single_images(runtime, tmp_path):
     pytest.importorskip(runtime)
-    from psaq_mm.deploy.runtime import SESSIONS
     stream, names = io.BytesIO(), ['boxes', 'scores', 'labels', 'maps']
     axes = {'images': {0: 'batch', 1: 'height', 2: 'width'}, 'maps': {0: 'batch', 1: 'h', 2: 'w'},
             **{name: {1: 'detections'} for name in names[:3]}}
@@ -43,3 +49,39 @@ def test_rows_of_a_batch_are_those_of_single_images(runtime, tmp_path):
             count = expected.shape[1]
             np.testing.assert_allclose(value[row, :count], expected[0].numpy(), rtol=1e-5)
             assert (value[row, count:] == filling).all() and count < 40
+
+
+@pytest.mark.parametrize('task', ['detection', 'segmentation', 'classification'])
+def test_a_batch_is_answered_as_its_images_are(task, tmp_path):
+    """By whole models in float: bit for bit in ONNX Runtime."""
+    cfg, model = model_of(task)
+    predictor = predictor_of(model, cfg).eval()
+    size = (96, 96) if task == 'classification' else (112, 144)
+    images = torch.randint(0, 255, (3, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images[1] = 0
+    path = tmp_path / 'batch.onnx'
+    write_graph(predictor, path, images[:1], task != 'classification', 'asymmetric', False, batch=True)
+    complete(path, predictor, batch=True)
+    for runtime in ('onnxruntime', 'openvino'):
+        pytest.importorskip(runtime)
+        session = SESSIONS[runtime](str(path), 1)
+        rows = single(predictor.names, session.run(dict(images=images.numpy())))
+        assert len(rows) == 3
+        for i, row in enumerate(rows):
+            alone, = single(predictor.names, session.run(dict(images=images[i:i + 1].numpy())))
+            for found, expected in zip(row, alone, strict=True):
+                if runtime == 'onnxruntime':
+                    assert np.array_equal(found, expected)
+                else:
+                    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+    if task == 'detection':
+        assert len({row[0].shape[1] for row in rows}) > 1, 'as many objects in each'
+
+
+def test_rows_need_a_limit():
+    cfg, model = model_of('detection')
+    predictor = predictor_of(model, cfg)
+    assert predictor.limit() == model.test_cfg.rcnn.max_per_img
+    del model.test_cfg.rcnn['max_per_img']
+    with pytest.raises(UserError, match='max_per_img'):
+        predictor.limit()

@@ -1,6 +1,7 @@
 """The exported int8 model against the quantized one: both runtimes, several sizes, the ecosystem's tools."""
 import copy
 import inspect
+import itertools
 import json
 import re
 import sys
@@ -176,15 +177,17 @@ def test_a_range_for_each_head(builder, bits, tmp_path):
     model = calibrated(model, settings, images, is_classifier(model))
     scales = [q.scale for name, q in quantizers(model).items() if name.endswith('matmul_context.a_quantizer')]
     assert scales and all(len(scale) > 1 and scale.unique().numel() > 1 for scale in scales)
-    export_graph(model, tmp_path / 'heads.onnx', tuple(images.shape[-2:]))
+    for scale in scales:  # as learned ranges, which the largest weights are clipped to
+        scale *= 0.7
+    export_graph(model, tmp_path / 'heads.onnx', tuple(images.shape[-2:]), dynamic=builder != 'timm_vit')
     with torch.no_grad():
         expected = Features(model)(images[:1])
         set_mode(model, Mode.FLOAT)
         full = Features(model)(images[:1])
-    for runtime in ('onnxruntime', 'openvino'):
-        found = Graph(tmp_path / 'heads.onnx', runtime).run(images[:1])
-        for reference, ours, theirs in zip(full, expected, found, strict=True):
-            assert sqnr(ours, theirs) > min(sqnr(reference, ours), 40) - 3
+    found = [Graph(tmp_path / 'heads.onnx', runtime).run(images[:1]) for runtime in ('onnxruntime', 'openvino')]
+    for reference, ours, *both in zip(full, expected, *found, strict=True):
+        assert min(sqnr(ours, theirs) for theirs in both) > min(sqnr(reference, ours), 40) - 3
+        assert sqnr(*both) > 30  # OpenVINO lost the upper end of Clip where shapes are dynamic
 
 
 @pytest.mark.parametrize('bits', [4, 8])
@@ -487,17 +490,30 @@ def test_a_convolution_shared_by_levels_is_folded_into_each_batch_norm(tmp_path)
 # -- in the ecosystem's tools ------------------------------------------------------------------------------------------
 
 
+def test_a_work_dir_holds_a_finished_run(tmp_path):
+    done = run_tool(ROOT / 'tools' / 'export.py', tmp_path, check=False)
+    assert done.returncode == 2 and f'{tmp_path}/test_config.py does not exist: give the work dir' in done.stderr
+    (tmp_path / 'test_config.py').write_text('')
+    done = run_tool(ROOT / 'tools' / 'export.py', tmp_path / 'test_config.py', check=False)
+    assert done.returncode == 2 and f'{tmp_path}/quantized.pth does not exist' in done.stderr
+
+
 def test_detector_by_mmdets_own_tools(quantized_run, tmp_path):
     work_dir, _ = quantized_run
-    done = run_tool(ROOT / 'tools' / 'export.py', work_dir / 'test_config.py', work_dir / 'quantized.pth', '--work-dir',
-                    tmp_path / 'int8', '--json', tmp_path / 'numbers.json', cwd=tmp_path)
+    done = run_tool(ROOT / 'tools' / 'export.py', work_dir, '--batch', '--work-dir', tmp_path / 'int8', '--json',
+                    tmp_path / 'numbers.json', cwd=tmp_path)
     result = json.loads((tmp_path / 'numbers.json').read_text())
     assert result['size'] is None and result['size_mb']['graph'] < 0.45 * result['size_mb']['float']
     assert min(result['sqnr_db'].values()) > 20 and f"{result['int8']} of" in done.stdout
     whole = result['whole']
     assert whole['size'] is None and all(item['passed'] for item in whole['measured'])
     assert {item['graph'] for item in whole['measured']} == {'replaced', 'float', 'int8'}
+    batches = [(item['graph'], item['runtime']) for item in whole['measured'] if item['place'].startswith('3 images')]
+    assert set(itertools.product(('float', 'int8'), RUNTIMES)) == set(batches)
     assert all((tmp_path / 'int8' / name).is_file() for name in ('model.onnx', 'model.json', 'predict.py'))
+    graph, images = Graph(tmp_path / 'int8' / 'features.onnx'), torch.randn(3, 3, 96, 128)
+    for together, *alone in zip(graph.run(images), *(graph.run(image[None]) for image in images)):
+        assert sqnr(torch.cat(alone), together) > 20
     tested = run_tool(mmdet_tool('test.py'), tmp_path / 'int8' / 'int8_config.py', tmp_path / 'int8' / 'int8.pth',
                       '--work-dir', tmp_path / 'tested', cwd=tmp_path)
     quantized = json.loads((work_dir / 'metrics.json').read_text())['quantized']['coco/bbox_mAP']

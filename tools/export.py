@@ -1,6 +1,6 @@
 """Writes the int8 model of a quantized checkpoint: an ONNX graph, and a config that runs it in the ecosystem's tools.
 
-    python tools/export.py work_dirs/NAME/test_config.py work_dirs/NAME/quantized.pth
+    python tools/export.py work_dirs/NAME
 """
 import argparse
 import runpy
@@ -15,8 +15,10 @@ common = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name('common.p
 
 def parse_args():
     parser = argparse.ArgumentParser(description='Exports backbone, neck and heads of a quantized model as int8 ONNX.')
-    parser.add_argument('config', help='test_config.py that tools/dfq.py wrote, or the config with the stanza')
-    parser.add_argument('checkpoint', help='quantized.pth')
+    parser.add_argument('config', help='work dir of tools/dfq.py; or a config, the test_config.py that it wrote or the '
+                        'one with the stanza')
+    parser.add_argument('checkpoint', nargs='?', help='quantized.pth (default: the one in the work dir, or beside '
+                        'test_config.py)')
     parser.add_argument('--work-dir', metavar='DIR', help='where results go (default: int8/ beside the checkpoint)')
     parser.add_argument('--size', nargs=2, type=int, metavar=('H', 'W'),
                         help='a graph for images of this size only, faster (default: for every size where that is '
@@ -29,11 +31,32 @@ def parse_args():
                         "'symmetric': signed without (TensorRT), of a model quantized like that")
     parser.add_argument('--parts-only', action='store_true', help="write only the graphs that the ecosystem's tools "
                         'run, not the whole model as one')
+    parser.add_argument('--batch', action='store_true', help='graphs that take any number of images of one size at '
+                        'once')
     parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', help='override settings of the config')
     parser.add_argument('--json', metavar='FILE', help='also write the numbers to this file')
     common.debug_argument(parser)
     parser.set_defaults(device='cpu', seed=None)
     return parser.parse_args()
+
+
+def find_run(args):
+    """Put the files of a work dir in place of the arguments that leave them out.
+
+    Raises:
+        UserError: If it holds no quantized model.
+    """
+    from psaq_mm.errors import UserError
+    config = Path(args.config)
+    folder = config if config.is_dir() else config.parent
+    if config.is_dir():
+        args.config = str(folder / 'test_config.py')
+    if args.checkpoint is None:
+        args.checkpoint = str(folder / 'quantized.pth')
+    for path in (args.config, args.checkpoint):
+        if (config.is_dir() or path == args.checkpoint) and not Path(path).is_file():
+            raise UserError(f'{path} does not exist: give the work dir of a run of tools/dfq.py that is done, or a '
+                            'config and a checkpoint')
 
 
 def export(args):
@@ -44,11 +67,12 @@ def export(args):
     from psaq_mm.deploy import export
     from psaq_mm.engine import write_json
     from psaq_mm.errors import doing
+    find_run(args)
     args.work_dir = args.work_dir or str(Path(args.checkpoint).parent / 'int8')
     cfg = common.load_config(args, args.work_dir)
     with doing(f'exporting {args.checkpoint}'):
         result = export(cfg, args.checkpoint, args.work_dir, args.size and tuple(args.size), args.runtime, args.preset,
-                        not args.parts_only)
+                        not args.parts_only, args.batch)
     table = Table('exported', '', show_header=False)
     sizes = result['size_mb']
     heads = ' and of heads' if result['heads'] else ''

@@ -3,6 +3,25 @@ from __future__ import annotations
 
 import numpy as np
 
+OBJECTS = 'boxes', 'scores', 'labels', 'masks'  # answers that have a row for each object of an image
+
+
+def single(names, answers) -> list[list[np.ndarray]]:
+    """Return the answers to each image of a batch, (1, ...) each, without what fills up rows of objects (label -1).
+
+    Args:
+        names (Sequence[str]): What the answers are.
+        answers (Sequence[np.ndarray]): (B, ...) each.
+    """
+    found = []
+    for i in range(len(answers[0])):
+        row = {name: value[i:i + 1] for name, value in zip(names, answers)}
+        if 'labels' in row:
+            real = row['labels'][0] >= 0
+            row.update({name: row[name][:, real] for name in OBJECTS if name in row})
+        found.append(list(row.values()))
+    return found
+
 
 def overlaps(boxes, others):
     """Return the intersection over union of each pair of boxes, (N, M).

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .answers import OBJECTS
 from .extras import need
 
 FILLING = dict(labels=-1)  # of what is filled up; everything else gets 0
@@ -19,18 +20,14 @@ def loop_over_images(model, rows: list[str], answers: list[str], limit: int) -> 
     Args:
         model (onnx.ModelProto): Its input has an axis of images first; up to ``rows`` it computes for all at once.
         rows (list[str]): Tensors (B, ...), of which an image's answers need its own row.
-        answers (list[str]): Outputs (1, N, ...).
+        answers (list[str]): Outputs (1, N, ...) of so many objects as an image has, or others (1, ...); see OBJECTS.
         limit (int): The largest N.
     """
     onnx, graph = need('onnx'), model.graph
     helper, kinds = onnx.helper, onnx.TensorProto
-    inside, depend = [], set(rows)
-    for node in graph.node:
-        if depend & set(_read(node)) and not set(node.output) & set(rows):
-            depend.update(node.output)
-            inside.append(node)
-    taken = {id(node) for node in inside}
-    outside = [node for node in graph.node if id(node) not in taken]
+    makers = {output: node for node in graph.node for output in node.output}
+    rows = list(dict.fromkeys(_original(name, makers) for name in rows))
+    inside, outside = _divide(graph, rows, answers)
     steps, stored = [], []
 
     def constant(name, array):
@@ -56,6 +53,10 @@ def loop_over_images(model, rows: list[str], answers: list[str], limit: int) -> 
     for name in answers:
         kind, rank = values[name].elem_type, len(values[name].shape.dim) - 1
         own = step('Squeeze', name, first, output=f'{name}_alone')
+        if name not in OBJECTS:
+            ends.append(helper.make_tensor_value_info(own, kind, [
+                dim.dim_value or None for dim in values[name].shape.dim[1:]]))
+            continue
         count = step('Gather', step('Shape', own, output=f'{name}_shape'), first, output=f'{name}_count')
         begin, behind = constant(f'{name}_begin', np.zeros(rank, np.int64)), constant(
             f'{name}_behind', np.zeros(rank - 1, np.int64))
@@ -84,6 +85,34 @@ def loop_over_images(model, rows: list[str], answers: list[str], limit: int) -> 
     for name, end in zip(answers, ends[1:]):
         dims = [dim.dim_value or None for dim in end.type.tensor_type.shape.dim]
         graph.output.append(helper.make_tensor_value_info(name, values[name].elem_type, ['batch', *dims]))
+
+
+def _divide(graph, rows, answers):
+    """Return the nodes that compute answers from rows, with constants that only they read, and all other nodes."""
+    of_rows, of_images = set(rows), {item.name for item in graph.input}
+    for node in graph.node:
+        if of_rows & set(_read(node)) and not set(node.output) & set(rows):
+            of_rows.update(node.output)
+        elif of_images & set(_read(node)):
+            of_images.update(node.output)
+    of_rows -= set(rows)
+    read_outside, inside, outside = set(rows), [], []
+    for node in reversed(graph.node):
+        made, read = set(node.output), _read(node)
+        constant = not made & of_images and not made & read_outside  # runtimes recognise weights where they are read
+        if made & of_rows or constant:
+            inside.insert(0, node)
+        else:
+            outside.insert(0, node)
+            read_outside.update(read)
+    return inside, outside
+
+
+def _original(name, makers):
+    """Return the tensor that one which is computed by Identity is equal to."""
+    while name in makers and makers[name].op_type == 'Identity':
+        name = makers[name].input[0]
+    return name
 
 
 def _read(node):

@@ -14,9 +14,10 @@ from ..engine.checkpoint import versions
 from ..files import digest, write_json
 from ..models import backbone_of
 from ..quantization import QuantizedLinear, quantized_layers, quantizers
+from .answers import OBJECTS
 from .extras import need
 from .pixels import loader_of
-from .predictor import Predictor
+from .predictor import Predictor, limits
 
 CARD, SCRIPT = 'model.json', 'predict.py'
 RUNTIMES = 'onnx', 'onnxruntime', 'openvino'
@@ -37,6 +38,9 @@ MASKS = dict(
         'in it; interpolate bilinearly, with 0 around the grid; the pixel is in the mask where that is >= '
         'mask_threshold',
     image='one number a pixel of the image; the pixel is in the mask where it is >= mask_threshold')
+
+BATCHES = 'one image', 'any number of images of one size'
+FILLED = '; where an image has fewer objects than there are rows, the rest have label -1 and score 0'
 
 
 def kind_of(names) -> str:
@@ -65,15 +69,6 @@ def ports(values, measured: list[dict]) -> list[dict]:
         found.append(dict(name=value.name, shape=shape,
                           type=np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)).name))
     return found
-
-
-def limits(model) -> dict:
-    """Return what a test config says of the answers: ``score_thr``, ``max_per_img``, ``mask_threshold``."""
-    settings = dict(getattr(model, 'test_cfg', None) or {})
-    settings = dict(settings.get('rcnn') or settings)
-    names = dict(score_thr='score_thr', max_per_img='max_per_img', max_per_image='max_per_img',
-                 mask_thr_binary='mask_threshold', mask_thr='mask_threshold')
-    return {new: settings[old] for old, new in names.items() if settings.get(old) is not None}
 
 
 def quantization_of(model) -> dict | None:
@@ -133,7 +128,9 @@ def describe(predictor: Predictor, cfg: Config, meta: dict, graph: Path, measure
         inside=[*pixels.done, *normalised, *padding_of(pixels), *windows_of(predictor), 'the network',
                 'decoding of its answers'],
         sizes=dict(any=not isinstance(image['shape'][1], int), measured=measured),
-        **limits(model))
+        batch=BATCHES[isinstance(image['shape'][0], str)], **limits(model))
+    if card['batch'] == BATCHES[True] and set(OBJECTS) & set(predictor.names):
+        card['batch'] += FILLED
     if 'masks' in predictor.names:
         card.update(mask_form=predictor.mask_form, mask_meaning=MASKS[predictor.mask_form])
         card.setdefault('mask_threshold', 0.5)

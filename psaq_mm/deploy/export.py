@@ -248,7 +248,7 @@ def sizes_to_measure(model: nn.Module, image: Tensor, traced: tuple[int, int]) -
 
 
 def export_features(model, folder: Path, image: Tensor, traced: tuple[int, int], fixed: bool, runtimes: list[str],
-                    preset: str) -> dict:
+                    preset: str, batch: bool = False) -> dict:
     """Write ``features.onnx``: for every size if that is right in the chosen runtime, otherwise for the traced one.
 
     Args:
@@ -259,6 +259,7 @@ def export_features(model, folder: Path, image: Tensor, traced: tuple[int, int],
         fixed (bool): Whether a graph for the traced size is wanted.
         runtimes (list[str]): To measure in, the chosen one first.
         preset (str): As of :func:`export_graph`.
+        batch (bool): Whether it takes any number of images at once. Defaults to False.
 
     Returns:
         dict: ``part``, ``sizes``, ``size`` (None for every size), ``multiple_of``, ``at_least``, and ``reason``: why
@@ -277,10 +278,14 @@ def export_features(model, folder: Path, image: Tensor, traced: tuple[int, int],
         if dynamic and len(sizes) == 1:
             continue
         sizes = sizes if dynamic else [traced]
-        references = {place_of(size): reference(model, Features(model), (resized(image, size), )) for size in sizes}
+        inputs = {place_of(size): resized(image, size) for size in sizes}
+        if batch:
+            one = inputs[place_of(traced)]
+            inputs[f'3 images of {place_of(traced)}'] = torch.cat([one, one.flip(3), eight_bits(-one)])
+        references = {place: reference(model, Features(model), (value, )) for place, value in inputs.items()}
         try:
             part = write_part(folder / 'features.onnx', lambda path, integers, dynamic=dynamic: export_graph(
-                model, path, traced, dynamic, preset, integers), Graph, references, runtimes)
+                model, path, traced, dynamic, preset, integers, batch), Graph, references, runtimes)
         except Exception as error:  # the exporter's or the model's, which traces what it never did
             if isinstance(error, UserError) and not dynamic:
                 raise
@@ -444,7 +449,7 @@ def check_delivery(model, folder: Path, image: Tensor, marks: list[float], runti
 
 
 def deliver_whole(model, cfg: Config, meta: dict, folder: Path, image: Tensor, size: tuple[int, int], fixed: bool,
-                  runtimes: list[str], preset: str) -> dict:
+                  runtimes: list[str], preset: str, batch: bool) -> dict:
     """Write ``model.onnx``, ``model.json`` and ``predict.py``.
 
     Args:
@@ -454,7 +459,7 @@ def deliver_whole(model, cfg: Config, meta: dict, folder: Path, image: Tensor, s
         folder (Path): Where to.
         image (Tensor): To check with, (1, C, H, W).
         size (tuple[int, int]): (H, W) of the trace.
-        fixed, runtimes, preset: As of :func:`export_whole`.
+        fixed, runtimes, preset, batch: As of :func:`export_whole`.
 
     Returns:
         dict: ``size``, ``size_mb``, ``reason`` and what was ``measured``; or ``refused``, why there is no such graph.
@@ -462,7 +467,8 @@ def deliver_whole(model, cfg: Config, meta: dict, folder: Path, image: Tensor, s
     """
     try:
         predictor = predictor_of(model, cfg).eval()
-        found = export_whole(predictor, folder, in_pixels(predictor, resized(image, size)), fixed, runtimes, preset)
+        found = export_whole(predictor, folder, in_pixels(predictor, resized(image, size)), fixed, runtimes, preset,
+                             batch=batch)
     except UserError as error:
         (folder / MODEL).unlink(missing_ok=True)
         return dict(refused=str(error), warnings=[])
@@ -473,7 +479,7 @@ def deliver_whole(model, cfg: Config, meta: dict, folder: Path, image: Tensor, s
 
 
 def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | None = None, runtime: str = 'openvino',
-           preset: str = 'asymmetric', whole: bool = True) -> dict:
+           preset: str = 'asymmetric', whole: bool = True, batch: bool = False) -> dict:
     """Write a quantized model for runtimes: its parts for the ecosystem's tools, and all of it as one graph.
 
     The former are ``features.onnx``, a graph for each quantized head, ``int8_config.py`` and ``int8.pth``; the latter
@@ -492,6 +498,7 @@ def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | 
         runtime (str): What the config runs the graph with. Defaults to 'openvino'.
         preset (str): 'asymmetric' or 'symmetric'.
         whole (bool): Whether to write the whole model, too. Defaults to True.
+        batch (bool): Whether that and ``features.onnx`` shall take any number of images at once. Defaults to False.
 
     Returns:
         dict: Sizes, layers in int8 and in float, SQNR against the quantized model, warnings.
@@ -506,10 +513,10 @@ def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | 
     runtimes = installed(runtime)
     with target.lock():
         target.claim(RESULTS)
-        return _export(cfg, checkpoint, target, size, runtimes, preset, whole)
+        return _export(cfg, checkpoint, target, size, runtimes, preset, whole, batch)
 
 
-def _export(cfg, checkpoint, target, size, runtimes, preset, whole):
+def _export(cfg, checkpoint, target, size, runtimes, preset, whole, batch):
     folder, runtime = target.path, runtimes[0]
     cfg = quantized_config(cfg)
     content = read_checkpoint(checkpoint)
@@ -526,7 +533,7 @@ def _export(cfg, checkpoint, target, size, runtimes, preset, whole):
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         features = export_features(model, work, image, traced, bool(size) or isinstance(model, Classifier), runtimes,
-                                   preset)
+                                   preset, batch)
         fixed, graph = features['size'], features['part']
         images = {place_of(item): resized(image, item) for item in features['sizes']}
         heads, not_exported = export_heads(model, work, images, runtimes, not fixed, preset)
@@ -562,7 +569,7 @@ def _export(cfg, checkpoint, target, size, runtimes, preset, whole):
             kept_float=float_layers(model))
         if whole:
             result['whole'] = deliver_whole(model, cfg, content.get('meta', {}), work, image, traced, bool(size),
-                                            runtimes, preset)
+                                            runtimes, preset, batch)
             result['warnings'] += result['whole'].pop('warnings')
         write_json(result, work / 'export.json')
         for name in (MODEL, CARD, SCRIPT):  # of an earlier export

@@ -195,7 +195,7 @@ def write(network: nn.Module, inputs: tuple, path, input_names, output_names, ax
     graph = onnx.load_model_from_string(stream.getvalue())
     onnx.helper.set_model_props(graph, dict(psaq_mm=__version__, **notes))
     fold_batch_norm(graph)
-    if axes:
+    if axes:  # some length is open
         separate_readers(graph)
     onnx.checker.check_model(graph)
     write_atomically(graph.SerializeToString(), Path(path))
@@ -215,7 +215,7 @@ def annotate(path, notes: dict[str, str]) -> None:
 
 @torch.no_grad()
 def export_graph(model: nn.Module, path, size: tuple[int, int], dynamic: bool = False, preset: str = 'asymmetric',
-                 integers: bool = True) -> None:
+                 integers: bool = True, batch: bool = False) -> None:
     """Write backbone and neck as ONNX.
 
     Args:
@@ -225,6 +225,7 @@ def export_graph(model: nn.Module, path, size: tuple[int, int], dynamic: bool = 
         dynamic (bool): Whether the graph takes other sizes. Defaults to False.
         preset (str): 'asymmetric' or 'symmetric' activations.
         integers (bool): Whether to export what quantizers do. Defaults to True.
+        batch (bool): Whether the graph takes any number of images at once. Defaults to False.
 
     Raises:
         UserError: If the model cannot be exported that way.
@@ -240,11 +241,15 @@ def export_graph(model: nn.Module, path, size: tuple[int, int], dynamic: bool = 
         with resizing:
             found = features(image)
     names = [f'feature_{i}' for i in range(len(found))]
-    axes = {INPUT: {2: 'height', 3: 'width'},
-            **{n: {2: f'{n}_height', 3: f'{n}_width'} for n, value in zip(names, found) if value.dim() == 4}}
-    notes = dict(preset=preset, dynamic=str(dynamic), size=json.dumps(list(size)), outputs=json.dumps(features.outputs))
+    rows = {0: 'batch'} if batch else {}
+    axes = {name: {**rows, **({2: f'{name}_height', 3: f'{name}_width'} if dynamic and value.dim() == 4 else {})}
+            for name, value in zip(names, found)}
+    axes[INPUT] = {**rows, **({2: 'height', 3: 'width'} if dynamic else {})}
+    axes = {name: sides for name, sides in axes.items() if sides}
+    notes = dict(preset=preset, dynamic=str(dynamic), batch=str(batch), size=json.dumps(list(size)),
+                 outputs=json.dumps(features.outputs))
     with traceable(model), resizing, exportable(model, preset) if integers else quantizer_mode(model, Mode.FLOAT):
-        write(features, (images, ), path, [INPUT], names, axes if dynamic else None, notes,
+        write(features, (images, ), path, [INPUT], names, axes or None, notes,
               type(backbone_of(model)).__name__)
 
 

@@ -87,14 +87,14 @@ class Operator(torch.autograd.Function):
 class _Quantize(Operator):
 
     @staticmethod
-    def forward(ctx, x, *grid):
+    def forward(ctx, x, positive, *grid):
         return _rounded(x, *grid)
 
     @staticmethod
-    def symbolic(g, x, scale, zero_point, axis, low, high):
+    def symbolic(g, x, positive, scale, zero_point, axis, low, high):
         if high - low < 255:
-            x = g.op('Clip', x, *(_constant(g, [scale[0] * (end - zero_point[0])], torch.float32)
-                                  for end in (low, high)))
+            ends = [_constant(g, [scale[0] * (end - zero_point[0])], torch.float32) for end in (low, high)]
+            x = g.op('Min', x, ends[1]) if positive else g.op('Clip', x, *ends)
         kind, along = _attributes(scale, zero_point, axis, low)
         return g.op('QuantizeLinear', x, _constant(g, scale, torch.float32), _constant(g, zero_point, kind), **along)
 
@@ -113,9 +113,15 @@ class _DequantizeActivation(Operator):
                     **along)
 
 
-def quantize(x: Tensor, grid: Grid) -> Tensor:
-    """The integers of an activation, int8 or uint8; with fewer than 8 bits it is clipped before."""
-    return _Quantize.apply(x, *grid)
+def quantize(x: Tensor, grid: Grid, positive: bool = False) -> Tensor:
+    """The integers of an activation, int8 or uint8; with fewer than 8 bits it is clipped before.
+
+    Args:
+        x (Tensor): The activation.
+        grid (Grid): Its integers.
+        positive (bool): Whether it is never below 0, so that only its upper end is clipped. Defaults to False.
+    """
+    return _Quantize.apply(x, positive, *grid)
 
 
 def dequantize(integers: Tensor, grid: Grid) -> Tensor:
@@ -160,7 +166,8 @@ def head_product(weights: Tensor, quantizer: FakeQuantizer | None, value: Tensor
     scales, width = quantizer.scale.tolist(), int(value.shape[-1])
     grid = _grid(quantizer, 0)
     grid = grid._replace(scale=(1.0, ), zero_point=grid.zero_point[:1])
-    integers = quantize(weights * torch.tensor([[[1 / scale]] for scale in scales]), grid)
+    # OpenVINO 2026.4.1 computes a factor for each head followed by Clip and QuantizeLinear wrongly, not one by Min.
+    integers = quantize(weights * torch.tensor([[[1 / scale]] for scale in scales]), grid, positive=True)
     # One factor for each head and column: OpenVINO 2026 cannot load an int8 product followed by one for each head.
     return dequantize(integers, grid) @ value * torch.tensor([[[scale] * width] for scale in scales])
 

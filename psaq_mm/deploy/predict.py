@@ -98,7 +98,7 @@ def understand(answers, pixels, card, score):
         near, far = found['depth'] = [float(answers['depth'].min()), float(answers['depth'].max())]
         words.append(f'{near:.2f} to {far:.2f} m away')
         canvas[:] = (255 * answers['depth'] / max(far, 1e-6))[..., None]
-    chosen = np.flatnonzero(answers['scores'] >= score) if 'boxes' in answers else ()
+    chosen = np.flatnonzero((answers['scores'] >= score) & (answers['labels'] >= 0)) if 'boxes' in answers else ()
     for i in chosen if 'masks' in answers else ():
         inside = paste(answers['masks'][i].astype(np.float32), answers['boxes'][i].tolist(), pixels.shape[1:3], card)
         canvas[inside] = canvas[inside] * 0.5 + np.array(named(card, answers['labels'][i])[1]) * 0.5

@@ -25,6 +25,7 @@ class Predictor(nn.Module):
     """
     names: tuple[str, ...] = ()
     mask_form: str | None = None
+    one_by_one = False  # whether the library answers for one image at a time
     unlike_the_library: tuple[str, ...] = ()  # answers that the library gives in another form
 
     def __init__(self, model: nn.Module, cfg: Config):
@@ -46,8 +47,19 @@ class Predictor(nn.Module):
     def answers(self, inputs, meta):
         raise NotImplementedError
 
+    def limit(self) -> int:
+        """Return how many objects an image can have at most.
+
+        Raises:
+            UserError: If there is no limit.
+        """
+        limit = limits(self.model).get('max_per_img') or getattr(self.model, 'num_queries', None) or -1
+        if limit < 1:
+            raise UserError('model.test_cfg sets no max_per_img, so that rows of a batch have no common length: set it')
+        return limit
+
     def axes(self, name: str) -> dict[int, str]:
-        """Return which axes of an answer have no fixed length, by number."""
+        """Return which axes of an answer have no fixed length, by number. The first one counts images."""
         if name == 'panoptic_map':
             return {1: 'height', 2: 'width'}
         image = name == 'masks' and self.mask_form == 'image'
@@ -64,6 +76,7 @@ class DetectionPredictor(Predictor):
         mask_form (str | None): 'box': probabilities within each box, (1, N, h, w). 'image': bool, in pixels of the
             image, (1, N, H, W). None: there are no masks.
     """
+    one_by_one = True
 
     def __init__(self, model, cfg):
         super().__init__(model, cfg)
@@ -97,6 +110,7 @@ class MaskClassificationPredictor(Predictor):
     (``panoptic_on``); boxes (1, N, 4), scores (1, N), labels (1, N) and masks (1, N, H, W) of instances
     (``instance_on``).
     """
+    one_by_one = True
 
     def __init__(self, model, cfg):
         super().__init__(model, cfg)
@@ -187,6 +201,15 @@ class ClassificationPredictor(Predictor):
 
     def answers(self, inputs, meta):
         return (self.model.logits(inputs).softmax(-1), )
+
+
+def limits(model: nn.Module) -> dict:
+    """Return what a test config says of the answers: ``score_thr``, ``max_per_img``, ``mask_threshold``."""
+    settings = dict(getattr(model, 'test_cfg', None) or {})
+    settings = dict(settings.get('rcnn') or settings)
+    names = dict(score_thr='score_thr', max_per_img='max_per_img', max_per_image='max_per_img',
+                 mask_thr_binary='mask_threshold', mask_thr='mask_threshold')
+    return {new: settings[old] for old, new in names.items() if settings.get(old) is not None}
 
 
 def prompt_of(cfg: Config) -> dict:

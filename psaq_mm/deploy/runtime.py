@@ -164,7 +164,7 @@ class Graph:
                 f'or export again for one size with --size H W{hint}')
 
     def run(self, images: Tensor) -> list[Tensor]:
-        """Compute feature maps (B, C_i, H_i, W_i) of images (B, C, H, W), one image at a time.
+        """Compute feature maps (B, C_i, H_i, W_i) of images (B, C, H, W), one at a time unless the graph takes batches.
 
         Raises:
             UserError: If the graph is not meant for images of that shape.
@@ -198,10 +198,10 @@ class Graph:
         return self.each([images], [INPUT])
 
     def each(self, inputs, names) -> list[Tensor]:
-        """Return outputs of one image after the other, together; the first axis of the inputs counts images."""
+        """Return the outputs for all images; the first axis of the inputs counts them."""
         arrays = [value.float().cpu().numpy() for value in inputs]
-        outputs = [self.session.run({name: array[i:i + 1] for name, array in zip(names, arrays)})
-                   for i in range(len(arrays[0]))]
+        parts = [slice(None)] if self.notes['batch'] else [slice(i, i + 1) for i in range(len(arrays[0]))]
+        outputs = [self.session.run({name: array[part] for name, array in zip(names, arrays)}) for part in parts]
         return [torch.from_numpy(parts[0]) if len(outputs) == 1 else torch.cat([*map(torch.from_numpy, parts)])
                 for parts in zip(*outputs)]
 
@@ -240,10 +240,10 @@ def read_notes(path) -> dict:
     """Return what is noted in a graph.
 
     Returns:
-        dict: ``preset``; ``dynamic``; ``size`` (H, W), None where it takes several, whose sides are multiples of
-        ``multiple_of`` and ``at_least`` that long; ``channels`` of images; how ``outputs`` are nested; what was
-        ``measured`` in each runtime, and ``probes`` to repeat that with. Of a head: the shapes of its ``inputs``
-        without the first axis, and whether that counts ``proposals``.
+        dict: ``preset``; ``dynamic``; whether it takes a ``batch``; ``size`` (H, W), None where it takes several,
+        whose sides are multiples of ``multiple_of`` and ``at_least`` that long; ``channels`` of images; how
+        ``outputs`` are nested; what was ``measured`` in each runtime, and ``probes`` to repeat that with. Of a head:
+        the shapes of its ``inputs`` without the first axis, and whether that counts ``proposals``.
 
     Raises:
         UserError: If it is no graph of ours.
@@ -259,7 +259,8 @@ def read_notes(path) -> dict:
     if 'outputs' not in notes:
         raise UserError(f"{path} was written by psaq_mm {notes['psaq_mm']}, which measured less: export it again")
     dynamic = notes['dynamic'] == 'True'
-    found = dict(preset=notes['preset'], dynamic=dynamic, outputs=json.loads(notes['outputs']),
+    found = dict(preset=notes['preset'], dynamic=dynamic, batch=notes.get('batch') == 'True',
+                 outputs=json.loads(notes['outputs']),
                  measured=json.loads(notes.get('measured', '{}')), probes=notes.get('probes'), size=None, channels=None,
                  multiple_of=int(notes.get('multiple_of', 1)), at_least=int(notes.get('at_least', 1)))
     if 'head' in notes:

@@ -22,8 +22,9 @@ from ..errors import UserError
 from ..models.features import tensors
 from ..quantization import Mode, quantizer_mode
 from .adapters import traceable
-from .agreement import SAME_DB, compare, first_line, required, sqnr
-from .answers import agreement
+from .agreement import LIMIT_DB, SAME_DB, Finding, compare, first_line, required, sqnr
+from .answers import agreement, single
+from .batches import loop_over_images
 from .extras import need
 from .graph import exportable, write
 from .library import traceable_library
@@ -128,8 +129,8 @@ class Difference(NamedTuple):
 
 
 def write_graph(predictor: Predictor, path: Path, images: Tensor, dynamic: bool, preset: str, integers: bool,
-                notes: dict | None = None) -> int:
-    """Write the graph of a predictor, which puts out feature maps after its answers: see :func:`without_features`.
+                notes: dict | None = None, batch: bool = False) -> int:
+    """Write the graph of a predictor, which puts out feature maps after its answers: see :func:`complete`.
 
     Args:
         predictor (Predictor): Of a quantized model, on CPU.
@@ -139,6 +140,8 @@ def write_graph(predictor: Predictor, path: Path, images: Tensor, dynamic: bool,
         preset (str): 'asymmetric' or 'symmetric'.
         integers (bool): Whether to export what quantizers do.
         notes (dict, optional): For the graph's metadata.
+        batch (bool): Whether it takes several images at once; as far as answers are computed one by one, only up to
+            the feature maps. Defaults to False.
 
     Returns:
         int: How many feature maps there are.
@@ -147,45 +150,53 @@ def write_graph(predictor: Predictor, path: Path, images: Tensor, dynamic: bool,
     with as_traced(predictor), exportable(model, preset) if integers else quantizer_mode(model, Mode.FLOAT):
         found = whole(images)
         names = [*predictor.names, *(f'feature_{i}' for i in range(len(found) - len(predictor.names)))]
-        axes = {INPUT: {1: 'height', 2: 'width'}} if dynamic else {}
-        axes.update({name: predictor.axes(name) for name in predictor.names if predictor.axes(name)})
-        if dynamic:
-            axes.update({name: {i: f'{name}_{i}' for i in range(2, value.dim())}
-                         for name, value in zip(names, found) if name not in predictor.names})
+        rows, sides = {0: 'batch'} if batch else {}, {1: 'height', 2: 'width'} if dynamic else {}
+        axes = {INPUT: {**rows, **sides}}
+        for name, value in zip(names, found):
+            if name in predictor.names:
+                axes[name] = {**({} if predictor.one_by_one else rows), **predictor.axes(name)}
+            else:
+                axes[name] = {**rows, **({i: f'{name}_{i}' for i in range(2, value.dim())} if dynamic else {})}
+        axes = {name: found for name, found in axes.items() if found}
         write(whole, (images, ), path, [INPUT], names, axes or None, notes or {}, type(model).__name__)
     return len(names) - len(predictor.names)
 
 
-def without_features(path: Path, answers: int) -> None:
-    """Take the feature maps from the outputs of a graph, and pack its weights, in place."""
-    onnx = need('onnx')
+def complete(path: Path, predictor: Predictor, batch: bool = False) -> None:
+    """Take the feature maps from the outputs of a graph, and pack its weights, in place.
+
+    Args:
+        path (Path): What :func:`write_graph` wrote.
+        predictor (Predictor): Of the model.
+        batch (bool): Whether it shall take several images at once.
+    """
+    onnx, answers = need('onnx'), len(predictor.names)
     graph = onnx.load_model_from_string(Path(path).read_bytes())
+    features = [output.name for output in graph.graph.output[answers:]]
     del graph.graph.output[answers:]
     pack_weights(graph)
+    if batch and predictor.one_by_one:
+        loop_over_images(graph, features, list(predictor.names), predictor.limit())
     onnx.checker.check_model(graph)
     Path(path).write_bytes(graph.SerializeToString())
 
 
-def hold(run, images: dict[str, Tensor], aims: dict[str, Expected], marks: dict, names, **where) -> list:
-    """Hold what a graph answers against what it should, image by image.
+def hold(run, images: Tensor, aims, names, **where) -> Difference:
+    """Hold what a graph answers against what it should.
 
     Args:
-        run (Callable): Takes an array (1, H, W, C); returns arrays.
-        images (dict[str, Tensor]): By place.
-        aims (dict[str, Expected]): By place.
-        marks (dict[str, float]): The agreement to reach, by place.
+        run (Callable): Takes images; returns answers to each one.
+        images (Tensor): (B, H, W, C).
+        aims (list | Callable): Answers to each image, or what returns them.
         names (Sequence[str]): Of the answers.
-        **where: ``graph`` and ``runtime``.
+        **where: ``place``, ``graph``, ``runtime`` and ``required`` of the :class:`Difference`.
     """
-    found = []
-    for place, image in images.items():
-        try:
-            answers = run(image.numpy())[:len(names)]
-            found.append(Difference(place, agreement=agreement(names, aims[place].answers, answers),
-                                    required=marks[place], **where))
-        except Exception as error:  # whatever a runtime raises
-            found.append(Difference(place, agreement=0.0, required=marks[place], error=first_line(error), **where))
-    return found
+    try:
+        aims = aims() if callable(aims) else aims
+        found = [agreement(names, aim, answers) for aim, answers in zip(aims, run(images), strict=True)]
+    except Exception as error:  # whatever a runtime raises
+        return Difference(agreement=0.0, error=first_line(error), **where)
+    return Difference(agreement=min(found), **where)
 
 
 class Whole(NamedTuple):
@@ -202,7 +213,7 @@ class Whole(NamedTuple):
     file: Path
     size: tuple[int, int] | None
     differences: list[Difference]
-    findings: list
+    findings: list[Finding]
     answers: list[dict]
     reason: str | None
 
@@ -238,7 +249,7 @@ def sizes_of(size: tuple[int, int]) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def export_whole(predictor: Predictor, folder: Path, images: Tensor, fixed: bool, runtimes: list[str],
-                 preset: str = 'asymmetric', notes: dict | None = None) -> Whole:
+                 preset: str = 'asymmetric', notes: dict | None = None, batch: bool = False) -> Whole:
     """Write ``model.onnx``: for images of every size if that is right in the chosen runtime, otherwise for one size.
 
     Args:
@@ -249,6 +260,7 @@ def export_whole(predictor: Predictor, folder: Path, images: Tensor, fixed: bool
         runtimes (list[str]): To measure in, the chosen one first.
         preset (str): 'asymmetric' or 'symmetric'. Defaults to 'asymmetric'.
         notes (dict, optional): For the graph's metadata.
+        batch (bool): Whether the graph shall take any number of images at once. Defaults to False.
 
     Raises:
         UserError: If no graph is right in the chosen runtime.
@@ -256,9 +268,9 @@ def export_whole(predictor: Predictor, folder: Path, images: Tensor, fixed: bool
     reason = None
     for dynamic in (False, ) if fixed else (True, False):
         sizes = sizes_of(tuple(images.shape[1:3])) if dynamic else [tuple(images.shape[1:3])]
-        examples = {f'{h} x {w}': enlarged(images, (h, w)) for h, w in sizes}
+        trial = Trial(predictor, {f'{h} x {w}': enlarged(images, (h, w)) for h, w in sizes}, dynamic, batch, runtimes)
         try:
-            found = _written(predictor, Path(folder) / MODEL, examples, dynamic, preset, runtimes, notes)
+            found = trial.run(Path(folder) / MODEL, preset, notes)
         except Exception as error:  # the exporter's or the model's, which traces what it never did
             if isinstance(error, UserError) and not dynamic:
                 raise
@@ -272,53 +284,105 @@ def export_whole(predictor: Predictor, folder: Path, images: Tensor, fixed: bool
     raise UserError(f'{type(predictor.model).__name__} cannot be exported whole: {failure}')
 
 
-def _written(predictor, path, examples, dynamic, preset, runtimes, notes):
-    """Write and measure a graph; see :func:`export_whole`."""
-    model, names, first = predictor.model, predictor.names, next(iter(examples.values()))
-    with quantizer_mode(model, Mode.FLOAT):
-        full = {place: expected(predictor, image) for place, image in examples.items()}
+class Trial:
+    """A graph of some kind, to be written and measured.
+
+    Args:
+        predictor (Predictor): Of a quantized model, on CPU.
+        examples (dict[str, Tensor]): Images (1, H, W, C) uint8 by place, that of the trace first.
+        dynamic (bool): Whether the graph takes images of other sizes.
+        batch (bool): Whether it takes several at once.
+        runtimes (list[str]): To measure in.
+    """
+
+    def __init__(self, predictor: Predictor, examples: dict[str, Tensor], dynamic: bool, batch: bool,
+                 runtimes: list[str]):
+        self.predictor, self.examples, self.dynamic, self.batch = predictor, examples, dynamic, batch
+        self.runtimes, self.names = runtimes, predictor.names
+        model = predictor.model
+        with quantizer_mode(model, Mode.FLOAT):
+            self.library = {place: expected(predictor, image) for place, image in examples.items()}
+            with as_traced(predictor):
+                self.full = {place: expected(predictor, image) for place, image in examples.items()}
         with as_traced(predictor):
-            ours = {place: expected(predictor, image) for place, image in examples.items()}
-    comparable = [i for i, name in enumerate(names) if name not in predictor.unlike_the_library]
-    named = [names[i] for i in comparable]
-    differences = [Difference(place, 'replaced', PYTORCH, agreement(
-        named, [full[place].answers[i] for i in comparable], [ours[place].answers[i] for i in comparable]), SAME)
-        for place in examples]
-    with as_traced(predictor):
-        aims = {place: expected(predictor, image) for place, image in examples.items()}
-    findings = []
-    for graph in ('float', 'int8'):
-        integers = graph == 'int8'
-        target = path if integers else path.with_suffix('.float.onnx')
-        write_graph(predictor, target, first, dynamic, preset, integers, notes)
-        wanted = aims if integers else ours
-        marks = {place: max(min(agreement(names, ours[place].answers, wanted[place].answers), GOOD) - MARGIN, 0.0)
-                 if integers else SAME for place in examples}
-        for runtime in runtimes:
+            self.quantized = {place: expected(predictor, image) for place, image in examples.items()}
+
+    def run(self, path: Path, preset: str, notes: dict | None) -> Whole:
+        """Write the graph in int8 and in float, hold both against the model, and keep the one in int8."""
+        differences, findings = self.replaced(), []
+        for graph in ('float', 'int8'):
+            target = path if graph == 'int8' else path.with_suffix('.float.onnx')
+            first = next(iter(self.examples.values()))
+            write_graph(self.predictor, target, first, self.dynamic, preset, graph == 'int8', notes, self.batch)
+            findings += self.hold_features(target, graph)
+            complete(target, self.predictor, self.batch)
+            differences += self.hold_answers(target, graph)
+            if graph == 'float':
+                target.unlink()
+        measured = [dict(size=list(image.shape[1:3]), answers={name: list(value.shape) for name, value in zip(
+            self.names, self.quantized[place].answers)}) for place, image in self.examples.items()]
+        return Whole(path, None if self.dynamic else tuple(first.shape[1:3]), differences, findings, measured, None)
+
+    def replaced(self) -> list[Difference]:
+        """Hold the answers with the library's functions replaced against the library's own."""
+        chosen = [i for i, name in enumerate(self.names) if name not in self.predictor.unlike_the_library]
+        names = [self.names[i] for i in chosen]
+        return [Difference(place, 'replaced', PYTORCH, agreement(
+            names, [self.library[place].answers[i] for i in chosen], [self.full[place].answers[i] for i in chosen]),
+            SAME) for place in self.examples]
+
+    def aims(self, graph: str) -> dict[str, Expected]:
+        """Return what a graph shall compute, by place."""
+        return self.full if graph == 'float' else self.quantized
+
+    def hold_features(self, path: Path, graph: str) -> list[Finding]:
+        """Hold the feature maps of a graph, which are its last outputs, against the model's."""
+        found = []
+        for runtime in self.runtimes:
             where = dict(graph=graph, runtime=runtime)
             try:
-                session = SESSIONS[runtime](str(target), 0)
+                session = SESSIONS[runtime](str(path), 0)
             except Exception as error:
-                differences.append(Difference(next(iter(examples)), agreement=0.0, required=1.0,
-                                              error=first_line(error), **where))
+                place = next(iter(self.examples))
+                found.append(Finding(place, sqnr=-LIMIT_DB, required=SAME_DB, error=first_line(error), **where))
                 continue
-            for place, image in examples.items():
-                required_db = [required(sqnr(a, b)) for a, b in zip(ours[place].features, wanted[place].features)]
-                findings.append(compare(
-                    lambda x, session=session: [torch.from_numpy(value) for value in session.run({INPUT: x.numpy()})
-                                                [len(names):]], (image, ), wanted[place].features,
-                    required_db if integers else [SAME_DB] * len(required_db), place=place, **where))
-            if not integers:
-                differences += hold(lambda x, session=session: session.run({INPUT: x}), examples, wanted, marks, names,
-                                    **where)
-        if not integers:
-            target.unlink()
-    without_features(path, len(names))
-    for runtime in runtimes:
-        session = SESSIONS[runtime](str(path), 0)
-        differences += hold(lambda x, session=session: session.run({INPUT: x}), examples, aims, marks, names,
-                            graph='int8', runtime=runtime)
-    answers = [dict(size=list(image.shape[1:3]), answers={name: list(value.shape) for name, value in zip(
-        names, aims[place].answers)}) for place, image in examples.items()]
-    return Whole(path, None if dynamic else tuple(first.shape[1:3]), differences, findings, answers, None)
 
+            def features(images, session=session):
+                return [torch.from_numpy(x) for x in session.run({INPUT: images.numpy()})[len(self.names):]]
+
+            for place, image in self.examples.items():
+                marks = [required(sqnr(a, b)) if graph == 'int8' else SAME_DB
+                         for a, b in zip(self.full[place].features, self.quantized[place].features)]
+                found.append(compare(features, (image, ), self.aims(graph)[place].features, marks, place=place,
+                                     **where))
+        return found
+
+    def hold_answers(self, path: Path, graph: str) -> list[Difference]:
+        """Hold the answers of a graph against the model's, and those to a batch against those to its images."""
+        found = []
+        for runtime in self.runtimes:
+            where = dict(graph=graph, runtime=runtime)
+            try:
+                session = SESSIONS[runtime](str(path), 0)
+            except Exception as error:
+                place = next(iter(self.examples))
+                found.append(Difference(place, agreement=0.0, required=1.0, error=first_line(error), **where))
+                continue
+
+            def answers(images, session=session):
+                return single(self.names, session.run({INPUT: images.numpy()}))
+
+            for place, image in self.examples.items():
+                mark = SAME
+                if graph == 'int8':
+                    own = agreement(self.names, self.full[place].answers, self.quantized[place].answers)
+                    mark = max(min(own, GOOD) - MARGIN, 0.0)
+                found.append(hold(answers, image, [self.aims(graph)[place].answers], self.names, place=place,
+                                  required=mark, **where))
+            if self.batch:
+                place, image = next(iter(self.examples.items()))
+                several = torch.cat([image, image.flip(2), 255 - image])
+                found.append(hold(answers, several, lambda images=several, run=answers: [
+                    run(image[None])[0] for image in images], self.names,
+                    place=f'{len(several)} images of {place}', required=SAME, **where))
+        return found
