@@ -56,6 +56,7 @@ setup(
     ],
     extras_require={
         'deploy': ['onnx>=1.14', 'onnxruntime>=1.17', 'openvino>=2024.0'],
+        'tensorrt': ['polygraphy>=0.49', 'tensorrt>=10.0'],
         'dev': ['hypothesis', 'mkdocs', 'pytest', 'pytest-timeout', 'pytest-xdist', 'ruff', 'tensorboard'],
     },
     **kernels(),

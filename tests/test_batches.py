@@ -62,6 +62,7 @@ def test_a_batch_is_answered_as_its_images_are(task, tmp_path):
     path = tmp_path / 'batch.onnx'
     write_graph(predictor, path, images[:1], task != 'classification', 'asymmetric', False, batch=True)
     complete(path, predictor, batch=True)
+    assert {opset.domain for opset in onnx.load(str(path)).opset_import} == {''}, 'standard operators only'
     for runtime in ('onnxruntime', 'openvino'):
         pytest.importorskip(runtime)
         session = SESSIONS[runtime](str(path), 1)

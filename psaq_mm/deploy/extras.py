@@ -5,7 +5,9 @@ import importlib
 
 from ..errors import UserError
 
-OLDEST = dict(onnx='1.14', onnxruntime='1.17', openvino='2024.0')  # opset 17, per-channel QDQ and 8-bit transformers
+OLDEST = dict(onnx='1.14', onnxruntime='1.17', openvino='2024.0',
+              polygraphy='0.49', tensorrt='10.0')
+"""For opset 17, QDQ with a scale for each channel, 8-bit transformers, and strongly typed networks."""
 
 
 def need(package: str):
@@ -18,7 +20,8 @@ def need(package: str):
     try:
         module = importlib.import_module(package)
     except ImportError as error:
-        raise UserError(f"{package} is not installed ({error}): pip install 'psaq_mm[deploy]', or pip install "
+        group = 'tensorrt' if package in ('polygraphy', 'tensorrt') else 'deploy'
+        raise UserError(f"{package} is not installed ({error}): pip install 'psaq_mm[{group}]', or pip install "
                         f"'{package}>={OLDEST[package]}'") from None
     version = module.__version__.split('-')[0]
     if Version(version) < Version(OLDEST[package]):

@@ -27,6 +27,7 @@ from ..version import __version__
 from .adapters import ConstantResizing, traceable
 from .extras import need
 from .operators import Dequantize, Linear, activation, head_product, integers_of
+from .tensorrt import for_tensorrt
 
 OPSET = 17  # the first with LayerNormalization; QuantizeLinear has had an axis since 13
 INPUT = 'images'
@@ -39,7 +40,8 @@ def exportable(model: nn.Module, preset: str = 'asymmetric') -> Iterator[None]:
 
     Args:
         model (nn.Module): Quantized and calibrated.
-        preset (str): With 'symmetric' biases stay in float: TensorRT's parser takes no DequantizeLinear of int32.
+        preset (str): With 'symmetric' biases stay in float, and integers are not moved: TensorRT's parser takes no
+            DequantizeLinear of int32, and no other operators on int8.
     """
     changed = []
 
@@ -50,6 +52,7 @@ def exportable(model: nn.Module, preset: str = 'asymmetric') -> Iterator[None]:
     for name, quantizer in quantizers(model).items():
         if quantizer.mode is Mode.QUANTIZE and not name.endswith('weight_quantizer'):
             shadow(quantizer, 'forward', partial(activation, quantizer))
+            shadow(quantizer, 'paired', preset == 'symmetric')
     for product in model.modules():
         quantizer = getattr(product, 'a_quantizer', None)
         if isinstance(product, QuantizedMatMul) and quantizer is not None and len(quantizer.scale) > 1:
@@ -177,8 +180,9 @@ def check_preset(model: nn.Module, preset: str) -> None:
                 'quantization.activation.symmetric=True')
 
 
-def write(network: nn.Module, inputs: tuple, path, input_names, output_names, axes, notes: dict, name: str) -> None:
-    """Trace a network and write the graph, BatchNorm folded.
+def write(network: nn.Module, inputs: tuple, path, input_names, output_names, axes, notes: dict, name: str,
+          preset: str = 'asymmetric') -> None:
+    """Trace a network and write the graph, BatchNorm folded; with preset 'symmetric' as TensorRT takes it.
 
     Raises:
         UserError: If there is something that ONNX does not know.
@@ -197,6 +201,8 @@ def write(network: nn.Module, inputs: tuple, path, input_names, output_names, ax
     fold_batch_norm(graph)
     if axes:  # some length is open
         separate_readers(graph)
+    if preset == 'symmetric':
+        for_tensorrt(graph)
     onnx.checker.check_model(graph)
     write_atomically(graph.SerializeToString(), Path(path))
 
@@ -250,7 +256,7 @@ def export_graph(model: nn.Module, path, size: tuple[int, int], dynamic: bool = 
                  outputs=json.dumps(features.outputs))
     with traceable(model), resizing, exportable(model, preset) if integers else quantizer_mode(model, Mode.FLOAT):
         write(features, (images, ), path, [INPUT], names, axes or None, notes,
-              type(backbone_of(model)).__name__)
+              type(backbone_of(model)).__name__, preset)
 
 
 def fold_batch_norm(graph) -> int:

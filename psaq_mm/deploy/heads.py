@@ -103,4 +103,4 @@ def export_head(model: nn.Module, name: str, inputs: tuple, path, dynamic: bool 
     notes = dict(head=name, inputs=json.dumps([list(value.shape[1:]) for value in flat]),
                  outputs=json.dumps(head.outputs), preset=preset, proposals=str(proposals), dynamic=str(dynamic))
     with traceable(model), exportable(model, preset) if integers else quantizer_mode(model, Mode.FLOAT):
-        write(head, flat, path, *names.values(), axes if dynamic or proposals else None, notes, name)
+        write(head, flat, path, *names.values(), axes if dynamic or proposals else None, notes, name, preset)

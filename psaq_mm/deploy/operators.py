@@ -43,8 +43,11 @@ def _grid(quantizer, axis):
 
 
 def grid_of(quantizer: FakeQuantizer | None) -> Grid | None:
-    """The grid of a quantizer with one scale and 8 bits, which an activation can be stored on; None of any other."""
-    if quantizer is None or quantizer.mode is not Mode.QUANTIZE:
+    """The grid of a quantizer with one scale and 8 bits, which an activation can be stored on; None of any other.
+
+    None, too, of one that is marked as ``paired``: what it quantizes is to be dequantized at once.
+    """
+    if quantizer is None or quantizer.mode is not Mode.QUANTIZE or getattr(quantizer, 'paired', False):
         return None
     if quantizer.config.bits < 8 or len(quantizer.scale) > 1:
         return None

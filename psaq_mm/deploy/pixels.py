@@ -302,7 +302,8 @@ class Pixels(nn.Module):
 
     def forward(self, images):
         height, width = images.shape[1:3]
-        x = images.permute(0, 3, 1, 2).to(torch.float32).contiguous()  # some of mmcv's operators take it for granted
+        # In this order: TensorRT casts 8-bit inputs, and does nothing else with them.
+        x = images.to(torch.float32).permute(0, 3, 1, 2).contiguous()  # some of mmcv's operators take it for granted
         if self.reverse:
             x = x.flip(1)
         factors = 1.0, 1.0

@@ -31,6 +31,7 @@ from .library import traceable_library
 from .packing import pack_weights
 from .predictor import Predictor
 from .runtime import SESSIONS
+from .tensorrt import check_for_tensorrt
 
 MODEL, INPUT = 'model.onnx', 'images'
 PYTORCH = 'PyTorch'
@@ -128,6 +129,7 @@ class Difference(NamedTuple):
                 f'{self.agreement:.3f} for {self.place}, and need {self.required:.3f}')
 
 
+@torch.no_grad()
 def write_graph(predictor: Predictor, path: Path, images: Tensor, dynamic: bool, preset: str, integers: bool,
                 notes: dict | None = None, batch: bool = False) -> int:
     """Write the graph of a predictor, which puts out feature maps after its answers: see :func:`complete`.
@@ -158,25 +160,32 @@ def write_graph(predictor: Predictor, path: Path, images: Tensor, dynamic: bool,
             else:
                 axes[name] = {**rows, **({i: f'{name}_{i}' for i in range(2, value.dim())} if dynamic else {})}
         axes = {name: found for name, found in axes.items() if found}
-        write(whole, (images, ), path, [INPUT], names, axes or None, notes or {}, type(model).__name__)
+        write(whole, (images, ), path, [INPUT], names, axes or None, notes or {}, type(model).__name__, preset)
     return len(names) - len(predictor.names)
 
 
-def complete(path: Path, predictor: Predictor, batch: bool = False) -> None:
+def complete(path: Path, predictor: Predictor, batch: bool = False, preset: str = 'asymmetric') -> None:
     """Take the feature maps from the outputs of a graph, and pack its weights, in place.
 
     Args:
         path (Path): What :func:`write_graph` wrote.
         predictor (Predictor): Of the model.
-        batch (bool): Whether it shall take several images at once.
+        batch (bool): Whether it shall take several images at once. Defaults to False.
+        preset (str): With 'symmetric' weights are not packed: TensorRT's parser wants them stored as int8.
+
+    Raises:
+        UserError: If TensorRT does not take the graph, and the preset is 'symmetric'.
     """
     onnx, answers = need('onnx'), len(predictor.names)
     graph = onnx.load_model_from_string(Path(path).read_bytes())
     features = [output.name for output in graph.graph.output[answers:]]
     del graph.graph.output[answers:]
-    pack_weights(graph)
+    if preset != 'symmetric':
+        pack_weights(graph)
     if batch and predictor.one_by_one:
         loop_over_images(graph, features, list(predictor.names), predictor.limit())
+    if preset == 'symmetric':
+        check_for_tensorrt(graph)
     onnx.checker.check_model(graph)
     Path(path).write_bytes(graph.SerializeToString())
 
@@ -315,7 +324,7 @@ class Trial:
             first = next(iter(self.examples.values()))
             write_graph(self.predictor, target, first, self.dynamic, preset, graph == 'int8', notes, self.batch)
             findings += self.hold_features(target, graph)
-            complete(target, self.predictor, self.batch)
+            complete(target, self.predictor, self.batch, preset)
             differences += self.hold_answers(target, graph)
             if graph == 'float':
                 target.unlink()
