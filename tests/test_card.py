@@ -70,7 +70,8 @@ def delivered(tmp_path_factory):
             axes = {name: axes[name] for name in ('images', *predictor.names)}
             write(predictor, (image, ), folder / 'model.onnx', ['images'], list(predictor.names), axes, {}, task)
         measured = [dict(size=size, answers=shape) for size, shape in zip(sizes, shapes)]
-        deliver(describe(predictor, cfg, dataset_meta(cfg, {}), folder / 'model.onnx', measured), folder)
+        deliver(describe(predictor, cfg, dataset_meta(cfg, {}), folder / 'model.onnx', measured,
+                         ['onnxruntime', 'openvino']), folder)
         found[task] = folder, cfg, model
     return found
 
@@ -217,6 +218,18 @@ def test_errors_are_one_line_that_says_what_to_do(delivered, pictures, tmp_path)
         done = run(folder, *arguments)
         assert done.returncode == 1 and words in done.stderr, done.stderr
         assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_runtime_that_is_wrong_is_not_taken(delivered, pictures, tmp_path):
+    folder = delivered['classification'][0]
+    for name in ('model.onnx', 'predict.py'):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    card = json.loads((folder / 'model.json').read_text())
+    (tmp_path / 'model.json').write_text(json.dumps(dict(card, runtimes=['openvino'])))
+    done = run(tmp_path, tmp_path / 'model.onnx', pictures['object'], '--runtime', 'onnxruntime')
+    assert done.returncode == 1 and 'onnxruntime was not found to compute this graph rightly: take openvino' in \
+        done.stderr
+    assert run(tmp_path, tmp_path / 'model.onnx', pictures['object']).returncode == 0
 
 
 def test_a_missing_package_is_named(delivered, pictures, tmp_path):

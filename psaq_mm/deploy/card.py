@@ -99,7 +99,8 @@ def loading_of(cfg: Config, channels: int) -> tuple[list[str], bool]:
     return ['decode the image to 8 bits a channel', turning, order], upright
 
 
-def describe(predictor: Predictor, cfg: Config, meta: dict, graph: Path, measured: list[dict]) -> dict:
+def describe(predictor: Predictor, cfg: Config, meta: dict, graph: Path, measured: list[dict],
+             runtimes: list[str]) -> dict:
     """Return what ``model.json`` says.
 
     Args:
@@ -109,6 +110,7 @@ def describe(predictor: Predictor, cfg: Config, meta: dict, graph: Path, measure
         graph (Path): The file.
         measured (list[dict]): Of each size that was measured ``size``, (H, W), ``answers``, shapes by name, and what
             else is worth telling.
+        runtimes (list[str]): Those that were found to compute the graph rightly.
     """
     onnx = need('onnx')
     model, pixels = predictor.model, predictor.pixels
@@ -120,7 +122,7 @@ def describe(predictor: Predictor, cfg: Config, meta: dict, graph: Path, measure
         f'subtract {pixels.mean.flatten().tolist()}, divide by {pixels.std.flatten().tolist()}']
     card = dict(
         kind=kind_of(predictor.names), model=type(model).__name__, backbone=type(backbone_of(model)).__name__,
-        file=Path(graph).name, sha256=digest(graph),
+        file=Path(graph).name, sha256=digest(graph), runtimes=list(runtimes),
         input=dict(image, range=[0, 255], channels='RGB' if channels == 3 else None),
         outputs=[dict(port, **({'meaning': MEANINGS[port['name']]} if port['name'] in MEANINGS else {}))
                  for port in ports(content.output, measured)],

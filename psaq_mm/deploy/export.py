@@ -473,7 +473,8 @@ def deliver_whole(model, cfg: Config, meta: dict, folder: Path, image: Tensor, s
         (folder / MODEL).unlink(missing_ok=True)
         return dict(refused=str(error), warnings=[])
     measured = [dict(item._asdict(), passed=item.passed) for item in (*found.differences, *found.findings)]
-    deliver(describe(predictor, cfg, dataset_meta(cfg, meta), found.file, found.answers), folder)
+    right = [runtime for runtime in runtimes if not found.failures(runtime)]
+    deliver(describe(predictor, cfg, dataset_meta(cfg, meta), found.file, found.answers, right), folder)
     return dict(size=found.size, size_mb=round(found.file.stat().st_size / 1e6, 2), reason=found.reason,
                 measured=measured, warnings=warnings_of({MODEL: found}, runtimes, found.reason))
 

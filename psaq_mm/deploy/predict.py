@@ -10,8 +10,6 @@ import json
 import sys
 from pathlib import Path
 
-RUNTIMES = [name for name in ('onnxruntime', 'openvino') if importlib.util.find_spec(name)] or ['openvino']
-
 
 def package(name):
     try:
@@ -30,8 +28,11 @@ def read_card(model):
     return card
 
 
-def runner(model, name):
+def runner(model, name, right):
     """A function from an array to a dict of arrays."""
+    name = name or next((known for known in right if importlib.util.find_spec(known)), right[0])
+    if name not in right:
+        sys.exit(f'{name} was not found to compute this graph rightly: take {" or ".join(right)}')
     module = package(name)
     if name == 'onnxruntime':
         session = module.InferenceSession(model.read_bytes(), providers=['CPUExecutionProvider'])
@@ -48,10 +49,9 @@ def read_image(path, card):
         image = ImageOps.exif_transpose(image) if card['upright'] else image
         if image.mode.startswith('I'):  # 16 bits
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        pixels = np.array(image.convert({1: 'L', 3: 'RGB'}.get(channels)))
+        pixels = np.array(image.convert({1: 'L', 3: 'RGB'}.get(channels))).reshape(1, image.height, image.width, -1)
     except OSError as error:
         sys.exit(f'{path} cannot be read as an image ({error})')
-    pixels = pixels.reshape(1, image.height, image.width, -1)
     if pixels.shape[3] != channels or isinstance(height, int) and pixels.shape[1:3] != (height, width):
         sys.exit(f'{path} has {image.width} x {image.height} pixels and {pixels.shape[3]} channels, the model takes '
                  f'{width} x {height} and {channels} only: convert the image first')
@@ -102,8 +102,7 @@ def understand(answers, pixels, card, score):
     for i in chosen if 'masks' in answers else ():
         inside = paste(answers['masks'][i].astype(np.float32), answers['boxes'][i].tolist(), pixels.shape[1:3], card)
         canvas[inside] = canvas[inside] * 0.5 + np.array(named(card, answers['labels'][i])[1]) * 0.5
-    picture = Image.fromarray(canvas)
-    draw = ImageDraw.Draw(picture)
+    draw = ImageDraw.Draw(picture := Image.fromarray(canvas))
     if 'probabilities' in answers:
         found['classes'] = [dict(named(card, i)[0], score=float(answers['probabilities'][i]))
                             for i in np.argsort(-answers['probabilities'])[:5]]
@@ -125,10 +124,11 @@ def main():
     parser.add_argument('images', nargs='+', type=Path)
     parser.add_argument('--out', type=Path, help='a picture of the answers; of several images, names are added')
     parser.add_argument('--json', type=Path, help='the answers; bbox is x, y, width, height, as COCO has it')
-    parser.add_argument('--runtime', choices=('onnxruntime', 'openvino'), default=RUNTIMES[0])
+    parser.add_argument('--runtime', choices=('onnxruntime', 'openvino'), help='default: one that is right')
     parser.add_argument('--score', type=float, default=0.3, help='leave out objects below; default 0.3')
     args = parser.parse_args()
-    card, run, results = read_card(args.model), runner(args.model, args.runtime), []
+    card, results = read_card(args.model), []
+    run = runner(args.model, args.runtime, card['runtimes'])
     for path in args.images:
         pixels = read_image(path, card)
         try:

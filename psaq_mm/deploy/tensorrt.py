@@ -42,11 +42,12 @@ RULES = dict(
 _FLOAT, _INTEGER, _BOOL = {'float32', 'float16'}, {'int32', 'int64'}, {'bool'}
 # Types of the first input (of Where: the second), by operators. Where ONNX fixes all types, nothing is said.
 TAKES = [
-    (_FLOAT, 'Acos Asin Atan AveragePool BatchNormalization Ceil Celu Clip Conv ConvTranspose Cos CumSum DeformConv '
-     'Einsum Elu Erf Exp Floor Gemm GlobalAveragePool GlobalMaxPool GridSample GroupNormalization HardSigmoid '
-     'HardSwish InstanceNormalization IsInf LayerNormalization LeakyRelu Log LogSoftmax LpNormalization MatMul '
-     'MaxPool Mish NonMaxSuppression NonZero PRelu Pow QuantizeLinear Reciprocal Resize RoiAlign Round Selu Sigmoid Sin Softmax '
-     'Softplus Softsign Sqrt Tan Tanh'),
+    (_FLOAT, 'Acos Asin Atan AveragePool BatchNormalization Ceil Celu Clip Conv ConvTranspose Cos CumSum '
+     'DeformConv Einsum Elu Erf Exp Floor Gemm GlobalAveragePool GlobalMaxPool GridSample '
+     'GroupNormalization HardSigmoid HardSwish InstanceNormalization IsInf LayerNormalization LeakyRelu '
+     'Log LogSoftmax LpNormalization MatMul MaxPool Mish NonMaxSuppression NonZero PRelu Pow '
+     'QuantizeLinear Reciprocal Resize RoiAlign Round Selu Sigmoid Sin Softmax Softplus Softsign Sqrt Tan '
+     'Tanh'),
     (_FLOAT | _INTEGER, 'Abs Add ArgMax ArgMin DepthToSpace Div Equal Gelu Greater GreaterOrEqual IsNaN Less '
      'LessOrEqual Max Mean Min Mod Mul Neg Pad Range ReduceL1 ReduceL2 ReduceLogSumExp ReduceMax ReduceMean ReduceMin '
      'ReduceProd ReduceSum ReduceSumSquare Relu ScatterElements ScatterND Sign SpaceToDepth Sub Sum TopK'),
