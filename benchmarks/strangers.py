@@ -1,0 +1,135 @@
+"""Accuracy of a delivered model.onnx, by a process that imports neither PyTorch nor any mm* library.
+
+    python benchmarks/strangers.py work_dirs/NAME/int8/model.onnx --images val/ --coco val.json
+    python benchmarks/strangers.py work_dirs/NAME/int8/model.onnx --images val/ --maps val_maps/
+    python benchmarks/strangers.py work_dirs/NAME/int8/model.onnx --images val/            # a folder for each class
+
+Reads images and pastes masks as the predict.py beside the graph does; pycocotools gives AP, all else is counted here.
+With --expect work_dirs/NAME/metrics.json it fails where a number is further than 0.1 points from what the library found
+for the fake-quantized model, or where the process has imported what a stranger does not have.
+"""
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ABSENT = 'torch', 'torchvision', 'cv2', 'psaq_mm', 'timm', 'mmengine', 'mmcv', 'mmdet', 'mmseg'
+NAMES = dict(box='coco/bbox_mAP', mask='coco/segm_mAP', miou='mIoU', top1='accuracy/top1')  # in metrics.json
+
+
+def script_of(model):
+    """predict.py beside a graph, as a module."""
+    spec = importlib.util.spec_from_file_location('delivered', model.with_name('predict.py'))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def average_precision(answer, script, card, images, annotations):
+    """Box and mask AP of COCO, points."""
+    from pycocotools import mask as masks
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(annotations))
+    ids = {item['name']: item['id'] for item in truth.dataset['categories']}
+    results = []
+    for image in truth.dataset['images']:
+        answers, size = answer(images / image['file_name'])
+        chosen = np.flatnonzero(answers['labels'][0] >= 0)
+        for i in chosen:
+            box = answers['boxes'][0][i].tolist()
+            x1, y1, x2, y2 = box
+            found = dict(image_id=image['id'], category_id=ids[card['classes'][int(answers['labels'][0][i])]],
+                         bbox=[x1, y1, x2 - x1, y2 - y1], score=float(answers['scores'][0][i]))
+            if 'masks' in answers:
+                inside = script.paste(answers['masks'][0][i].astype(np.float32), box, size, card)
+                code = masks.encode(np.asfortranarray(inside.astype(np.uint8)))
+                found['segmentation'] = dict(code, counts=code['counts'].decode())
+            results.append(found)
+    values = {}
+    for name, kind in (('box', 'bbox'), ('mask', 'segm')):
+        if kind == 'segm' and not any('segmentation' in item for item in results):
+            continue
+        with contextlib.redirect_stdout(io.StringIO()):
+            if kind == 'segm':  # areas of masks, not of boxes
+                results = [{key: value for key, value in item.items() if key != 'bbox'} for item in results]
+            evaluation = COCOeval(truth, truth.loadRes(results), kind)
+            evaluation.evaluate(), evaluation.accumulate(), evaluation.summarize()
+        values[name] = 100 * evaluation.stats[0]
+    return values
+
+
+def mean_iou(answer, card, images, maps):
+    """Mean intersection over union, points; 255 is ignored."""
+    count = len(card['classes'])
+    common, ours, theirs = np.zeros((3, count))
+    for path in sorted(path for path in images.iterdir() if (maps / f'{path.stem}.png').is_file()):
+        answers, _ = answer(path)
+        truth = np.array(Image.open(maps / f'{path.stem}.png'))
+        found, truth = answers['label_map'][0][truth != 255], truth[truth != 255]
+        common += np.bincount(truth[found == truth], minlength=count)[:count]
+        ours += np.bincount(found, minlength=count)[:count]
+        theirs += np.bincount(truth, minlength=count)[:count]
+    union = ours + theirs - common
+    return dict(miou=100 * float(np.mean(common[union > 0] / union[union > 0])))
+
+
+def top_1(answer, images):
+    """Share of images whose likeliest class is that of their folder, points; folders in alphabetical order."""
+    folders = sorted(path for path in images.iterdir() if path.is_dir())
+    hits = [int(answer(path)[0]['probabilities'][0].argmax()) == number
+            for number, folder in enumerate(folders) for path in sorted(folder.iterdir())]
+    return dict(top1=100 * float(np.mean(hits)))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('model', type=Path, help='model.onnx, with model.json and predict.py beside it')
+    parser.add_argument('--images', type=Path, required=True, metavar='FOLDER')
+    parser.add_argument('--coco', type=Path, metavar='FILE', help='annotations as COCO has them')
+    parser.add_argument('--maps', type=Path, metavar='FOLDER', help='label maps (.png)')
+    parser.add_argument('--runtimes', nargs='+', default=['onnxruntime', 'openvino'])
+    parser.add_argument('--expect', type=Path, metavar='FILE', help='metrics.json of the run')
+    parser.add_argument('--json', type=Path, metavar='FILE')
+    args = parser.parse_args()
+    script = script_of(args.model)
+    card, found, failed = script.read_card(args.model), {}, []
+    expected = json.loads(args.expect.read_text())['quantized'] if args.expect else {}
+    for runtime in args.runtimes:
+        run, started = script.runner(args.model, runtime, card['runtimes']), time.time()
+
+        def answer(path, run=run):
+            pixels = script.read_image(path, card)
+            return run(pixels), pixels.shape[1:3]
+
+        if args.coco:
+            values = average_precision(answer, script, card, args.images, args.coco)
+        elif args.maps:
+            values = mean_iou(answer, card, args.images, args.maps)
+        else:
+            values = top_1(answer, args.images)
+        for name, value in values.items():
+            aim = expected.get(NAMES[name])
+            aim = None if aim is None else aim * (100 if name in ('box', 'mask') else 1)
+            far = aim is not None and bool(abs(aim - value) > 0.1 + 1e-9)
+            failed += [name] if far else []
+            print(f'{runtime} {name}: {value:.2f}' + (f', the library {aim:.2f}{"  TOO FAR" * far}' if aim else ''))
+        found[runtime] = dict(values, seconds=round(time.time() - started, 1))
+    heavy = sorted({name.split('.')[0] for name in sys.modules} & set(ABSENT))
+    if heavy:
+        print(f'imported what a stranger does not have: {", ".join(heavy)}')
+    if args.json:
+        args.json.write_text(json.dumps(dict(found, expected=expected), indent=2) + '\n')
+    return bool(failed or heavy)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
