@@ -215,12 +215,14 @@ def test_memory_of_a_step_is_near_that_of_a_bare_one(tmp_path):
 @pytest.mark.slow
 def test_the_coverage_tool_takes_a_config_through_the_recipe_below_8_bits(tmp_path):
     name = 'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py'
-    run_tool('tools/coverage.py', '--match', name, '--recipe', 'low_bit', '--markdown', tmp_path / 'low.md', '--json',
-             tmp_path / 'low.json', '--logs', tmp_path / 'logs')
+    run_tool('tools/coverage.py', '--match', name, '--recipe', 'low_bit', '--export', '--markdown', tmp_path / 'low.md',
+             '--json', tmp_path / 'low.json', '--logs', tmp_path / 'logs')
     (found, result), = json.loads((tmp_path / 'low.json').read_text()).items()
     assert (found, result['result'], result['attentions']) == (name, 'pass', 4)
     text = (tmp_path / 'low.md').read_text()
-    assert '--recipe low_bit --markdown docs/low.md' in text and 'reconstruction' in text and '1 of 1 pass' in text
+    assert '--recipe low_bit --export --markdown docs/low.md' in text and 'reconstruction' in text and \
+        '1 of 1 pass' in text and '1 of these 1 are one graph' in text
+    assert result['export'] == 'any size' and result['sqnr'] > 15
 
 
 @pytest.mark.slow

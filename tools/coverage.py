@@ -31,6 +31,8 @@ def parse_args():
     parser.add_argument('--timeout', type=float, default=300, help='seconds for one config (default: 300)')
     parser.add_argument('--recipe', choices=('paper', 'low_bit'), default='paper', help='of the quantization (default: '
                         'paper); low_bit reparameterises norms and reconstructs each block before the game')
+    parser.add_argument('--export', action='store_true', help='go on to one graph of the whole model, held against '
+                        'it in OpenVINO and ONNX Runtime')
     parser.add_argument('--logs', type=Path, help='folder for what each config prints (default: a temporary one)')
     parser.add_argument('--markdown', type=Path, metavar='FILE', help='write the table here')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the results here; those of configs that are '
@@ -79,11 +81,30 @@ WORK = dict(paper='calibration, two updates of the game',
                     'two updates of each block by reconstruction, two updates of the game')
 
 
+def cell(reason):
+    """A reason as what follows in a cell of a table."""
+    return f': {reason}'.replace('|', '\\|').replace('\n', ' ')[:300] if reason else ''
+
+
+def exported(graphs):
+    """What the page says of the graphs of whole models: nothing where there are none."""
+    if not graphs:
+        return []
+    good = sum(r['export'] in ('any size', 'one size') for r in graphs)
+    refused = sum(r['export'] == 'refused' for r in graphs)
+    return [f'The last two columns: {good} of these {len(graphs)} are one graph of the whole model, {refused} are '
+            'refused by name. Each graph computes the feature maps and the answers of the fake-quantized model at '
+            '64 x 64 and 64 x 96 pixels, in OpenVINO and in ONNX Runtime, without the resizing of the test pipeline. '
+            "'any size' is one graph for both sizes, 'one size' a graph for a single one, and the cell says why. SQNR "
+            'is that of the feature maps, the lowest of all.', '']
+
+
 def write_markdown(results, path, recipe):
     """The table, families together."""
     from psaq_mm.engine import versions
     passed = sum(r['result'] == 'pass' for r in results.values())
-    chosen = '' if recipe == 'paper' else f' --recipe {recipe}'
+    graphs = [r for r in results.values() if 'export' in r]
+    chosen = ('' if recipe == 'paper' else f' --recipe {recipe}') + ' --export' * bool(graphs)
     lines = ['# Coverage', '',
              f'Written by `python tools/coverage.py{chosen} --markdown docs/{path.name}`. Every config that the '
              'metafiles of the installed zoos name, with a transformer for backbone, neck or encoder, made shallow and '
@@ -97,11 +118,14 @@ def write_markdown(results, path, recipe):
              f'{passed} of {len(results)} pass ('
              + ', '.join(f'{name} {version}' for name, version in versions().items()
                          if name in ('torch', 'mmcv', 'mmdet', 'mmsegmentation')) + ').', '',
-             '| config | result | quantized | layers and products | attentions |', '| --- | --- | --- | ---: | ---: |']
+             *exported(graphs),
+             '| config | result | quantized | layers and products | attentions | graph of the whole model | SQNR, dB |',
+             '| --- | --- | --- | ---: | ---: | --- | ---: |']
     for name, result in results.items():
-        reason = f": {result['reason']}".replace('|', '\\|').replace('\n', ' ')[:300] if result.get('reason') else ''
-        lines.append(f"| {name} | {result['result']}{reason} | {', '.join(result.get('scope', []))} | "
-                     f"{result.get('layers', '')} | {result.get('attentions', '')} |")
+        cells = (name, result['result'] + cell(result.get('reason')), ', '.join(result.get('scope', [])),
+                 result.get('layers', ''), result.get('attentions', ''),
+                 result.get('export', '') + cell(result.get('export_reason')), result.get('sqnr', ''))
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text('\n'.join(lines) + '\n', encoding='utf-8')
 
@@ -135,7 +159,8 @@ def coverage(args):
             results[name] = dict(result='refused', reason=reason)
         else:
             with tempfile.TemporaryDirectory() as work_dir:
-                results[name] = check_apart(path, work_dir, log, args.timeout, dict(recipe=args.recipe))
+                results[name] = check_apart(path, work_dir, log, args.timeout, dict(recipe=args.recipe),
+                                            args.export)
         if 'reason' in results[name]:
             results[name]['reason'] = without_folders(results[name]['reason'])
         print(name, results[name]['result'], results[name].get('reason', ''), flush=True)

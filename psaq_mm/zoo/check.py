@@ -189,7 +189,62 @@ def can_predict(model: nn.Module, cfg: Config, image: Tensor) -> bool:
         return False
 
 
-def check_config(path, work_dir, size: int = SIZE, stanza: dict | None = None) -> dict:
+def without_resizing(pipeline: list[dict]) -> list[dict]:
+    """Return a test pipeline that leaves small images small."""
+    kinds = [str(step.get('type')).rpartition('.')[2] for step in pipeline]
+    return [step for step, kind in zip(pipeline, kinds) if not ('Resize' in kind or kind in ('Pad', 'CenterCrop'))]
+
+
+def check_export(model: nn.Module, cfg: Config, work_dir, size: int = SIZE) -> dict:
+    """Write a quantized model as one graph, and hold it against the model at two sizes in both runtimes.
+
+    Args:
+        model (nn.Module): Quantized, on CPU.
+        cfg (Config): Its config.
+        work_dir (str | Path): For the graph.
+        size (int): Pixels of a side: one size is square, one half as wide again. Defaults to 64.
+
+    Returns:
+        dict: ``export``: 'any size', 'one size', 'refused' or 'failed'; ``export_reason``, why not or not any size; and
+        ``sqnr`` of the int8 graph's feature maps against the model's, dB, the lowest.
+    """
+    from ..deploy.agreement import first_line
+    from ..deploy.predictor import predictor_of
+    from ..deploy.runtime import RUNTIMES
+    from ..deploy.whole import MODEL, Trial, enlarged
+    cfg = copy.deepcopy(cfg)
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset and 'pipeline' not in dataset:
+        dataset = dataset.dataset
+    dataset.pipeline = without_resizing(dataset.pipeline)
+    try:
+        predictor = predictor_of(model, cfg).eval()
+    except UserError as error:
+        return dict(export='refused', export_reason=str(error))
+    image = torch.randint(0, 256, (1, size, size, image_channels(model)), dtype=torch.uint8,
+                          generator=torch.Generator().manual_seed(0))
+    images = {f'{height} x {width}': enlarged(image, (height, width)) for height, width in (
+        (size, size), (size, size * 3 // 2))}
+    reason = None
+    for dynamic, places in ((True, list(images)), (False, list(images)[:1]), (False, list(images)[1:])):
+        try:
+            found = Trial(predictor, {place: images[place] for place in places}, dynamic, False, list(RUNTIMES)).run(
+                Path(work_dir) / MODEL, 'asymmetric', {})
+            failed = [str(item) for runtime in RUNTIMES for item in found.failures(runtime)]
+        except UserError as error:
+            return dict(export='refused', export_reason=str(error))
+        except Exception as error:  # the exporter's, the library's or a runtime's
+            failed = [first_line(error)]
+        if not failed:
+            measured = [item.sqnr for item in found.findings if item.graph == 'int8']
+            if dynamic:
+                return dict(export='any size', sqnr=round(min(measured), 1))
+            return dict(export='one size', export_reason=reason, sqnr=round(min(measured), 1))
+        reason = reason or failed[0]
+    return dict(export='failed', export_reason=reason)
+
+
+def check_config(path, work_dir, size: int = SIZE, stanza: dict | None = None, export: bool = False) -> dict:
     """Take a config through the whole job: stanza, conversion, synthesis, calibration, two updates of the game,
     prediction, saving, reloading, and the same prediction again.
 
@@ -198,10 +253,12 @@ def check_config(path, work_dir, size: int = SIZE, stanza: dict | None = None) -
         work_dir (str | Path): For what is written.
         size (int): Pixels of a side. Defaults to 64.
         stanza (dict, optional): Settings besides the sizes and numbers of steps.
+        export (bool): Whether to go on to :func:`check_export`. Defaults to False.
 
     Returns:
-        dict: ``scope``; ``compared``: 'predictions', or 'features' where the float model needs annotations to predict;
-        ``layers``, how many are quantized; ``attentions``, of how many the products are.
+        dict: What :func:`check_export` gives; ``scope``; ``compared``: 'predictions', or 'features' where the float
+        model needs annotations to predict; ``layers``, how many are quantized; ``attentions``, of how many the products
+        are.
 
     Raises:
         UserError: Where psaq_mm or the library says no.
@@ -253,16 +310,17 @@ def check_config(path, work_dir, size: int = SIZE, stanza: dict | None = None) -
         torch.testing.assert_close(a.float(), b.float(), rtol=1e-4, atol=1e-5)
     layers = quantized_layers(student)
     attentions = sum(isinstance(layer, QuantizedMatMul) and name.endswith(SCORES) for name, layer in layers.items())
+    found = check_export(reloaded, cfg, work_dir, size) if export else {}
     return dict(scope=scope(student, quantization), compared='predictions' if predicts else 'features',
-                layers=len(layers), attentions=attentions)
+                layers=len(layers), attentions=attentions, **found)
 
 
-def _work(connection, path, work_dir, log, stanza):
+def _work(connection, path, work_dir, log, stanza, export):
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
     try:
-        connection.send(dict(result='pass', **check_config(path, work_dir, stanza=stanza)))
+        connection.send(dict(result='pass', **check_config(path, work_dir, stanza=stanza, export=export)))
     except UserError as error:
         connection.send(dict(result='refused', reason=str(error)))
     except BaseException as error:  # what nobody foresaw is what this is to find
@@ -271,7 +329,7 @@ def _work(connection, path, work_dir, log, stanza):
         connection.send(dict(result='failed', reason=f'{type(error).__name__}: {error}'))
 
 
-def check_apart(path, work_dir, log, timeout: float, stanza: dict | None = None) -> dict:
+def check_apart(path, work_dir, log, timeout: float, stanza: dict | None = None, export: bool = False) -> dict:
     """:func:`check_config` in a process of its own, which may crash or hang.
 
     Args:
@@ -279,14 +337,14 @@ def check_apart(path, work_dir, log, timeout: float, stanza: dict | None = None)
         work_dir (str | Path): For what is written.
         log (str | Path): For what is printed.
         timeout (float): Seconds.
-        stanza (dict, optional): See :func:`check_config`.
+        stanza (dict, optional), export (bool): See :func:`check_config`.
 
     Returns:
         dict: ``result``: 'pass', 'refused' (a clear error) or 'failed'; ``reason``; and what a pass gives.
     """
     context = multiprocessing.get_context('fork')
     ours, theirs = context.Pipe(False)
-    process = context.Process(target=_work, args=(theirs, path, work_dir, log, stanza))
+    process = context.Process(target=_work, args=(theirs, path, work_dir, log, stanza, export))
     process.start()
     theirs.close()
     try:
