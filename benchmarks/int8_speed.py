@@ -6,8 +6,10 @@
 All models take turns in one process; times are medians, ratios are to eager float. Weights are random and images noise:
 latency does not depend on them. ONNX Runtime's own static quantization and, where nncf is installed, NNCF's are applied
 to the same float graph. Whole-detector and whole-segmentor rows (--predict) time mm*'s ``predict`` with the graph
-inside, and with graphs of the quantized heads, too. Peak memory (--peak, Linux) is what a process of its own needs
-beyond its imports to load a model and to run it three times.
+inside, and with graphs of the quantized heads, too. --complete compares whole models as one graph each, from pixels to
+answers, with the library's own test_step in eager float. It makes some classes likely, so that the second stage of a
+detector has as much to do as in a trained one. Peak memory (--peak, Linux) is what a process of its own needs beyond
+its imports to load a model and to run it three times.
 """
 import argparse
 import copy
@@ -21,6 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PREDICT = 'predict'
+LIKELY = 30.0  # how much more the classes of random weights are made to differ
 PAUSE = 0.1  # seconds in which the threads of the one before, which wait actively for more work, give up
 CASES = {
     'swin_t_fpn_512': ('Mask R-CNN Swin-T + FPN, 512 x 512', 'mask_rcnn_swin_t_w8a8.py', (512, 512)),
@@ -37,6 +40,7 @@ def parse_args():
     parser.add_argument('--repeats', type=int, default=7)
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--predict', action='store_true', help='also time predict of the whole model')
+    parser.add_argument('--complete', action='store_true', help='only whole models, each as one graph')
     parser.add_argument('--dynamic', action='store_true', help='also our graph for every image size')
     parser.add_argument('--peak', action='store_true', help='also measure peak memory')
     parser.add_argument('--alone', metavar='RUNTIME=FILE', help=argparse.SUPPRESS)  # what --peak starts
@@ -244,6 +248,78 @@ def contestants(path, size, folder, args):
     return runs
 
 
+def complete_contestants(path, size, folder, args):
+    """All ways to compute a whole model, from pixels to answers: callables by name, and the files they need."""
+    import torch
+    from mmengine.config import Config
+
+    from psaq_mm.classification import Classifier
+    from psaq_mm.deploy.predictor import predictor_of
+    from psaq_mm.deploy.whole import complete, write_graph
+    from psaq_mm.engine.config import without_pretrained
+    from psaq_mm.models import extract_features, quantize_model
+    from psaq_mm.quantization import calibrate
+    from psaq_mm.zoo.check import without_resizing
+    cfg = Config.fromfile(ROOT / 'configs' / path)
+    cfg.model = without_pretrained(cfg.model)
+    cfg.test_dataloader.dataset.pipeline = without_resizing(cfg.test_dataloader.dataset.pipeline)
+    model = float_model(path)
+    if hasattr(model, 'roi_head'):
+        model.roi_head.bbox_head.fc_cls.weight.mul_(LIKELY)
+    plain_model, classifier = copy.deepcopy(model), isinstance(model, Classifier)
+    images = torch.randint(0, 256, (1, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    array = images.numpy()
+    normalised = predictor_of(model, cfg).pixels(images)[0]
+    heads = [name for name in ('head', 'rpn_head', 'roi_head', 'decode_head') if hasattr(model, name)]
+    parts = ['backbone', *heads] if classifier else ['backbone', 'neck']
+    data, files = data_of(plain_model, images), {}
+
+    def eager(model):
+        """What the library computes for the image."""
+        if classifier:
+            return model.logits(model.data_preprocessor(data)['inputs']).softmax(-1)
+        return model.test_step(data)
+
+    for name, targets in (('ours', parts), ) + (('heads too', parts + heads), ) * (not classifier):
+        quantized = copy.deepcopy(plain_model)
+        quantize_model(quantized, dict(targets=targets))
+        calibrate(quantized, partial(eager, quantized) if targets != parts else partial(
+            extract_features, quantized, normalised, True))
+        predictor = predictor_of(quantized, cfg).eval()
+        for kind in ('float', 'int8')[bool(files):]:
+            files[name if kind == 'int8' else kind] = file = folder / f'{name.replace(" ", "_")}_{kind}.onnx'
+            write_graph(predictor, file, images, False, 'asymmetric', kind == 'int8')
+            complete(file, predictor)
+    runs = {'eager float': (partial(eager, plain_model), files['float'])}
+    for kind, runtime in (('ONNX Runtime', ort_session), ('OpenVINO', openvino_network)):
+        runs[f'{kind} float'] = partial(runtime(str(files['float']), args.threads), array), files['float']
+    try:
+        ort_static(files['float'], folder / 'ort_int8.onnx', [array])
+        runs['ONNX Runtime int8, its own PTQ'] = partial(
+            ort_session(folder / 'ort_int8.onnx', args.threads), array), folder / 'ort_int8.onnx'
+        network = nncf_static(files['float'], [array])
+        if network is not None:
+            import openvino
+            openvino.save_model(network, folder / 'nncf.xml', compress_to_fp16=False)
+            runs['OpenVINO int8, NNCF PTQ'] = partial(openvino_network(network, args.threads), array), \
+                folder / 'nncf.bin'
+    except Exception as error:  # a contestant's own
+        print(f'left out: {type(error).__name__}: {str(error).splitlines()[0]}')
+    for name in [name for name in files if name != 'float']:
+        for kind, runtime in (('ONNX Runtime', ort_session), ('OpenVINO', openvino_network)):
+            runs[f'{kind} int8, psaq_mm' + ', heads too' * (name == 'heads too')] = partial(
+                runtime(str(files[name]), args.threads), array), files[name]
+    counts = [value.shape for value in openvino_network(str(files['float']), args.threads)(array)]
+    print(f'answers of the float graph: {[tuple(shape) for shape in counts]}')
+    return runs
+
+
+def data_of(model, images):
+    """Images (1, H, W, 3) as an evaluation hands them to ``test_step``."""
+    image = images[0].permute(2, 0, 1).flip(0).contiguous()  # BGR, as they are read
+    return dict(inputs=[image], data_samples=samples_for(model, image[None]))
+
+
 def main():
     args = parse_args()
     import logging
@@ -264,7 +340,8 @@ def main():
         columns = ['', 'seconds', 'speed-up', 'size, MB', *['peak, MB'] * args.peak]
         table = Table(*columns, title=f'{title}, {args.threads} threads')
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-            runs = contestants(path, size, Path(folder), args)
+            make = complete_contestants if args.complete else contestants
+            runs = make(path, size, Path(folder), args)
             times = take_turns({name: run for name, (run, _) in runs.items()}, args.repeats)
             for name, seconds in times.items():
                 base = times[f'{PREDICT}, eager float' if name.startswith(PREDICT) else 'eager float']
