@@ -27,8 +27,10 @@ def main():
                         "instead of the grid's")
     args = parser.parse_args()
     metrics = args.grid / 'metrics.json'
-    if not metrics.is_file():
-        print(f'error: {metrics} does not exist: run benchmarks/deit_tiny.py first, --grid names its --out',
+    missing = next((path for path in [args.grid / 'full_precision.pth', *[metrics] * (not args.runs)]
+                    if not path.is_file()), None)
+    if missing:
+        print(f'error: {missing} does not exist: run benchmarks/deit_tiny.py first, --grid names its --out',
               file=sys.stderr)
         return 2
     import json
