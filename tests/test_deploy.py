@@ -508,6 +508,8 @@ def test_detector_by_mmdets_own_tools(quantized_run, tmp_path):
     whole = result['whole']
     assert whole['size'] is None and all(item['passed'] for item in whole['measured'])
     assert {item['graph'] for item in whole['measured']} == {'replaced', 'float', 'int8'}
+    claimed = json.loads((work_dir / 'metrics.json').read_text())['size_mb']['quantized']
+    assert whole['size_mb'] == pytest.approx(claimed, rel=0.05)
     batches = [(item['graph'], item['runtime']) for item in whole['measured'] if item['place'].startswith('3 images')]
     assert set(itertools.product(('float', 'int8'), RUNTIMES)) == set(batches)
     assert all((tmp_path / 'int8' / name).is_file() for name in ('model.onnx', 'model.json', 'predict.py'))

@@ -192,8 +192,9 @@ def write(network: nn.Module, inputs: tuple, path, input_names, output_names, ax
     with warnings.catch_warnings(), mock.patch.object(torch._C, '_jit_onnx_log', print_nothing, create=True):
         warnings.simplefilter('ignore')  # the tracer's, about Python numbers that are the same at every size
         try:
+            # What is folded here is stored at its full size: each relative position bias for each pair of places.
             torch.onnx.export(network, inputs, stream, dynamo=False, opset_version=OPSET, input_names=input_names,
-                              output_names=output_names, dynamic_axes=axes)
+                              output_names=output_names, dynamic_axes=axes, do_constant_folding=False)
         except torch.onnx.errors.OnnxExporterError as error:
             raise UserError(f'{name} cannot be exported to ONNX: {str(error).splitlines()[0]}') from None
     graph = onnx.load_model_from_string(stream.getvalue())

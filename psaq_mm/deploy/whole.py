@@ -25,6 +25,7 @@ from .adapters import traceable
 from .agreement import LIMIT_DB, SAME_DB, Finding, compare, first_line, required, sqnr
 from .answers import agreement, single
 from .batches import loop_over_images
+from .compact import compact
 from .extras import need
 from .graph import exportable, write
 from .library import traceable_library
@@ -165,7 +166,7 @@ def write_graph(predictor: Predictor, path: Path, images: Tensor, dynamic: bool,
 
 
 def complete(path: Path, predictor: Predictor, batch: bool = False, preset: str = 'asymmetric') -> None:
-    """Take the feature maps from the outputs of a graph, and pack its weights, in place.
+    """Take the feature maps from the outputs of a graph, pack its weights and make it small, in place.
 
     Args:
         path (Path): What :func:`write_graph` wrote.
@@ -186,6 +187,7 @@ def complete(path: Path, predictor: Predictor, batch: bool = False, preset: str 
         loop_over_images(graph, features, list(predictor.names), predictor.limit())
     if preset == 'symmetric':
         check_for_tensorrt(graph)
+    compact(graph)
     onnx.checker.check_model(graph)
     Path(path).write_bytes(graph.SerializeToString())
 
