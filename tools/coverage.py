@@ -93,10 +93,10 @@ def exported(graphs):
     good = sum(r['export'] in ('any size', 'one size') for r in graphs)
     refused = sum(r['export'] == 'refused' for r in graphs)
     return [f'The last two columns: {good} of these {len(graphs)} are one graph of the whole model, {refused} are '
-            'refused by name. Each graph computes the feature maps and the answers of the fake-quantized model at '
-            '64 x 64 and 64 x 96 pixels, in OpenVINO and in ONNX Runtime, without the resizing of the test pipeline. '
-            "'any size' is one graph for both sizes, 'one size' a graph for a single one, and the cell says why. SQNR "
-            'is that of the feature maps, the lowest of all.', '']
+            'refused by name. Each graph computes the feature maps and the answers of the fake-quantized model in '
+            'OpenVINO and in ONNX Runtime, without the resizing of the test pipeline. '
+            "'any size' is one graph, measured at 128 x 128 and 128 x 192 pixels; 'one size' is a graph for 64 x 64 "
+            'or 64 x 96, and the cell says why. SQNR is that of the feature maps, the lowest of all.', '']
 
 
 def write_markdown(results, path, recipe):
