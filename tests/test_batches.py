@@ -10,10 +10,11 @@ from psaq_mm.deploy.answers import single
 from psaq_mm.deploy.batches import loop_over_images
 from psaq_mm.deploy.predictor import predictor_of
 from psaq_mm.deploy.runtime import SESSIONS
-from psaq_mm.deploy.whole import complete, write_graph
+from psaq_mm.deploy.whole import complete, export_whole, write_graph
 from psaq_mm.errors import UserError
 
 from .test_card import model_of
+from .test_deploy import calibrated
 
 onnx = pytest.importorskip('onnx')
 
@@ -86,3 +87,11 @@ def test_rows_need_a_limit():
     del model.test_cfg.rcnn['max_per_img']
     with pytest.raises(UserError, match='max_per_img'):
         predictor.limit()
+
+
+def test_a_model_of_one_size_is_exported_for_that(tmp_path):
+    cfg, model = model_of('classification')
+    model = calibrated(model, {}, torch.randn(2, 3, 96, 96), True)
+    images = torch.randint(0, 255, (1, 96, 96, 3), dtype=torch.uint8)
+    found = export_whole(predictor_of(model, cfg).eval(), tmp_path, images, False, ['onnxruntime'])
+    assert found.size == (96, 96) and "doesn't match model (96)" in found.reason and found.file.is_file()

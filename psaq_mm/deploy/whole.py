@@ -279,13 +279,13 @@ def export_whole(predictor: Predictor, folder: Path, images: Tensor, fixed: bool
     reason = None
     for dynamic in (False, ) if fixed else (True, False):
         sizes = sizes_of(tuple(images.shape[1:3])) if dynamic else [tuple(images.shape[1:3])]
-        trial = Trial(predictor, {f'{h} x {w}': enlarged(images, (h, w)) for h, w in sizes}, dynamic, batch, runtimes)
+        examples = {f'{h} x {w}': enlarged(images, (h, w)) for h, w in sizes}
         try:
-            found = trial.run(Path(folder) / MODEL, preset, notes)
-        except Exception as error:  # the exporter's or the model's, which traces what it never did
+            found = Trial(predictor, examples, dynamic, batch, runtimes).run(Path(folder) / MODEL, preset, notes)
+        except Exception as error:  # the model's own at a size that it does not take, or the exporter's
             if isinstance(error, UserError) and not dynamic:
                 raise
-            failure = f'it cannot be traced ({first_line(error)})'
+            failure = f'it does not run, or cannot be traced ({first_line(error)})'
         else:
             failed = found.failures(runtimes[0])
             if not failed:
