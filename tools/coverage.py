@@ -161,8 +161,9 @@ def coverage(args):
             with tempfile.TemporaryDirectory() as work_dir:
                 results[name] = check_apart(path, work_dir, log, args.timeout, dict(recipe=args.recipe),
                                             args.export)
-        if 'reason' in results[name]:
-            results[name]['reason'] = without_folders(results[name]['reason'])
+        for key in ('reason', 'export_reason'):
+            if results[name].get(key):
+                results[name][key] = without_folders(results[name][key])
         print(name, results[name]['result'], results[name].get('reason', ''), flush=True)
         results = dict(sorted(results.items()))
         if args.json:

@@ -27,7 +27,7 @@ def loop_over_images(model, rows: list[str], answers: list[str], limit: int) -> 
     helper, kinds = onnx.helper, onnx.TensorProto
     makers = {output: node for node in graph.node for output in node.output}
     rows = list(dict.fromkeys(_original(name, makers) for name in rows))
-    inside, outside = _divide(graph, rows, answers)
+    inside, outside = _divide(graph, rows)
     steps, stored = [], []
 
     def constant(name, array):
@@ -87,7 +87,7 @@ def loop_over_images(model, rows: list[str], answers: list[str], limit: int) -> 
         graph.output.append(helper.make_tensor_value_info(name, values[name].elem_type, ['batch', *dims]))
 
 
-def _divide(graph, rows, answers):
+def _divide(graph, rows):
     """Return the nodes that compute answers from rows, with constants that only they read, and all other nodes."""
     of_rows, of_images = set(rows), {item.name for item in graph.input}
     for node in graph.node:

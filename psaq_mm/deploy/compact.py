@@ -1,9 +1,9 @@
 """Makes a finished graph small without changing what it computes: equal constants are one, names are short."""
 from __future__ import annotations
 
-from .extras import need
+import numpy as np
 
-DIGITS = '0123456789abcdefghijklmnopqrstuvwxyz'
+from .extras import need
 
 
 def compact(model) -> None:
@@ -21,11 +21,7 @@ def compact(model) -> None:
 
     def short(name):
         if name not in names:
-            number, text = len(names), ''
-            while number:
-                number, digit = divmod(number, len(DIGITS))
-                text = DIGITS[digit] + text
-            names[name] = f'_{text}'
+            names[name] = f'_{np.base_repr(len(names), 36).lower()}'
         return names[name]
 
     def shorten(graph, outer):

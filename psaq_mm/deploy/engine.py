@@ -59,9 +59,9 @@ def compared(run: Callable, path: Path) -> tuple[str, bool]:
     Returns:
         tuple[str, bool]: What was found, and whether that is good.
     """
-    graph = need('onnx').load_model_from_string(Path(path).read_bytes()).graph
+    model = need('onnx').load_model_from_string(Path(path).read_bytes())
+    graph, notes = model.graph, {item.key: item.value for item in model.metadata_props}
     names = [output.name for output in graph.output]
-    notes = {item.key: item.value for item in need('onnx').load(str(path)).metadata_props}
     if 'probes' in notes:
         found = [probe.check(lambda x: [torch.from_numpy(run({INPUT: x.numpy()})[name]) for name in names], RUNTIME)
                  for probe in unpacked(notes['probes'])]

@@ -9,7 +9,7 @@ Three comparisons, in every runtime that is installed and at sizes that stand fo
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -234,7 +234,6 @@ class Whole(NamedTuple):
                 if item.runtime in (runtime, PYTORCH) and not item.passed]
 
 
-
 def in_pixels(predictor: Predictor, images: Tensor) -> Tensor:
     """Return images of the model's input space as the graph takes them, (B, H, W, C) uint8 from (B, C, H, W)."""
     pixels = predictor.pixels
@@ -346,20 +345,31 @@ class Trial:
         """Return what a graph shall compute, by place."""
         return self.full if graph == 'float' else self.quantized
 
-    def hold_features(self, path: Path, graph: str) -> list[Finding]:
-        """Hold the feature maps of a graph, which are its last outputs, against the model's."""
-        found = []
+    def running(self, path: Path, graph: str, missed: Callable) -> Iterator[tuple[dict, Callable]]:
+        """Yield where a graph runs, and what runs it: from images to arrays.
+
+        Args:
+            path (Path): The graph.
+            graph (str): 'float' or 'int8'.
+            missed (Callable): Is told of each runtime that cannot load it: ``place``, ``error``, and where.
+        """
         for runtime in self.runtimes:
             where = dict(graph=graph, runtime=runtime)
             try:
                 session = SESSIONS[runtime](str(path), 0)
             except Exception as error:
-                place = next(iter(self.examples))
-                found.append(Finding(place, sqnr=-LIMIT_DB, required=SAME_DB, error=first_line(error), **where))
+                missed(place=next(iter(self.examples)), error=first_line(error), **where)
                 continue
+            yield where, lambda images, session=session: session.run({INPUT: images.numpy()})
 
-            def features(images, session=session):
-                return [torch.from_numpy(x) for x in session.run({INPUT: images.numpy()})[len(self.names):]]
+    def hold_features(self, path: Path, graph: str) -> list[Finding]:
+        """Hold the feature maps of a graph, which are its last outputs, against the model's."""
+        found = []
+        for where, run in self.running(path, graph, lambda **missed: found.append(
+                Finding(sqnr=-LIMIT_DB, required=SAME_DB, **missed))):
+
+            def features(images, run=run):
+                return [torch.from_numpy(x) for x in run(images)[len(self.names):]]
 
             for place, image in self.examples.items():
                 marks = [required(sqnr(a, b)) if graph == 'int8' else SAME_DB
@@ -371,17 +381,11 @@ class Trial:
     def hold_answers(self, path: Path, graph: str) -> list[Difference]:
         """Hold the answers of a graph against the model's, and those to a batch against those to its images."""
         found = []
-        for runtime in self.runtimes:
-            where = dict(graph=graph, runtime=runtime)
-            try:
-                session = SESSIONS[runtime](str(path), 0)
-            except Exception as error:
-                place = next(iter(self.examples))
-                found.append(Difference(place, agreement=0.0, required=1.0, error=first_line(error), **where))
-                continue
+        for where, run in self.running(path, graph, lambda **missed: found.append(
+                Difference(agreement=0.0, required=1.0, **missed))):
 
-            def answers(images, session=session):
-                return single(self.names, session.run({INPUT: images.numpy()}))
+            def answers(images, run=run):
+                return single(self.names, run(images))
 
             for place, image in self.examples.items():
                 mark = SAME

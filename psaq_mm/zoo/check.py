@@ -191,7 +191,8 @@ def can_predict(model: nn.Module, cfg: Config, image: Tensor) -> bool:
 
 def without_resizing(pipeline: list[dict]) -> list[dict]:
     """Return a test pipeline that leaves small images small."""
-    kinds = [str(step.get('type')).rpartition('.')[2] for step in pipeline]
+    from ..deploy.pixels import kind_of
+    kinds = [kind_of(step) for step in pipeline]
     return [step for step, kind in zip(pipeline, kinds) if not ('Resize' in kind or kind in ('Pad', 'CenterCrop'))]
 
 
@@ -211,13 +212,12 @@ def check_export(model: nn.Module, cfg: Config, work_dir, size: int = SIZE) -> d
         ``sqnr`` of the int8 graph's feature maps against the model's, dB, the lowest.
     """
     from ..deploy.agreement import first_line
+    from ..deploy.pixels import test_dataset
     from ..deploy.predictor import predictor_of
     from ..deploy.runtime import RUNTIMES
     from ..deploy.whole import MODEL, Trial, enlarged
     cfg = copy.deepcopy(cfg)
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset and 'pipeline' not in dataset:
-        dataset = dataset.dataset
+    dataset = test_dataset(cfg)
     dataset.pipeline = without_resizing(dataset.pipeline)
     try:
         predictor = predictor_of(model, cfg).eval()
