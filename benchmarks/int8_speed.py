@@ -288,7 +288,7 @@ def complete_contestants(path, size, folder, args):
         predictor = predictor_of(quantized, cfg).eval()
         for kind in ('float', 'int8')[bool(files):]:
             files[name if kind == 'int8' else kind] = file = folder / f'{name.replace(" ", "_")}_{kind}.onnx'
-            write_graph(predictor, file, images, False, 'asymmetric', kind == 'int8')
+            write_graph(predictor, file, images, False, integers=kind == 'int8')
             complete(file, predictor)
     runs = {'eager float': (partial(eager, plain_model), files['float'])}
     for kind, runtime in (('ONNX Runtime', ort_session), ('OpenVINO', openvino_network)):

@@ -8,6 +8,7 @@ from torch import nn
 
 from psaq_mm.deploy.answers import single
 from psaq_mm.deploy.batches import loop_over_images
+from psaq_mm.deploy.graph import Form
 from psaq_mm.deploy.predictor import predictor_of
 from psaq_mm.deploy.runtime import SESSIONS
 from psaq_mm.deploy.whole import complete, export_whole, write_graph
@@ -61,8 +62,8 @@ def test_a_batch_is_answered_as_its_images_are(task, tmp_path):
     images = torch.randint(0, 255, (3, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images[1] = 0
     path = tmp_path / 'batch.onnx'
-    write_graph(predictor, path, images[:1], task != 'classification', 'asymmetric', False, batch=True)
-    complete(path, predictor, batch=True)
+    write_graph(predictor, path, images[:1], task != 'classification', Form(batch=True), False)
+    complete(path, predictor, Form(batch=True))
     assert {opset.domain for opset in onnx.load(str(path)).opset_import} == {''}, 'standard operators only'
     for runtime in ('onnxruntime', 'openvino'):
         pytest.importorskip(runtime)

@@ -25,7 +25,7 @@ from psaq_mm.deploy.export import (
     quantized_config,
 )
 from psaq_mm.deploy.extras import need
-from psaq_mm.deploy.graph import Features, nesting
+from psaq_mm.deploy.graph import Features, Form, nesting
 from psaq_mm.engine.config import default_scope
 from psaq_mm.errors import UserError
 from psaq_mm.models import extract_features, quantize_model, quantize_model_config
@@ -198,7 +198,7 @@ def test_one_layer_is_exact(tmp_path, bits, symmetric):
         weight=dict(bits=bits), activation=dict(bits=bits, symmetric=symmetric), patch_embed_bits=bits,
         keep_float=['backbone.stages.*', 'neck.*']), torch.randn(2, 3, 64, 64))
     model.extract_feat = lambda images: [model.backbone.patch_embed(images)[0]]
-    export_graph(model, tmp_path / 'one.onnx', (64, 64), preset='symmetric' if symmetric else 'asymmetric')
+    export_graph(model, tmp_path / 'one.onnx', (64, 64), form=Form('symmetric' if symmetric else 'asymmetric'))
     images = 3 * torch.randn(1, 3, 64, 64)  # some outside the range
     with torch.no_grad():
         expected, = Features(model)(images)
@@ -253,7 +253,7 @@ def test_wrong_sizes_runtimes_and_files_are_explained(tmp_path):
     with pytest.raises(UserError, match='no ONNX graph'):
         Graph(tmp_path / 'text.onnx')
     with pytest.raises(UserError, match='symmetric.*activation.symmetric=True'):
-        export_graph(model, path, (64, 64), preset='symmetric')
+        export_graph(model, path, (64, 64), form=Form('symmetric'))
     next(q for q in quantizers(model).values()).calibrated = False
     with pytest.raises(UncalibratedError, match='no scale for .*tools/dfq.py'):
         export_graph(model, path, (64, 64))
@@ -319,7 +319,7 @@ def frozen(kind=Frozen):
                                        (OneSize, 'the model itself takes no other size')])
 def test_a_graph_that_is_wrong_at_other_sizes_becomes_one_for_one_size(kind, why, tmp_path):
     model, image = frozen(kind)
-    found = export_features(model, tmp_path, image, (40, 48), False, list(RUNTIMES), 'asymmetric')
+    found = export_features(model, tmp_path, image, (40, 48), False, list(RUNTIMES))
     assert found['size'] == (40, 48) and re.search(why, found['reason'])
     assert {item.runtime for item in found['part'].findings if item.passed} == set(RUNTIMES)
     assert [path.name for path in tmp_path.iterdir()] == ['features.onnx']
@@ -334,8 +334,8 @@ def test_a_runtime_that_computes_wrongly_is_refused_by_name(tmp_path, monkeypatc
     right = OnnxRuntimeSession.run
     monkeypatch.setattr(OnnxRuntimeSession, 'run', lambda self, inputs: [0.5 * out for out in right(self, inputs)])
     with pytest.raises(UserError, match='onnxruntime .* SQNR of .*; openvino computes it rightly, use --runtime'):
-        export_features(model, tmp_path, image, (40, 48), True, ['onnxruntime', 'openvino'], 'asymmetric')
-    found = export_features(model, tmp_path, image, (40, 48), True, ['openvino', 'onnxruntime'], 'asymmetric')
+        export_features(model, tmp_path, image, (40, 48), True, ['onnxruntime', 'openvino'])
+    found = export_features(model, tmp_path, image, (40, 48), True, ['openvino', 'onnxruntime'])
     assert found['part'].passed('openvino') and not found['part'].passed('onnxruntime')
     Graph(tmp_path / 'features.onnx', 'openvino')
     with pytest.raises(UserError, match="onnxruntime computes .*features.onnx wrongly here.*runtime to 'openvino'"):
@@ -345,7 +345,7 @@ def test_a_runtime_that_computes_wrongly_is_refused_by_name(tmp_path, monkeypatc
 def test_a_graph_checks_itself_where_it_was_not_measured(tmp_path, monkeypatch):
     import psaq_mm.deploy.runtime as runtime
     model, image = frozen()
-    export_features(model, tmp_path, image, (40, 48), True, ['openvino'], 'asymmetric')
+    export_features(model, tmp_path, image, (40, 48), True, ['openvino'])
     path, checked = tmp_path / 'features.onnx', []
     Graph(path, 'onnxruntime')  # not measured, but right
     right, original = runtime.OpenVinoSession.run, runtime.host
@@ -361,7 +361,7 @@ def test_a_graph_checks_itself_where_it_was_not_measured(tmp_path, monkeypatch):
 
 def test_sizes_outside_what_was_measured_are_refused(tmp_path):
     model, image = frozen(type('Plain', (Frozen, ), dict(forward=lambda self, x: (self.head(self.stem(x)), ))))
-    found = export_features(model, tmp_path, image, (40, 48), False, ['openvino'], 'asymmetric')
+    found = export_features(model, tmp_path, image, (40, 48), False, ['openvino'])
     graph = Graph(tmp_path / 'features.onnx')
     assert found['size'] is None and found['reason'] is None and len(found['sizes']) == 5
     least = found['at_least']
@@ -393,7 +393,7 @@ def test_the_symmetric_preset_is_what_tensorrt_takes(tmp_path):
     """No DequantizeLinear of int32, zero points of 0, int8 alone."""
     model = calibrated(FAMILIES_BY_NAME['mmdet_swin']().eval(), dict(activation=dict(symmetric=True)),
                        torch.randn(2, 3, 64, 64))
-    export_graph(model, tmp_path / 'symmetric.onnx', (64, 64), preset='symmetric')
+    export_graph(model, tmp_path / 'symmetric.onnx', (64, 64), form=Form('symmetric'))
     graph = onnx.load(str(tmp_path / 'symmetric.onnx')).graph
     values = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
     values.update({node.output[0]: onnx.numpy_helper.to_array(node.attribute[0].t) for node in graph.node
@@ -428,7 +428,7 @@ def test_nested_outputs_and_a_required_neck_come_back(tmp_path):
             return [(x, x.mean((2, 3))), (2 * x, 2 * x.mean((2, 3)))]
 
     model, image = frozen(Pairs)
-    export_features(model, tmp_path, image, (40, 48), True, ['openvino'], 'asymmetric')
+    export_features(model, tmp_path, image, (40, 48), True, ['openvino'])
     found = ExportedFeatures(str(tmp_path / 'features.onnx'))(image)
     assert nesting(found) == nesting(model.backbone(image))
     retina = Config.fromfile(DEMO_CONFIG).model
@@ -649,7 +649,7 @@ def test_a_head_that_cannot_be_exported_stays_fake_quantized(with_heads, tmp_pat
         return export_head(model, name, inputs, path, *args)
 
     monkeypatch.setattr(sys.modules['psaq_mm.deploy.export'], 'export_head', fails)
-    heads, failed = export_heads(model, tmp_path, {'64 x 96': images}, ['openvino'], True, 'asymmetric')
+    heads, failed = export_heads(model, tmp_path, {'64 x 96': images}, ['openvino'], True)
     assert failed == {names[-1]: 'ValueError'} and list(heads) == names[:-1]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f'{name}.onnx' for name in names[:-1])
     export_graph(model, tmp_path / 'features.onnx', (64, 96))

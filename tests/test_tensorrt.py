@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from psaq_mm.deploy.engine import build_engine
-from psaq_mm.deploy.graph import Features, export_graph
+from psaq_mm.deploy.graph import Features, Form, export_graph
 from psaq_mm.deploy.predictor import predictor_of
 from psaq_mm.deploy.runtime import SESSIONS
 from psaq_mm.deploy.tensorrt import RULES, check_for_tensorrt, fold_sizes, for_tensorrt, violations
@@ -122,11 +122,11 @@ def exported(tmp_path_factory):
         torch.manual_seed(0)
         quantized = calibrated(float_model, dict(activation=dict(symmetric=True)), torch.randn(2, 3, *size),
                                task == 'classification')
-        export_graph(quantized, folder / 'features.onnx', size, preset='symmetric')
+        export_graph(quantized, folder / 'features.onnx', size, form=Form('symmetric'))
         predictor = predictor_of(quantized, cfg).eval()
         images = torch.randint(0, 255, (1, *size, 3), dtype=torch.uint8)
-        write_graph(predictor, folder / 'model.onnx', images, False, 'symmetric', True)
-        complete(folder / 'model.onnx', predictor, preset='symmetric')
+        write_graph(predictor, folder / 'model.onnx', images, False, Form('symmetric'))
+        complete(folder / 'model.onnx', predictor, Form('symmetric'))
         found[task] = folder, quantized, predictor, images
     return found
 

@@ -26,9 +26,11 @@ def parse_args():
     parser.add_argument('--runtime', choices=['openvino', 'onnxruntime'], default='openvino',
                         help='what the written config runs the graph with, and must compute it rightly (default: '
                         'openvino); the other one is measured as well where it is installed')
-    parser.add_argument('--preset', choices=['asymmetric', 'symmetric'], default='asymmetric',
-                        help="'asymmetric': unsigned activations with a zero point (OpenVINO, ONNX Runtime); "
-                        "'symmetric': signed without (TensorRT), of a model quantized like that")
+    parser.add_argument('--preset', choices=['asymmetric', 'symmetric', 'onnxruntime'],
+                        default='asymmetric', help="'asymmetric': unsigned activations with a zero point (OpenVINO, "
+                        "ONNX Runtime); 'symmetric': signed without (TensorRT), of a model quantized like that; "
+                        "'onnxruntime': convolutions and attention scores in int8 there, too, faster; it measures "
+                        'what convolutions put out on the synthetic images of the run')
     parser.add_argument('--parts-only', action='store_true', help="write only the graphs that the ecosystem's tools "
                         'run, not the whole model as one')
     parser.add_argument('--batch', action='store_true', help='graphs that take any number of images of one size at '

@@ -158,7 +158,7 @@ def heads_of(attention, x: Tensor, layer: nn.Module, factor: float) -> tuple[Ten
     quantizers = operand_quantizers(attention)[:3]
     grids = [grid_of(quantizer) for quantizer in quantizers]
     stored = isinstance(layer, QuantizedLinear) and hasattr(layer, 'integers') and all(
-        grid is not None and grid.symmetric for grid in grids)
+        grid is not None and grid.integers == grids[0].integers for grid in grids)
     if stored:  # the layer counts in steps of the three grids, so that one rounding serves all
         steps = [grid.scale[0] / (1 if i else factor) for i, grid in enumerate(grids)]
         with in_units(layer, [step for step in steps for _ in range(layer.out_features // 3)]):

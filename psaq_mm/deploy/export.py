@@ -38,8 +38,19 @@ from .agreement import (
     reference,
 )
 from .card import CARD, SCRIPT, deliver, describe
+from .convolutions import IMAGES
 from .extras import need
-from .graph import Features, annotate, check_calibrated, check_preset, export_graph, float_layers, nesting
+from .graph import (
+    ASYMMETRIC,
+    Features,
+    Form,
+    annotate,
+    check_calibrated,
+    check_form,
+    export_graph,
+    float_layers,
+    nesting,
+)
 from .heads import export_head, head_inputs, head_names
 from .predictor import predictor_of
 from .runtime import RUNTIMES, Graph, HeadGraph, host
@@ -177,11 +188,17 @@ def write_part(file: Path, write: Callable, kind: type[Graph], references: dict[
     return part
 
 
-def check_image(folder: Path, channels: int, size: tuple[int, int]) -> Tensor:
-    """Return one of a run's synthetic images, or noise where there are none, (1, C, H, W), on an 8-bit grid."""
+def synthetic_images(folder: Path, channels: int) -> list[Tensor]:
+    """Return the synthetic images of a run, (1, C, H, W) each; none where its folder holds none for the model."""
     source = folder / 'synthetic.pt'
-    image = read_images(str(source))[0][:1].float() if source.is_file() else None
-    if image is None or image.shape[1] != channels:
+    batches = read_images(str(source)) if source.is_file() else []
+    return [image.float() for batch in batches if batch.shape[1] == channels for image in batch.split(1)]
+
+
+def check_image(images: list[Tensor], channels: int, size: tuple[int, int]) -> Tensor:
+    """Return the first image, or noise where there are none, (1, C, H, W), on an 8-bit grid."""
+    image = images[0] if images else None
+    if image is None:
         image = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0))
     scale = CHECK_SIDE / max(image.shape[-2:])
     if scale < 1:
@@ -248,7 +265,7 @@ def sizes_to_measure(model: nn.Module, image: Tensor, traced: tuple[int, int]) -
 
 
 def export_features(model, folder: Path, image: Tensor, traced: tuple[int, int], fixed: bool, runtimes: list[str],
-                    preset: str, batch: bool = False) -> dict:
+                    form: Form = ASYMMETRIC) -> dict:
     """Write ``features.onnx``: for every size if that is right in the chosen runtime, otherwise for the traced one.
 
     Args:
@@ -258,8 +275,7 @@ def export_features(model, folder: Path, image: Tensor, traced: tuple[int, int],
         traced (tuple[int, int]): (H, W).
         fixed (bool): Whether a graph for the traced size is wanted.
         runtimes (list[str]): To measure in, the chosen one first.
-        preset (str): As of :func:`export_graph`.
-        batch (bool): Whether it takes any number of images at once. Defaults to False.
+        form (Form): As of :func:`export_graph`.
 
     Returns:
         dict: ``part``, ``sizes``, ``size`` (None for every size), ``multiple_of``, ``at_least``, and ``reason``: why
@@ -279,13 +295,13 @@ def export_features(model, folder: Path, image: Tensor, traced: tuple[int, int],
             continue
         sizes = sizes if dynamic else [traced]
         inputs = {place_of(size): resized(image, size) for size in sizes}
-        if batch:
+        if form.batch:
             one = inputs[place_of(traced)]
             inputs[f'3 images of {place_of(traced)}'] = torch.cat([one, one.flip(3), eight_bits(-one)])
         references = {place: reference(model, Features(model), (value, )) for place, value in inputs.items()}
         try:
             part = write_part(folder / 'features.onnx', lambda path, integers, dynamic=dynamic: export_graph(
-                model, path, traced, dynamic, preset, integers, batch), Graph, references, runtimes)
+                model, path, traced, dynamic, form, integers), Graph, references, runtimes)
         except Exception as error:  # the exporter's or the model's, which traces what it never did
             if isinstance(error, UserError) and not dynamic:
                 raise
@@ -307,7 +323,8 @@ def export_features(model, folder: Path, image: Tensor, traced: tuple[int, int],
 
 
 @torch.no_grad()
-def export_heads(model, folder: Path, images: dict[str, Tensor], runtimes: list[str], dynamic: bool, preset: str):
+def export_heads(model, folder: Path, images: dict[str, Tensor], runtimes: list[str], dynamic: bool,
+                 form: Form = ASYMMETRIC):
     """Write the heads whose graphs are right in the chosen runtime.
 
     Args:
@@ -316,7 +333,7 @@ def export_heads(model, folder: Path, images: dict[str, Tensor], runtimes: list[
         images (dict[str, Tensor]): By place, that of the trace first, (1, C, H, W).
         runtimes (list[str]): To measure in, the chosen one first.
         dynamic (bool): Whether heads shall take maps of every size.
-        preset (str): As of :func:`export_graph`.
+        form (Form): What their graphs are to be like; ``images`` are those of the model, (1, C, H, W).
 
     Returns:
         tuple[dict[str, Part], dict[str, str]]: By name of the head; of those that stay fake-quantized, why.
@@ -324,6 +341,7 @@ def export_heads(model, folder: Path, images: dict[str, Tensor], runtimes: list[
     done, failed = {}, {}
     names = head_names(model)
     seen = {place: head_inputs(model, names, image) for place, image in images.items()} if names else {}
+    more = [head_inputs(model, names, image) for image in form.images] if names else []
     for name in names:
         inputs = {place: tuple_of_bytes(found[name]) for place, found in seen.items() if name in found}
         if not inputs:
@@ -334,8 +352,9 @@ def export_heads(model, folder: Path, images: dict[str, Tensor], runtimes: list[
             references = {f'{name}, {place}': reference(model, model.get_submodule(name), value)
                           for place, value in inputs.items() if all(x.numel() for x in tensors(value))}
             traced = next(iter(references.values())).inputs
-            part = write_part(path, lambda file, integers, name=name, traced=traced: export_head(
-                model, name, traced, file, dynamic, preset, integers), HeadGraph, references, runtimes)
+            own = form._replace(images=tuple(found[name] for found in more if name in found))
+            part = write_part(path, lambda file, integers, name=name, traced=traced, own=own: export_head(
+                model, name, traced, file, dynamic, own, integers), HeadGraph, references, runtimes)
             if part.failures(runtimes[0]):
                 raise UserError(str(part.failures(runtimes[0])[0]))
             if '.' in name:  # any number of proposals: a few are enough to repeat the measurement with
@@ -449,7 +468,7 @@ def check_delivery(model, folder: Path, image: Tensor, marks: list[float], runti
 
 
 def deliver_whole(model, cfg: Config, meta: dict, folder: Path, image: Tensor, size: tuple[int, int], fixed: bool,
-                  runtimes: list[str], preset: str, batch: bool) -> dict:
+                  runtimes: list[str], form: Form) -> dict:
     """Write ``model.onnx``, ``model.json`` and ``predict.py``.
 
     Args:
@@ -459,7 +478,8 @@ def deliver_whole(model, cfg: Config, meta: dict, folder: Path, image: Tensor, s
         folder (Path): Where to.
         image (Tensor): To check with, (1, C, H, W).
         size (tuple[int, int]): (H, W) of the trace.
-        fixed, runtimes, preset, batch: As of :func:`export_whole`.
+        fixed, runtimes: As of :func:`export_whole`.
+        form (Form): What the graph is to be like; ``images`` are those of the model, (1, C, H, W).
 
     Returns:
         dict: ``size``, ``size_mb``, ``reason`` and what was ``measured``; or ``refused``, why there is no such graph.
@@ -467,8 +487,8 @@ def deliver_whole(model, cfg: Config, meta: dict, folder: Path, image: Tensor, s
     """
     try:
         predictor = predictor_of(model, cfg).eval()
-        found = export_whole(predictor, folder, in_pixels(predictor, resized(image, size)), fixed, runtimes, preset,
-                             batch=batch)
+        form = form._replace(images=tuple(in_pixels(predictor, item) for item in form.images))
+        found = export_whole(predictor, folder, in_pixels(predictor, resized(image, size)), fixed, runtimes, form)
     except UserError as error:
         (folder / MODEL).unlink(missing_ok=True)
         return dict(refused=str(error), warnings=[])
@@ -497,7 +517,7 @@ def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | 
         size (tuple[int, int], optional): (H, W): a graph for this size only. Default: for every size, except of
             classifiers, which have their own, and of models whose graph is right at one size only.
         runtime (str): What the config runs the graph with. Defaults to 'openvino'.
-        preset (str): 'asymmetric' or 'symmetric'.
+        preset (str): Of PRESETS, see :class:`Form`.
         whole (bool): Whether to write the whole model, too. Defaults to True.
         batch (bool): Whether that and ``features.onnx`` shall take any number of images at once. Defaults to False.
 
@@ -522,22 +542,25 @@ def _export(cfg, checkpoint, target, size, runtimes, preset, whole, batch):
     cfg = quantized_config(cfg)
     content = read_checkpoint(checkpoint)
     model = build(cfg, content['state_dict'], checkpoint)
-    check_preset(model, preset)
     owner = backbone_name(model).rpartition('.')[0]
     if owner:
         raise UserError(f"{type(model).__name__} holds its backbone in '{owner}', and only models that hold it "
                         f"themselves can be exported: quantize and export with the config of the model in '{owner}'")
     used = resolved(QuantizationConfig.parse(cfg.model.quantization), model).synthesis.size[0]
-    image = check_image(Path(checkpoint).parent, image_channels(model), used)
+    synthetic = synthetic_images(Path(checkpoint).parent, image_channels(model))
+    image = check_image(synthetic, image_channels(model), used)
     own = own_size(model)
     traced = size or (own if own and refusal(model, resized(image, used)) else tuple(used))
+    form = Form(preset, batch, tuple(resized(item, traced) for item in synthetic[:IMAGES])
+                if preset == 'onnxruntime' else ())
+    check_form(model, form)
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         features = export_features(model, work, image, traced, bool(size) or isinstance(model, Classifier), runtimes,
-                                   preset, batch)
+                                   form)
         fixed, graph = features['size'], features['part']
         images = {place_of(item): resized(image, item) for item in features['sizes']}
-        heads, not_exported = export_heads(model, work, images, runtimes, not fixed, preset)
+        heads, not_exported = export_heads(model, work, images, runtimes, not fixed, form)
         exported = exported_config(cfg, model, runtime, 'features.onnx',
                                    {name: part.file.name for name, part in heads.items()})
         (work / 'int8_config.py').write_text(config_text(exported), encoding='utf-8')
@@ -570,7 +593,7 @@ def _export(cfg, checkpoint, target, size, runtimes, preset, whole, batch):
             kept_float=float_layers(model))
         if whole:
             result['whole'] = deliver_whole(model, cfg, content.get('meta', {}), work, image, traced, bool(size),
-                                            runtimes, preset, batch)
+                                            runtimes, form)
             result['warnings'] += result['whole'].pop('warnings')
         write_json(result, work / 'export.json')
         for name in (MODEL, CARD, SCRIPT):  # of an earlier export

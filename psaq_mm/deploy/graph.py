@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -21,17 +22,37 @@ from ..files import write_atomically
 from ..models import backbone_of, image_channels
 from ..models.features import FEATURE_PARTS, image_features, tensors
 from ..quantization import QuantizedLinear, quantized_layers, quantizer_mode, quantizers
-from ..quantization.layers import QuantizedLayer, QuantizedMatMul
+from ..quantization.layers import SEPARATE, QuantizedLayer, QuantizedMatMul, QuantizedProjection
 from ..quantization.quantizer import Mode, UncalibratedError
 from ..version import __version__
 from .adapters import ConstantResizing, traceable
+from .convolutions import quantize_convolutions
 from .extras import need
 from .operators import Dequantize, Linear, activation, head_product, integers_of
-from .tensorrt import for_tensorrt
+from .tensorrt import check_for_tensorrt, for_tensorrt
 
 OPSET = 17  # the first with LayerNormalization; QuantizeLinear has had an axis since 13
 INPUT = 'images'
-PRESETS = ('asymmetric', 'symmetric')
+PRESETS = ('asymmetric', 'symmetric', 'onnxruntime')
+
+
+class Form(NamedTuple):
+    """What a graph is to be like.
+
+    Args:
+        preset (str): Of PRESETS: 'asymmetric', what OpenVINO has the best kernels for; 'symmetric', what TensorRT's
+            parser takes; 'onnxruntime', with operands of attention products without a sign, and outputs of
+            convolutions on integers, too: what ONNX Runtime has int8 kernels for.
+        batch (bool): Whether it takes any number of images at once.
+        images (tuple[Tensor]): As the graph takes them, for one size if the graph does. 'onnxruntime' measures on them
+            in which range convolutions put out.
+    """
+    preset: str = 'asymmetric'
+    batch: bool = False
+    images: tuple = ()
+
+
+ASYMMETRIC = Form()
 
 
 @contextmanager
@@ -41,7 +62,8 @@ def exportable(model: nn.Module, preset: str = 'asymmetric') -> Iterator[None]:
     Args:
         model (nn.Module): Quantized and calibrated.
         preset (str): With 'symmetric' biases stay in float, and integers are not moved: TensorRT's parser takes no
-            DequantizeLinear of int32, and no other operators on int8.
+            DequantizeLinear of int32, and no other operators on int8. With 'onnxruntime' activations have no sign:
+            ONNX Runtime has no kernel on x86 for two operands that have one.
     """
     changed = []
 
@@ -53,6 +75,7 @@ def exportable(model: nn.Module, preset: str = 'asymmetric') -> Iterator[None]:
         if quantizer.mode is Mode.QUANTIZE and not name.endswith('weight_quantizer'):
             shadow(quantizer, 'forward', partial(activation, quantizer))
             shadow(quantizer, 'paired', preset == 'symmetric')
+            shadow(quantizer, 'unsigned', preset == 'onnxruntime')
     for product in model.modules():
         quantizer = getattr(product, 'a_quantizer', None)
         if isinstance(product, QuantizedMatMul) and quantizer is not None and len(quantizer.scale) > 1:
@@ -67,13 +90,13 @@ def exportable(model: nn.Module, preset: str = 'asymmetric') -> Iterator[None]:
                             'Quantize with quantization.weight.symmetric = True (the default)')
         integers, axis = integers_of(quantizer, layer.weight.detach()), quantizer.axis
         scale = quantizer.scale.expand(layer.weight.shape[axis])
-        transposed = isinstance(layer, QuantizedLinear)  # stored as the product takes it
-        inputs = layer.input_quantizer
-        if transposed and preset != 'symmetric' and layer.bias is not None and inputs is not None and \
+        transposed = isinstance(layer, (QuantizedLinear, QuantizedProjection))  # stored as the product takes it
+        inputs, own_bias = layer.input_quantizer, bias_of(layer)
+        if transposed and preset != 'symmetric' and own_bias is not None and inputs is not None and \
                 inputs.scale.numel() == 1:
             # ONNX Runtime has no int8 kernel for a bias in float: int32, in units of both scales
             units = inputs.scale * quantizer.scale
-            values = (layer.bias.detach() / units).round()
+            values = (own_bias.detach() / units).round()
             if values.abs().max() < 2**31:
                 layer.bias_scale = units.expand(len(values))
                 layer.register_buffer('bias_integers', values.to(torch.int32))
@@ -93,7 +116,8 @@ def exportable(model: nn.Module, preset: str = 'asymmetric') -> Iterator[None]:
                 return Linear.apply(x, layer.integers, tuple((scale / unit).tolist()), bias)
 
             shadow(layer, 'linear', linear)
-            if 'weight' in layer._parameters:  # where a part or another form of the weight is applied
+            if 'weight' in layer._parameters or isinstance(layer, QuantizedProjection):
+                # where a part or another form of the weight is applied
                 shadow(quantizer, 'forward', lambda weight, layer=layer, scale=scale: Dequantize.apply(
                     layer.integers, tuple(scale.tolist()), 1).T)
         else:
@@ -104,6 +128,14 @@ def exportable(model: nn.Module, preset: str = 'asymmetric') -> Iterator[None]:
     finally:
         for module, name in changed:
             delattr(module, name)
+
+
+def bias_of(layer: nn.Module) -> torch.Tensor | None:
+    """Return the bias of a quantized layer; of an attention's projection, its share of the attention's."""
+    if not isinstance(layer, QuantizedProjection):
+        return layer.bias
+    bias, parts = layer.owner.in_proj_bias, [f'{name}_weight' for name in SEPARATE]
+    return bias if bias is None or layer.parameter not in parts else bias.chunk(3)[parts.index(layer.parameter)]
 
 
 class Features(nn.Module):
@@ -163,15 +195,19 @@ def check_calibrated(model: nn.Module) -> None:
                                 'a full-precision one. Run tools/dfq.py first and give the quantized.pth it writes')
 
 
-def check_preset(model: nn.Module, preset: str) -> None:
-    """Refuses activations that a preset cannot express.
+def check_form(model: nn.Module, form: Form) -> None:
+    """Refuse a form that no graph of a model can have.
 
     Raises:
-        UserError: If the preset is unknown, or 'symmetric' and a zero point is not 0.
+        UserError: If the preset is unknown, or 'symmetric' and a zero point is not 0, or 'onnxruntime' and there are
+            no images.
     """
-    if preset not in PRESETS:
-        raise UserError(f"preset '{preset}': must be one of {', '.join(PRESETS)}")
-    if preset == 'symmetric':
+    if form.preset not in PRESETS:
+        raise UserError(f"preset '{form.preset}': must be one of {', '.join(PRESETS)}")
+    if form.preset == 'onnxruntime' and not form.images:
+        raise UserError("preset 'onnxruntime' measures on images what convolutions put out, and there are none: keep "
+                        'the synthetic.pt of the run beside quantized.pth, or use another preset')
+    if form.preset == 'symmetric':
         asymmetric = [name for name, q in quantizers(model).items() if q.quant_min >= 0]
         if asymmetric:
             raise UserError(
@@ -181,11 +217,23 @@ def check_preset(model: nn.Module, preset: str) -> None:
 
 
 def write(network: nn.Module, inputs: tuple, path, input_names, output_names, axes, notes: dict, name: str,
-          preset: str = 'asymmetric') -> None:
-    """Trace a network and write the graph, BatchNorm folded; with preset 'symmetric' as TensorRT takes it.
+          form: Form = ASYMMETRIC) -> None:
+    """Trace a network and write the graph, BatchNorm folded, as the preset of its form wants it.
+
+    Args:
+        network (nn.Module): To trace.
+        inputs (tuple[Tensor]): To trace it with.
+        path (str | Path): The file to write.
+        input_names, output_names (list[str]): Of the graph.
+        axes (dict | None): Open axes by name of an input or output, as torch takes them.
+        notes (dict): For the graph's metadata.
+        name (str): Of the network, for errors.
+        form (Form): What the graph is to be like; each item of ``images`` is a tensor, or a tuple of one for each
+            input.
 
     Raises:
-        UserError: If there is something that ONNX does not know.
+        UserError: If there is something that ONNX does not know, or that TensorRT does not take with preset
+            'symmetric'.
     """
     onnx = need('onnx')
     stream = io.BytesIO()
@@ -200,10 +248,15 @@ def write(network: nn.Module, inputs: tuple, path, input_names, output_names, ax
     graph = onnx.load_model_from_string(stream.getvalue())
     onnx.helper.set_model_props(graph, dict(psaq_mm=__version__, **notes))
     fold_batch_norm(graph)
+    if form.preset == 'onnxruntime':
+        examples = (item if isinstance(item, tuple) else (item, ) for item in form.images)
+        quantize_convolutions(graph, ({key: value.numpy() for key, value in zip(input_names, item)}
+                                      for item in examples))
     if axes:  # some length is open
         separate_readers(graph)
-    if preset == 'symmetric':
+    if form.preset == 'symmetric':
         for_tensorrt(graph)
+        check_for_tensorrt(graph)
     onnx.checker.check_model(graph)
     write_atomically(graph.SerializeToString(), Path(path))
 
@@ -221,8 +274,8 @@ def annotate(path, notes: dict[str, str]) -> None:
 
 
 @torch.no_grad()
-def export_graph(model: nn.Module, path, size: tuple[int, int], dynamic: bool = False, preset: str = 'asymmetric',
-                 integers: bool = True, batch: bool = False) -> None:
+def export_graph(model: nn.Module, path, size: tuple[int, int], dynamic: bool = False, form: Form = ASYMMETRIC,
+                 integers: bool = True) -> None:
     """Write backbone and neck as ONNX.
 
     Args:
@@ -230,16 +283,15 @@ def export_graph(model: nn.Module, path, size: tuple[int, int], dynamic: bool = 
         path (str | Path): The file to write.
         size (tuple[int, int]): (H, W) of the images, in dynamic graphs that of the trace.
         dynamic (bool): Whether the graph takes other sizes. Defaults to False.
-        preset (str): 'asymmetric' or 'symmetric' activations.
+        form (Form): What the graph is to be like; ``images`` (1, C, H, W) are normalised.
         integers (bool): Whether to export what quantizers do. Defaults to True.
-        batch (bool): Whether the graph takes any number of images at once. Defaults to False.
 
     Raises:
         UserError: If the model cannot be exported that way.
     """
     if integers:
         check_calibrated(model)
-        check_preset(model, preset)
+        check_form(model, form)
     model.eval()
     images = torch.randn(1, image_channels(model), *size, generator=torch.Generator().manual_seed(0))
     features = Features(model).eval()  # the exporter brings the wrapper's mode to all of the model
@@ -248,16 +300,17 @@ def export_graph(model: nn.Module, path, size: tuple[int, int], dynamic: bool = 
         with resizing:
             found = features(image)
     names = [f'feature_{i}' for i in range(len(found))]
-    rows = {0: 'batch'} if batch else {}
+    rows = {0: 'batch'} if form.batch else {}
     axes = {name: {**rows, **({2: f'{name}_height', 3: f'{name}_width'} if dynamic and value.dim() == 4 else {})}
             for name, value in zip(names, found)}
     axes[INPUT] = {**rows, **({2: 'height', 3: 'width'} if dynamic else {})}
     axes = {name: sides for name, sides in axes.items() if sides}
-    notes = dict(preset=preset, dynamic=str(dynamic), batch=str(batch), size=json.dumps(list(size)),
+    notes = dict(preset=form.preset, dynamic=str(dynamic), batch=str(form.batch), size=json.dumps(list(size)),
                  outputs=json.dumps(features.outputs))
-    with traceable(model), resizing, exportable(model, preset) if integers else quantizer_mode(model, Mode.FLOAT):
+    with traceable(model), resizing, exportable(model, form.preset) if integers else quantizer_mode(
+            model, Mode.FLOAT):
         write(features, (images, ), path, [INPUT], names, axes or None, notes,
-              type(backbone_of(model)).__name__, preset)
+              type(backbone_of(model)).__name__, form)
 
 
 def fold_batch_norm(graph) -> int:

@@ -11,7 +11,7 @@ from ..classification import Classifier
 from ..models.features import FEATURE_PARTS, data_samples, tensors
 from ..quantization import Mode, quantized_layers, quantizer_mode
 from .adapters import traceable
-from .graph import check_preset, exportable, nested, nesting, write
+from .graph import ASYMMETRIC, Form, check_form, exportable, nested, nesting, write
 
 
 class Head(nn.Module):
@@ -77,7 +77,7 @@ def head_inputs(model: nn.Module, names: list[str], images: torch.Tensor) -> dic
 
 @torch.no_grad()
 def export_head(model: nn.Module, name: str, inputs: tuple, path, dynamic: bool = False,
-                preset: str = 'asymmetric', integers: bool = True) -> None:
+                form: Form = ASYMMETRIC, integers: bool = True) -> None:
     """Write a head as ONNX. Those of a second stage, whose names have a dot, take any number of proposals.
 
     Args:
@@ -86,13 +86,14 @@ def export_head(model: nn.Module, name: str, inputs: tuple, path, dynamic: bool 
         inputs (tuple): Of :func:`head_inputs`.
         path (str | Path): The file to write.
         dynamic (bool): Whether feature maps may have other sizes. Defaults to False.
-        preset, integers: As of :func:`export_graph`.
+        form (Form): What the graph is to be like; ``images`` are more inputs, of one structure with ``inputs``.
+        integers (bool): As of :func:`export_graph`.
 
     Raises:
         UserError: If the head cannot be exported.
     """
     if integers:
-        check_preset(model, preset)
+        check_form(model, form)
     head = Head(model.get_submodule(name), inputs).eval()
     flat = tuple(tensors(inputs))
     proposals = '.' in name
@@ -101,6 +102,7 @@ def export_head(model: nn.Module, name: str, inputs: tuple, path, dynamic: bool 
     axes = {n: {0: 'proposals'} if proposals else {2: f'{n}_height', 3: f'{n}_width'} for kind in values
             for n, value in zip(names[kind], values[kind]) if proposals or value.dim() == 4}
     notes = dict(head=name, inputs=json.dumps([list(value.shape[1:]) for value in flat]),
-                 outputs=json.dumps(head.outputs), preset=preset, proposals=str(proposals), dynamic=str(dynamic))
-    with traceable(model), exportable(model, preset) if integers else quantizer_mode(model, Mode.FLOAT):
-        write(head, flat, path, *names.values(), axes if dynamic or proposals else None, notes, name, preset)
+                 outputs=json.dumps(head.outputs), preset=form.preset, proposals=str(proposals), dynamic=str(dynamic))
+    with traceable(model), exportable(model, form.preset) if integers else quantizer_mode(model, Mode.FLOAT):
+        write(head, flat, path, *names.values(), axes if dynamic or proposals else None, notes, name,
+              form._replace(images=tuple(tuple(tensors(item)) for item in form.images)))

@@ -32,14 +32,16 @@ class Grid(NamedTuple):
     high: int
 
     @property
-    def symmetric(self) -> bool:
-        """Whether the integers are signed and 0 stands for 0."""
-        return self.low < 0 and not any(self.zero_point)
+    def integers(self) -> tuple:
+        """All but the scale: tensors that have it in common can be moved about as one."""
+        return self[1:]
 
 
 def _grid(quantizer, axis):
-    return Grid(tuple(quantizer.scale.tolist()), tuple(quantizer.zero_point.tolist()), axis, quantizer.quant_min,
-                quantizer.quant_max)
+    # Marked as unsigned, integers are moved up by half their number where they are signed: the same values.
+    shift = -quantizer.quant_min if getattr(quantizer, 'unsigned', False) and quantizer.quant_min < 0 else 0
+    return Grid(tuple(quantizer.scale.tolist()), tuple((quantizer.zero_point + shift).tolist()), axis,
+                quantizer.quant_min + shift, quantizer.quant_max + shift)
 
 
 def grid_of(quantizer: FakeQuantizer | None) -> Grid | None:

@@ -27,7 +27,7 @@ from .answers import agreement, single
 from .batches import loop_over_images
 from .compact import compact
 from .extras import need
-from .graph import exportable, write
+from .graph import ASYMMETRIC, Form, exportable, write
 from .library import traceable_library
 from .packing import pack_weights
 from .predictor import Predictor
@@ -131,8 +131,8 @@ class Difference(NamedTuple):
 
 
 @torch.no_grad()
-def write_graph(predictor: Predictor, path: Path, images: Tensor, dynamic: bool, preset: str, integers: bool,
-                notes: dict | None = None, batch: bool = False) -> int:
+def write_graph(predictor: Predictor, path: Path, images: Tensor, dynamic: bool, form: Form = ASYMMETRIC,
+                integers: bool = True) -> int:
     """Write the graph of a predictor, which puts out feature maps after its answers: see :func:`complete`.
 
     Args:
@@ -140,20 +140,19 @@ def write_graph(predictor: Predictor, path: Path, images: Tensor, dynamic: bool,
         path (Path): The file.
         images (Tensor): To trace with, (1, H, W, C) uint8.
         dynamic (bool): Whether the graph takes images of other sizes.
-        preset (str): 'asymmetric' or 'symmetric'.
-        integers (bool): Whether to export what quantizers do.
-        notes (dict, optional): For the graph's metadata.
-        batch (bool): Whether it takes several images at once; as far as answers are computed one by one, only up to
-            the feature maps. Defaults to False.
+        form (Form): What the graph is to be like. As far as answers are computed one by one, it takes several images
+            at once only up to the feature maps.
+        integers (bool): Whether to export what quantizers do. Defaults to True.
 
     Returns:
         int: How many feature maps there are.
     """
     model, whole = predictor.model, Watched(predictor).eval()
-    with as_traced(predictor), exportable(model, preset) if integers else quantizer_mode(model, Mode.FLOAT):
+    with as_traced(predictor), exportable(model, form.preset) if integers else quantizer_mode(
+            model, Mode.FLOAT):
         found = whole(images)
         names = [*predictor.names, *(f'feature_{i}' for i in range(len(found) - len(predictor.names)))]
-        rows, sides = {0: 'batch'} if batch else {}, {1: 'height', 2: 'width'} if dynamic else {}
+        rows, sides = {0: 'batch'} if form.batch else {}, {1: 'height', 2: 'width'} if dynamic else {}
         axes = {INPUT: {**rows, **sides}}
         for name, value in zip(names, found):
             if name in predictor.names:
@@ -161,18 +160,18 @@ def write_graph(predictor: Predictor, path: Path, images: Tensor, dynamic: bool,
             else:
                 axes[name] = {**rows, **({i: f'{name}_{i}' for i in range(2, value.dim())} if dynamic else {})}
         axes = {name: found for name, found in axes.items() if found}
-        write(whole, (images, ), path, [INPUT], names, axes or None, notes or {}, type(model).__name__, preset)
+        write(whole, (images, ), path, [INPUT], names, axes or None, {}, type(model).__name__, form)
     return len(names) - len(predictor.names)
 
 
-def complete(path: Path, predictor: Predictor, batch: bool = False, preset: str = 'asymmetric') -> None:
+def complete(path: Path, predictor: Predictor, form: Form = ASYMMETRIC) -> None:
     """Take the feature maps from the outputs of a graph, pack its weights and make it small, in place.
 
     Args:
         path (Path): What :func:`write_graph` wrote.
         predictor (Predictor): Of the model.
-        batch (bool): Whether it shall take several images at once. Defaults to False.
-        preset (str): With 'symmetric' weights are not packed: TensorRT's parser wants them stored as int8.
+        form (Form): What the graph is to be like. With preset 'symmetric' weights are not packed: TensorRT's parser
+            wants them stored as int8.
 
     Raises:
         UserError: If TensorRT does not take the graph, and the preset is 'symmetric'.
@@ -181,11 +180,11 @@ def complete(path: Path, predictor: Predictor, batch: bool = False, preset: str 
     graph = onnx.load_model_from_string(Path(path).read_bytes())
     features = [output.name for output in graph.graph.output[answers:]]
     del graph.graph.output[answers:]
-    if preset != 'symmetric':
+    if form.preset != 'symmetric':
         pack_weights(graph)
-    if batch and predictor.one_by_one:
+    if form.batch and predictor.one_by_one:
         loop_over_images(graph, features, list(predictor.names), predictor.limit())
-    if preset == 'symmetric':
+    if form.preset == 'symmetric':
         check_for_tensorrt(graph)
     compact(graph)
     onnx.checker.check_model(graph)
@@ -259,7 +258,7 @@ def sizes_of(size: tuple[int, int]) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def export_whole(predictor: Predictor, folder: Path, images: Tensor, fixed: bool, runtimes: list[str],
-                 preset: str = 'asymmetric', notes: dict | None = None, batch: bool = False) -> Whole:
+                 form: Form = ASYMMETRIC) -> Whole:
     """Write ``model.onnx``: for images of every size if that is right in the chosen runtime, otherwise for one size.
 
     Args:
@@ -268,9 +267,7 @@ def export_whole(predictor: Predictor, folder: Path, images: Tensor, fixed: bool
         images (Tensor): To check with, (1, H, W, C) uint8; its size is that of the trace.
         fixed (bool): Whether a graph for this one size is wanted.
         runtimes (list[str]): To measure in, the chosen one first.
-        preset (str): 'asymmetric' or 'symmetric'. Defaults to 'asymmetric'.
-        notes (dict, optional): For the graph's metadata.
-        batch (bool): Whether the graph shall take any number of images at once. Defaults to False.
+        form (Form): What the graph is to be like.
 
     Raises:
         UserError: If no graph is right in the chosen runtime.
@@ -280,7 +277,7 @@ def export_whole(predictor: Predictor, folder: Path, images: Tensor, fixed: bool
         sizes = sizes_of(tuple(images.shape[1:3])) if dynamic else [tuple(images.shape[1:3])]
         examples = {f'{h} x {w}': enlarged(images, (h, w)) for h, w in sizes}
         try:
-            found = Trial(predictor, examples, dynamic, batch, runtimes).run(Path(folder) / MODEL, preset, notes)
+            found = Trial(predictor, examples, dynamic, form, runtimes).run(Path(folder) / MODEL)
         except Exception as error:  # the model's own at a size that it does not take, or the exporter's
             if isinstance(error, UserError) and not dynamic:
                 raise
@@ -301,13 +298,13 @@ class Trial:
         predictor (Predictor): Of a quantized model, on CPU.
         examples (dict[str, Tensor]): Images (1, H, W, C) uint8 by place, that of the trace first.
         dynamic (bool): Whether the graph takes images of other sizes.
-        batch (bool): Whether it takes several at once.
+        form (Form): What it is to be like.
         runtimes (list[str]): To measure in.
     """
 
-    def __init__(self, predictor: Predictor, examples: dict[str, Tensor], dynamic: bool, batch: bool,
+    def __init__(self, predictor: Predictor, examples: dict[str, Tensor], dynamic: bool, form: Form,
                  runtimes: list[str]):
-        self.predictor, self.examples, self.dynamic, self.batch = predictor, examples, dynamic, batch
+        self.predictor, self.examples, self.dynamic, self.form = predictor, examples, dynamic, form
         self.runtimes, self.names = runtimes, predictor.names
         model = predictor.model
         with quantizer_mode(model, Mode.FLOAT):
@@ -317,15 +314,15 @@ class Trial:
         with as_traced(predictor):
             self.quantized = {place: expected(predictor, image) for place, image in examples.items()}
 
-    def run(self, path: Path, preset: str, notes: dict | None) -> Whole:
+    def run(self, path: Path) -> Whole:
         """Write the graph in int8 and in float, hold both against the model, and keep the one in int8."""
         differences, findings = self.replaced(), []
         for graph in ('float', 'int8'):
             target = path if graph == 'int8' else path.with_suffix('.float.onnx')
             first = next(iter(self.examples.values()))
-            write_graph(self.predictor, target, first, self.dynamic, preset, graph == 'int8', notes, self.batch)
+            write_graph(self.predictor, target, first, self.dynamic, self.form, graph == 'int8')
             findings += self.hold_features(target, graph)
-            complete(target, self.predictor, self.batch, preset)
+            complete(target, self.predictor, self.form)
             differences += self.hold_answers(target, graph)
             if graph == 'float':
                 target.unlink()
@@ -394,7 +391,7 @@ class Trial:
                     mark = max(min(own, GOOD) - MARGIN, 0.0)
                 found.append(hold(answers, image, [self.aims(graph)[place].answers], self.names, place=place,
                                   required=mark, **where))
-            if self.batch:
+            if self.form.batch:
                 place, image = next(iter(self.examples.items()))
                 several = torch.cat([image, image.flip(2), 255 - image])
                 found.append(hold(answers, several, lambda images=several, run=answers: [

@@ -212,6 +212,7 @@ def check_export(model: nn.Module, cfg: Config, work_dir, size: int = SIZE) -> d
         ``sqnr`` of the int8 graph's feature maps against the model's, dB, the lowest.
     """
     from ..deploy.agreement import first_line
+    from ..deploy.graph import Form
     from ..deploy.pixels import test_dataset
     from ..deploy.predictor import predictor_of
     from ..deploy.runtime import RUNTIMES
@@ -230,8 +231,7 @@ def check_export(model: nn.Module, cfg: Config, work_dir, size: int = SIZE) -> d
                            (False, [(size, size * 3 // 2)])):
         try:
             examples = {f'{height} x {width}': enlarged(image, (height, width)) for height, width in sizes}
-            found = Trial(predictor, examples, dynamic, False, list(RUNTIMES)).run(
-                Path(work_dir) / MODEL, 'asymmetric', {})
+            found = Trial(predictor, examples, dynamic, Form(), list(RUNTIMES)).run(Path(work_dir) / MODEL)
             failed = [str(item) for runtime in RUNTIMES for item in found.failures(runtime)]
         except UserError as error:
             return dict(export='refused', export_reason=str(error))
