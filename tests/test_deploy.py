@@ -379,6 +379,7 @@ def test_a_folder_whose_name_the_locale_cannot_read_is_refused_early(tmp_path):
 
 def test_marks_and_probes():
     assert [required(value) for value in (60, 20, 5, -10)] == [34, 14, 3, 3]
+    assert [required(5, own) for own in (-3, 20, 90)] == [3, 14, 34], 'what last bits do to the model itself'
     zeros, ones = torch.zeros(4), torch.ones(4)
     assert sqnr(ones, zeros) == 0 and sqnr(zeros, zeros) == 200 and sqnr(ones, ones * torch.nan) == -200
     assert sqnr(ones, torch.ones(5)) == -200

@@ -89,3 +89,23 @@ def test_without_images_it_is_refused(tmp_path):
     model = calibrated(FAMILIES_BY_NAME['mmseg_swin']().eval(), {}, torch.randn(1, 3, 64, 64))
     with pytest.raises(UserError, match='synthetic.pt of the run beside quantized.pth'):
         export_graph(model, tmp_path / 'features.onnx', (64, 64), form=Form('onnxruntime'))
+
+
+def test_below_8_bits_graph_and_model_are_one(tmp_path):
+    """But for last bits of floats: biases that are rounded to integers are 30 dB worse here."""
+    from psaq_mm.deploy.agreement import reference
+    from psaq_mm.deploy.runtime import SESSIONS
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 64, 64)
+    model = calibrated(FAMILIES_BY_NAME['mmseg_vit_pyramid']().eval(), dict(
+        weight=dict(bits=4), activation=dict(bits=4, observer='mse'), targets=['backbone']), images)
+    item = reference(model, Features(model), (images[:1], ))
+    marks, without = item.required, item._replace(disturbed=[]).required
+    assert all(mark >= other for mark, other in zip(marks, without)) and max(marks) > max(without) + 6
+    export_graph(model, tmp_path / 'features.onnx', (64, 64))
+    for runtime, session in SESSIONS.items():
+        pytest.importorskip(runtime)
+        session = session(str(tmp_path / 'features.onnx'), 1)
+        found = [torch.from_numpy(out) for out in session.run(dict(images=images[:1].numpy()))]
+        assert all(sqnr(ours, theirs) > mark for ours, theirs, mark in zip(item.quantized, found, marks, strict=True))
+        assert not [name for name, integer in session.products().items() if not integer and 'in_proj' in name]

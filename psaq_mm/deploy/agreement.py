@@ -7,7 +7,8 @@ Two comparisons, each at every size that is claimed and in every runtime that is
 - The int8 graph against the fake-quantized model. A difference in the last bit of a float now and then moves a value to
   the next integer. In deep networks this adds up until graph and fake-quantized model are as far from each other as two
   independent roundings of one float model are: 3 dB below the SQNR of quantization itself. :func:`required` allows for
-  that, and no more than that and some spread.
+  that, and no more than that and some spread. Below 8 bits quantization changes much, and that says little: there the
+  fake-quantized model itself tells what last bits do, with layers that are :func:`disturbed`.
 
 The module also knows how to repeat the second comparison where the model is not at hand: a :class:`Probe`.
 """
@@ -15,7 +16,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -23,11 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from ..models.features import tensors
-from ..quantization import Mode, quantizer_mode
+from ..quantization import Mode, hooked, quantized_layers, quantizer_mode
+from ..reconstruction.nested import mapped
 
 SAME_DB = 60.0  # what float graph and float model must reach; rounding alone leaves 80 and more
 MARGIN_DB = 6.0  # below the SQNR of quantization: 3 for two independent errors, 3 for the spread of small maps
 CEILING_DB = 40.0  # a graph this good is good, however little quantization itself changes
+DISTURBANCE = 1e-5  # of what a layer puts out: last bits of long sums, and biases on integers; our choice
 FLOOR_DB = 3.0  # an output of zeros has 0 dB
 LIMIT_DB = 200.0  # what stands for infinity, so that numbers stay valid JSON
 SAMPLES = 1024  # values of each output that a probe keeps
@@ -49,9 +53,30 @@ def sqnr(reference: Tensor, other: Tensor) -> float:
     return float((10 * torch.log10(signal / noise)).clamp(-LIMIT_DB, LIMIT_DB))
 
 
-def required(quantization_db: float) -> float:
-    """Return the SQNR that an int8 graph must reach, given that of the fake-quantized model to the float one, dB."""
-    return max(min(quantization_db, CEILING_DB) - MARGIN_DB, FLOOR_DB)
+def required(quantization_db: float, disturbed_db: float = FLOOR_DB) -> float:
+    """Return the SQNR that an int8 graph must reach, dB.
+
+    Args:
+        quantization_db (float): That of the fake-quantized model to the float one.
+        disturbed_db (float): That of the disturbed fake-quantized model to itself. Defaults to one that demands
+            nothing.
+    """
+    return max(min(max(quantization_db, disturbed_db), CEILING_DB) - MARGIN_DB, FLOOR_DB)
+
+
+@contextmanager
+def disturbed(model: nn.Module) -> Iterator[None]:
+    """Within it, each quantized layer of a model puts out values a little off, as another way to sum makes them.
+
+    Every value is multiplied by 1 + e, where e is Gaussian with a deviation of :data:`DISTURBANCE`.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def disturb(module, args, output):
+        return mapped(output, lambda x: x * (1 + DISTURBANCE * torch.randn(x.shape, generator=generator)))
+
+    with hooked([layer.register_forward_hook(disturb) for layer in quantized_layers(model).values()]):
+        yield
 
 
 class Reference(NamedTuple):
@@ -61,29 +86,42 @@ class Reference(NamedTuple):
         inputs (tuple): What the part of the model was called with, nested tuples of tensors.
         full (list[Tensor]): The float model's outputs, flat.
         quantized (list[Tensor]): The fake-quantized model's.
+        disturbed (list[Tensor]): The fake-quantized model's with layers that are disturbed; none where the graph rounds
+            what the model does not.
     """
     inputs: tuple
     full: list[Tensor]
     quantized: list[Tensor]
+    disturbed: list[Tensor]
 
     @property
     def required(self) -> list[float]:
         """What an int8 graph must reach, for each output, dB."""
-        return [required(sqnr(a, b)) for a, b in zip(self.full, self.quantized)]
+        return marks(self.full, self.quantized, self.disturbed)
+
+
+def marks(full: list[Tensor], quantized: list[Tensor], disturbed: list[Tensor]) -> list[float]:
+    """Return what an int8 graph must reach, for each output, dB; see :class:`Reference`."""
+    own = [sqnr(a, b) for a, b in zip(quantized, disturbed)] or [FLOOR_DB] * len(full)
+    return [required(sqnr(a, b), c) for a, b, c in zip(full, quantized, own)]
 
 
 @torch.no_grad()
-def reference(model: nn.Module, part: Callable, inputs: tuple) -> Reference:
+def reference(model: nn.Module, part: Callable, inputs: tuple, same_roundings: bool = True) -> Reference:
     """Compute the reference of a part of a quantized model.
 
     Args:
         model (nn.Module): Holds the part.
         part (Callable): Takes the inputs.
         inputs (tuple): Nested tuples of tensors.
+        same_roundings (bool): Whether the graph rounds what the fake-quantized model does, and no more. Defaults to
+            True.
     """
     with quantizer_mode(model, Mode.FLOAT):
         full = list(tensors(part(*inputs)))
-    return Reference(inputs, full, list(tensors(part(*inputs))))
+    quantized = list(tensors(part(*inputs)))
+    with disturbed(model):
+        return Reference(inputs, full, quantized, list(tensors(part(*inputs))) if same_roundings else [])
 
 
 class Finding(NamedTuple):

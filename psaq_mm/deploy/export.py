@@ -298,7 +298,8 @@ def export_features(model, folder: Path, image: Tensor, traced: tuple[int, int],
         if form.batch:
             one = inputs[place_of(traced)]
             inputs[f'3 images of {place_of(traced)}'] = torch.cat([one, one.flip(3), eight_bits(-one)])
-        references = {place: reference(model, Features(model), (value, )) for place, value in inputs.items()}
+        references = {place: reference(model, Features(model), (value, ), form.same_roundings)
+                      for place, value in inputs.items()}
         try:
             part = write_part(folder / 'features.onnx', lambda path, integers, dynamic=dynamic: export_graph(
                 model, path, traced, dynamic, form, integers), Graph, references, runtimes)
@@ -349,7 +350,8 @@ def export_heads(model, folder: Path, images: dict[str, Tensor], runtimes: list[
             continue
         path = folder / f'{name}.onnx'
         try:
-            references = {f'{name}, {place}': reference(model, model.get_submodule(name), value)
+            references = {f'{name}, {place}': reference(
+                model, model.get_submodule(name), value, form.same_roundings)
                           for place, value in inputs.items() if all(x.numel() for x in tensors(value))}
             traced = next(iter(references.values())).inputs
             own = form._replace(images=tuple(found[name] for found in more if name in found))
@@ -358,8 +360,8 @@ def export_heads(model, folder: Path, images: dict[str, Tensor], runtimes: list[
             if part.failures(runtimes[0]):
                 raise UserError(str(part.failures(runtimes[0])[0]))
             if '.' in name:  # any number of proposals: a few are enough to repeat the measurement with
-                references = {place: reference(model, model.get_submodule(name), tuple_of_bytes(item.inputs, PROPOSALS))
-                              for place, item in references.items()}
+                references = {place: reference(model, model.get_submodule(name), tuple_of_bytes(
+                    item.inputs, PROPOSALS), form.same_roundings) for place, item in references.items()}
             part.note(references)
             done[name] = part
         except Exception as error:  # the exporter's, the runtime's or the head's own: there is a way on without it
@@ -569,7 +571,8 @@ def _export(cfg, checkpoint, target, size, runtimes, preset, whole, batch):
         state = {key: value for key, value in model.state_dict().items() if not key.startswith(parts)}
         write_atomically(dict(state_dict=state, meta=content.get('meta', {})), work / 'int8.pth')
         first = images[place_of(traced)]
-        check_delivery(model, work, first, reference(model, Features(model), (first, )).required, runtime)
+        check_delivery(model, work, first, reference(
+            model, Features(model), (first, ), form.same_roundings).required, runtime)
         written = {'features.onnx': graph, **{part.file.name: part for part in heads.values()}}
         findings = [item for part in written.values() for item in part.findings]
         products = dict(graph.products)

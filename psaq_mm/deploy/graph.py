@@ -33,6 +33,9 @@ from .tensorrt import check_for_tensorrt, for_tensorrt
 
 OPSET = 17  # the first with LayerNormalization; QuantizeLinear has had an axis since 13
 INPUT = 'images'
+# Weights of fewer bits are stored as multiples of a power of 2 up to so many: the same weights, with smaller scales, in
+# units of which biases are rounded to integers. With 8 bits, sums of two products overflow 16 on CPUs without VNNI.
+STORED_BITS = 7
 PRESETS = ('asymmetric', 'symmetric', 'onnxruntime')
 
 
@@ -50,6 +53,11 @@ class Form(NamedTuple):
     preset: str = 'asymmetric'
     batch: bool = False
     images: tuple = ()
+
+    @property
+    def same_roundings(self) -> bool:
+        """Whether the graph rounds what the fake-quantized model does, and no more."""
+        return self.preset != 'onnxruntime'
 
 
 ASYMMETRIC = Form()
@@ -88,14 +96,16 @@ def exportable(model: nn.Module, preset: str = 'asymmetric') -> Iterator[None]:
         if quantizer.zero_point.any():
             raise UserError(f"'{name}': asymmetric weights cannot be exported, int8 kernels want zero point 0. "
                             'Quantize with quantization.weight.symmetric = True (the default)')
-        integers, axis = integers_of(quantizer, layer.weight.detach()), quantizer.axis
-        scale = quantizer.scale.expand(layer.weight.shape[axis])
+        finer = 1 if preset == 'symmetric' else 2**max(STORED_BITS - quantizer.config.bits, 0)
+        integers, axis = integers_of(quantizer, layer.weight.detach()) * finer, quantizer.axis
+        scale = quantizer.scale.expand(layer.weight.shape[axis]) / finer
         transposed = isinstance(layer, (QuantizedLinear, QuantizedProjection))  # stored as the product takes it
         inputs, own_bias = layer.input_quantizer, bias_of(layer)
-        if transposed and preset != 'symmetric' and own_bias is not None and inputs is not None and \
-                inputs.scale.numel() == 1:
-            # ONNX Runtime has no int8 kernel for a bias in float: int32, in units of both scales
-            units = inputs.scale * quantizer.scale
+        one_scale = inputs is not None and inputs.scale.numel() == 1 and inputs.config.bits == 8
+        if transposed and preset != 'symmetric' and own_bias is not None and one_scale:
+            # ONNX Runtime's kernel takes a bias as int32, in units of both scales. Where inputs have fewer bits these
+            # are so large that rounding to them would be most of what tells graph and model apart.
+            units = inputs.scale * quantizer.scale / finer
             values = (own_bias.detach() / units).round()
             if values.abs().max() < 2**31:
                 layer.bias_scale = units.expand(len(values))
@@ -113,7 +123,7 @@ def exportable(model: nn.Module, preset: str = 'asymmetric') -> Iterator[None]:
                     bias = Dequantize.apply(layer.bias_integers, tuple((layer.bias_scale / unit).tolist()), 0)
                 elif bias is not None:
                     bias = bias / unit
-                return Linear.apply(x, layer.integers, tuple((scale / unit).tolist()), bias)
+                return Linear.apply(x, layer.integers, tuple((scale / unit).tolist()), bias, preset == 'symmetric')
 
             shadow(layer, 'linear', linear)
             if 'weight' in layer._parameters or isinstance(layer, QuantizedProjection):

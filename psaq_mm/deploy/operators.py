@@ -221,18 +221,24 @@ class Dequantize(Operator):
 
 
 class Linear(Operator):
-    """A linear layer on integers: the weight is stored as the product takes it, (in, out), not to be transposed."""
+    """A linear layer on integers: the weight is stored as the product takes it, (in, out), not to be transposed.
+
+    ``one_layer`` is whether product and bias are to be written as MatMul and Add, whatever the type of the bias.
+    """
 
     @staticmethod
-    def forward(ctx, x, integers, scale, bias):
+    def forward(ctx, x, integers, scale, bias, one_layer):
         return F.linear(x, integers.T.float() * torch.tensor(scale)[:, None], bias)
 
     @staticmethod
-    def symbolic(g, x, integers, scale, bias):
+    def symbolic(g, x, integers, scale, bias, one_layer):
         product = g.op('MatMul', x, _dequantized(g, integers, scale, 1))
         if bias is None:
             return product
-        return g.op('Add', product, bias)
+        if one_layer or bias.node().kind() == 'onnx::DequantizeLinear':
+            return g.op('Add', product, bias)
+        # ONNX Runtime makes a sum with a bias in float one operator with the product, which then runs in float.
+        return g.op('Sub', product, g.op('Neg', bias))
 
 
 def integers_of(quantizer: FakeQuantizer, weight: Tensor) -> Tensor:

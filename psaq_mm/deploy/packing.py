@@ -18,6 +18,11 @@ def planes_of(bits: int) -> list[int]:
     return [plane for plane in (4, 2, 1) if bits & plane]
 
 
+def common_power(values: np.ndarray) -> int:
+    """Return the largest power of 2, up to 64, that all integers are multiples of."""
+    return next(power for power in (64, 32, 16, 8, 4, 2, 1) if not (values % power).any())
+
+
 def bits_for(values: np.ndarray) -> int:
     """Return how many bits signed integers need, 2 at least."""
     return next(bits for bits in range(2, 9) if -2**(bits - 1) <= values.min() and values.max() < 2**(bits - 1))
@@ -75,8 +80,15 @@ class _Unpacking:
         return output
 
     def add(self, name: str, values: np.ndarray, bits: int):
-        """Take up a weight: its planes become constants, and operators put out what had the name."""
-        kinds, left, total = self.onnx.TensorProto, bits, None
+        """Take up a weight: its planes become constants, and operators put out what had the name.
+
+        Args:
+            name (str): Of the weight.
+            values (np.ndarray): Signed integers.
+            bits (int): That they need, divided by their :func:`common_power`.
+        """
+        power = common_power(values)
+        values, kinds, left, total = values // power, self.onnx.TensorProto, bits, None
         for plane, packed in zip(planes_of(bits), pack(values, bits)):
             left -= plane
             stored = f'{name}_bits_{left}'
@@ -91,7 +103,10 @@ class _Unpacking:
             if left:
                 part = self.apply('Mul', part, self.constant(2**left))
             total = part if total is None else self.apply('Add', total, part)
-        total = self.apply('Cast', self.apply('Sub', total, self.constant(2**(bits - 1))), to=kinds.INT8)
+        total = self.apply('Sub', total, self.constant(2**(bits - 1)))
+        if power > 1:
+            total = self.apply('Mul', total, self.constant(power))
+        total = self.apply('Cast', total, to=kinds.INT8)
         self.apply('Reshape', total, self.shape(*values.shape), output=name)
 
 
@@ -112,10 +127,13 @@ def pack_weights(model) -> int:
     unpacking, count = _Unpacking(graph), 0
     for name in [name for name in stored if name in weights - others]:
         values = onnx.numpy_helper.to_array(stored[name])
-        if values.dtype != np.int8 or values.ndim < 2 or bits_for(values) > 7:
+        if values.dtype != np.int8 or values.ndim < 2:
+            continue
+        bits = bits_for(values // common_power(values))
+        if bits > 7:
             continue
         graph.initializer.remove(stored[name])
-        unpacking.add(name, values, bits_for(values))
+        unpacking.add(name, values, bits)
         count += 1
     nodes = [*unpacking.nodes, *graph.node]
     del graph.node[:]

@@ -5,7 +5,8 @@ Three comparisons, in every runtime that is installed and at sizes that stand fo
 - what the library predicts and what :class:`Predictor` computes with the library's functions replaced: the same;
 - a float graph from the same trace: the same feature maps within rounding, and the same answers;
 - the int8 graph: feature maps as close to the fake-quantized model's as :mod:`psaq_mm.deploy.agreement` demands of a
-  graph of features, and answers about as close as the fake-quantized model's are to the float model's.
+  graph of features, and answers about as close as those of the float model, or of the fake-quantized one with layers
+  that are disturbed a little.
 """
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from ..errors import UserError
 from ..models.features import tensors
 from ..quantization import Mode, quantizer_mode
 from .adapters import traceable
-from .agreement import LIMIT_DB, SAME_DB, Finding, compare, first_line, required, sqnr
+from .agreement import LIMIT_DB, SAME_DB, Finding, compare, disturbed, first_line, marks
 from .answers import agreement, single
 from .batches import loop_over_images
 from .compact import compact
@@ -38,6 +39,7 @@ MODEL, INPUT = 'model.onnx', 'images'
 PYTORCH = 'PyTorch'
 SAME = 0.98  # agreement of answers that only rounding tells apart: two equal scores may swap at the limit
 MARGIN = 0.1  # by which an int8 graph may agree less with the fake-quantized model than that does with the float one
+SPREAD = 0.2  # and less than that does with itself disturbed: single answers come and go by chance
 GOOD = 0.95  # an agreement that is good whatever quantization itself does
 
 
@@ -313,6 +315,8 @@ class Trial:
                 self.full = {place: expected(predictor, image) for place, image in examples.items()}
         with as_traced(predictor):
             self.quantized = {place: expected(predictor, image) for place, image in examples.items()}
+            with disturbed(model):
+                self.disturbed = {place: expected(predictor, image) for place, image in examples.items()}
 
     def run(self, path: Path) -> Whole:
         """Write the graph in int8 and in float, hold both against the model, and keep the one in int8."""
@@ -369,10 +373,11 @@ class Trial:
                 return [torch.from_numpy(x) for x in run(images)[len(self.names):]]
 
             for place, image in self.examples.items():
-                marks = [required(sqnr(a, b)) if graph == 'int8' else SAME_DB
-                         for a, b in zip(self.full[place].features, self.quantized[place].features)]
-                found.append(compare(features, (image, ), self.aims(graph)[place].features, marks, place=place,
-                                     **where))
+                full, quantized = self.full[place].features, self.quantized[place].features
+                found.append(compare(
+                    features, (image, ), self.aims(graph)[place].features, [SAME_DB] * len(full) if graph == 'float'
+                    else marks(full, quantized, self.disturbed[place].features if self.form.same_roundings else []),
+                    place=place, **where))
         return found
 
     def hold_answers(self, path: Path, graph: str) -> list[Difference]:
@@ -387,8 +392,10 @@ class Trial:
             for place, image in self.examples.items():
                 mark = SAME
                 if graph == 'int8':
-                    own = agreement(self.names, self.full[place].answers, self.quantized[place].answers)
-                    mark = max(min(own, GOOD) - MARGIN, 0.0)
+                    margins = [(self.full, MARGIN)] + [(self.disturbed, SPREAD)] * self.form.same_roundings
+                    mark = max(0.0, *(min(GOOD, agreement(
+                        self.names, other[place].answers, self.quantized[place].answers)) - margin
+                        for other, margin in margins))
                 found.append(hold(answers, image, [self.aims(graph)[place].answers], self.names, place=place,
                                   required=mark, **where))
             if self.form.batch:
