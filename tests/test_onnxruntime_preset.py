@@ -34,14 +34,16 @@ def test_products_and_convolutions_run_in_integers(family, dynamic, tmp_path):
         found = session.run(dict(images=images[:1].numpy()))
         for reference, ours, theirs in zip(full, expected, found, strict=True):
             assert sqnr(ours, torch.from_numpy(theirs)) > required(sqnr(reference, ours))
-    assert floats['asymmetric'] and not [name for name in floats['onnxruntime'] if 'Transpose' not in name]
+    left = [name for name in floats['onnxruntime'] if 'ConvTranspose' not in name]
+    assert len(left) == 1 and 'patch_embed' in left[0], 'it reads pixels'
+    assert len(floats['asymmetric']) > 5 or family != 'mmdet_swin'
 
 
 def graph_of(*tail):
     """A convolution on integers with a bias, and what follows: nodes from 'y' on, and the names of outputs."""
     helper, (nodes, outputs) = onnx.helper, tail
     rng = np.random.default_rng(0)
-    stored = dict(weight=rng.integers(-127, 128, (4, 3, 3, 3)).astype(np.int8), weight_scale=np.float32(0.01),
+    stored = dict(weight=rng.integers(-127, 128, (4, 8, 3, 3)).astype(np.int8), weight_scale=np.float32(0.01),
                   weight_zero=np.int8(0), scale=np.float32(0.02), zero=np.uint8(128),
                   bias=rng.standard_normal(4).astype(np.float32), low=np.float32(0))
     body = [helper.make_node('QuantizeLinear', ['x', 'scale', 'zero'], ['x_integers']),
@@ -50,14 +52,14 @@ def graph_of(*tail):
             helper.make_node('Conv', ['x_float', 'weight_float', 'bias'], ['y']), *nodes]
     value = helper.make_tensor_value_info
     return helper.make_model(helper.make_graph(
-        body, 'graph', [value('x', 1, [1, 3, 8, 8])], [value(name, 1, [1, 4, 6, 6]) for name in outputs],
+        body, 'graph', [value('x', 1, [1, 8, 8, 8])], [value(name, 1, [1, 4, 6, 6]) for name in outputs],
         [onnx.numpy_helper.from_array(np.asarray(array), name) for name, array in stored.items()]),
         opset_imports=[helper.make_opsetid('', 17)], ir_version=8)
 
 
 def feeds(count=3):
     rng = np.random.default_rng(1)
-    return [dict(x=rng.standard_normal((1, 3, 8, 8)).astype(np.float32)) for _ in range(count)]
+    return [dict(x=rng.standard_normal((1, 8, 8, 8)).astype(np.float32)) for _ in range(count)]
 
 
 def run(model):
@@ -83,6 +85,13 @@ def test_what_quantizers_alone_read_stays():
              onnx.helper.make_node('DequantizeLinear', ['q', 'scale', 'zero'], ['z'])]
     assert quantize_convolutions(graph_of(nodes, ['z']), feeds()) == 0
     assert quantize_convolutions(graph_of(nodes, ['z', 'y']), feeds()) == 1, 'an output reads it, too'
+
+
+def test_what_reads_pixels_stays():
+    model = graph_of([onnx.helper.make_node('Relu', ['y'], ['z'])], ['z'])
+    weight = next(item for item in model.graph.initializer if item.name == 'weight')
+    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight)[:, :3], 'weight'))
+    assert quantize_convolutions(model, []) == 0
 
 
 def test_without_images_it_is_refused(tmp_path):

@@ -11,6 +11,7 @@ from ..quantization.observers import affine_parameters, build_observer
 from .extras import need
 
 CONFIG = ActivationConfig(observer='mse')  # 8 bits, unsigned, one scale; our choice
+CHANNELS = 8  # an image has fewer; our choice
 IMAGES = 16  # that ranges are measured on; our choice
 
 
@@ -18,7 +19,8 @@ def quantize_convolutions(model, feeds: Iterable[Mapping[str, np.ndarray]]) -> i
     """Put a pair of QuantizeLinear and DequantizeLinear behind each convolution on integers, in place.
 
     ONNX Runtime computes a convolution in int8 only if its output is quantized. Where a ReLU follows, the pair comes
-    behind it, and the runtime makes both one kernel. Nothing is put where quantizers alone read the output.
+    behind it, and the runtime makes both one kernel. Nothing is put where quantizers alone read the output, nor behind
+    what reads pixels: that is little work, and in a transformer its error would pass through all blocks.
 
     Args:
         model (onnx.ModelProto): The graph.
@@ -65,10 +67,16 @@ def unquantized_outputs(graph) -> list[str]:
         for name in node.input:
             readers.setdefault(name, []).append(node.op_type)
     relus = {node.input[0]: node.output[0] for node in graph.node if node.op_type == 'Relu'}
+    weights = {item.name: item.dims for item in graph.initializer}
+    weights.update({node.output[0]: node.attribute[0].t.dims for node in graph.node if node.op_type == 'Constant'})
     found, outputs = [], {output.name for output in graph.output}
     for node in graph.node:
         operands = [makers[name].op_type if name in makers else None for name in node.input[:2]]
         if node.op_type != 'Conv' or operands != ['DequantizeLinear'] * 2:
+            continue
+        sides = weights.get(makers[node.input[1]].input[0])
+        groups = next((item.i for item in node.attribute if item.name == 'group'), 1)
+        if sides is not None and groups * sides[1] < CHANNELS:
             continue
         name = node.output[0]
         if readers.get(name) == ['Relu'] and name not in outputs:

@@ -84,6 +84,8 @@ def exportable(model: nn.Module, preset: str = 'asymmetric') -> Iterator[None]:
             shadow(quantizer, 'forward', partial(activation, quantizer))
             shadow(quantizer, 'paired', preset == 'symmetric')
             shadow(quantizer, 'unsigned', preset == 'onnxruntime')
+            # OpenVINO has no kernel for products of two activations with a zero point
+            shadow(quantizer, 'signed', preset == 'asymmetric' and name.endswith(('a_quantizer', 'b_quantizer')))
     for product in model.modules():
         quantizer = getattr(product, 'a_quantizer', None)
         if isinstance(product, QuantizedMatMul) and quantizer is not None and len(quantizer.scale) > 1:

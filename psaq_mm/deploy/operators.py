@@ -38,8 +38,13 @@ class Grid(NamedTuple):
 
 
 def _grid(quantizer, axis):
-    # Marked as unsigned, integers are moved up by half their number where they are signed: the same values.
-    shift = -quantizer.quant_min if getattr(quantizer, 'unsigned', False) and quantizer.quant_min < 0 else 0
+    # The same values on other integers. Marked as unsigned, signed ones are moved up by half their number; marked as
+    # signed, those of fewer than 8 bits are moved so that 0 stands for 0.
+    shift = 0
+    if getattr(quantizer, 'unsigned', False) and quantizer.quant_min < 0:
+        shift = -quantizer.quant_min
+    elif getattr(quantizer, 'signed', False) and quantizer.config.bits < 8:
+        shift = -int(quantizer.zero_point[0]) if quantizer.zero_point.unique().numel() == 1 else 0
     return Grid(tuple(quantizer.scale.tolist()), tuple((quantizer.zero_point + shift).tolist()), axis,
                 quantizer.quant_min + shift, quantizer.quant_max + shift)
 
