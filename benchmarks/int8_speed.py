@@ -23,6 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PREDICT = 'predict'
+PRESET = ', preset onnxruntime'
 LIKELY = 30.0  # how much more the classes of random weights are made to differ
 PAUSE = 0.1  # seconds in which the threads of the one before, which wait actively for more work, give up
 CASES = {
@@ -183,6 +184,7 @@ def contestants(path, size, folder, args):
     from psaq_mm.classification import Classifier
     from psaq_mm.deploy import (
         ExportedFeatures,
+        Form,
         Graph,
         HeadGraph,
         export_graph,
@@ -200,11 +202,13 @@ def contestants(path, size, folder, args):
     image = torch.randn(1, 3, *size)
     array = image.numpy()
     plain, own, theirs = folder / 'float.onnx', folder / 'int8.onnx', folder / 'ort_int8.onnx'
+    for_ort = folder / 'int8_preset.onnx'
     export_graph(model, plain, size, integers=False)
     heads = [name for name in ('head', 'rpn_head', 'roi_head', 'decode_head') if hasattr(model, name)]
     quantize_model(model, dict(targets=['backbone', *heads] if classifier else ['backbone', 'neck', *heads]))
     calibrate(model, lambda: extract_features(model, image, True))
     export_graph(model, own, size)
+    export_graph(model, for_ort, size, form=Form('onnxruntime', images=(image, )))
     if args.dynamic and not classifier:
         export_graph(model, folder / 'any_size.onnx', size, dynamic=True)
 
@@ -231,6 +235,7 @@ def contestants(path, size, folder, args):
         openvino.save_model(network, folder / 'nncf.xml', compress_to_fp16=False)
         runs['OpenVINO int8, NNCF PTQ'] = compiled(network), folder / 'nncf.bin'
     runs['ONNX Runtime int8, psaq_mm'] = ours(own, 'onnxruntime'), own
+    runs[f'ONNX Runtime int8, psaq_mm{PRESET}'] = ours(for_ort, 'onnxruntime'), for_ort
     runs['OpenVINO int8, psaq_mm'] = ours(own, 'openvino'), own
     if args.dynamic and not classifier:
         runs['OpenVINO int8, psaq_mm, any size'] = ours(folder / 'any_size.onnx', 'openvino'), folder / 'any_size.onnx'
@@ -254,6 +259,7 @@ def complete_contestants(path, size, folder, args):
     from mmengine.config import Config
 
     from psaq_mm.classification import Classifier
+    from psaq_mm.deploy import Form
     from psaq_mm.deploy.predictor import predictor_of
     from psaq_mm.deploy.whole import complete, write_graph
     from psaq_mm.engine.config import without_pretrained
@@ -286,10 +292,12 @@ def complete_contestants(path, size, folder, args):
         calibrate(quantized, partial(eager, quantized) if targets != parts else partial(
             extract_features, quantized, normalised, True))
         predictor = predictor_of(quantized, cfg).eval()
-        for kind in ('float', 'int8')[bool(files):]:
-            files[name if kind == 'int8' else kind] = file = folder / f'{name.replace(" ", "_")}_{kind}.onnx'
-            write_graph(predictor, file, images, False, integers=kind == 'int8')
-            complete(file, predictor)
+        forms = {'float': Form(), 'int8': Form(), PRESET: Form('onnxruntime', images=(images, ))}
+        for kind, form in list(forms.items())[bool(files):]:
+            key = kind if kind == 'float' else name + (kind if kind == PRESET else '')
+            files[key] = file = folder / f'{key.replace(" ", "_")}.onnx'
+            write_graph(predictor, file, images, False, form, kind != 'float')
+            complete(file, predictor, form)
     runs = {'eager float': (partial(eager, plain_model), files['float'])}
     for kind, runtime in (('ONNX Runtime', ort_session), ('OpenVINO', openvino_network)):
         runs[f'{kind} float'] = partial(runtime(str(files['float']), args.threads), array), files['float']
@@ -307,8 +315,9 @@ def complete_contestants(path, size, folder, args):
         print(f'left out: {type(error).__name__}: {str(error).splitlines()[0]}')
     for name in [name for name in files if name != 'float']:
         for kind, runtime in (('ONNX Runtime', ort_session), ('OpenVINO', openvino_network)):
-            runs[f'{kind} int8, psaq_mm' + ', heads too' * (name == 'heads too')] = partial(
-                runtime(str(files[name]), args.threads), array), files[name]
+            if kind == 'ONNX Runtime' or PRESET not in name:
+                title = f'{kind} int8, psaq_mm, {name}'.replace(', ours', '')
+                runs[title] = partial(runtime(str(files[name]), args.threads), array), files[name]
     counts = [value.shape for value in openvino_network(str(files['float']), args.threads)(array)]
     print(f'answers of the float graph: {[tuple(shape) for shape in counts]}')
     return runs
