@@ -22,6 +22,7 @@ from .recording import given
 from .rounding import LearnedRounding
 
 SHARES = (0.85, 0.7, 0.55, 0.42, 0.3, 0.2, 0.12, 0.07, 0.04)  # of a calibrated range, that are tried; our choice
+PATIENCE = 2  # shares in a row without a gain, after which smaller ones are not tried; our choice
 SEARCHED = 32  # images that they are tried on, or about as many; our choice
 POSITIONS = 8192  # tokens or pixels that an update learns from, and each batch of the search has, where an image can do
 # without the others of its batch; our choice
@@ -255,8 +256,9 @@ class UnitReconstruction:
         """Shrink the ranges, one after the other, to the share with the least error of the unit's output.
 
         What learns by gradients afterwards cannot leave a bad start: a range for attention weights that reaches from 0
-        to 1 rounds nearly all of them to 0, and gradients say little there. The search sees a part of the samples. On
-        all of them, the error is not larger than before: else the ranges stay as they were.
+        to 1 rounds nearly all of them to 0, and gradients say little there. The search sees a part of the samples, and
+        leaves a range when :data:`PATIENCE` shares in a row bring nothing. On all samples, the error is not larger than
+        before: else the ranges stay as they were.
 
         Returns:
             tuple[float, float]: The unit's error before and now.
@@ -274,12 +276,15 @@ class UnitReconstruction:
 
         initial, best, before = self.measure(), error(), [stretch.clone() for stretch in self.ranges]
         for stretch in self.ranges:
-            chosen = stretch.clone()
+            chosen, worse = stretch.clone(), 0
             for share in SHARES:
                 stretch.fill_(math.log(share))
                 found = error()
+                worse += 1
                 if found < best:
-                    best, chosen = found, stretch.clone()
+                    best, chosen, worse = found, stretch.clone(), 0
+                if worse == PATIENCE:
+                    break
             stretch.copy_(chosen)
         found = self.measure()
         if found < initial:
