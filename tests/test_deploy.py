@@ -499,7 +499,17 @@ def test_a_work_dir_holds_a_finished_run(tmp_path):
     assert done.returncode == 2 and f'{tmp_path}/quantized.pth does not exist' in done.stderr
 
 
-def test_detector_by_mmdets_own_tools(quantized_run, tmp_path):
+def by_strangers(folder, work_dir, *options):
+    """What benchmarks/strangers.py measures of a delivered graph by runtime, and what the library did."""
+    done = run_tool(ROOT / 'benchmarks' / 'strangers.py', folder / 'model.onnx', *options, '--expect', work_dir /
+                    'metrics.json', '--json', folder / 'strangers.json', check=False)
+    assert done.returncode in (0, 1) and 'imported' not in done.stdout, done.stdout + done.stderr
+    assert ('TOO FAR' in done.stdout) == bool(done.returncode)
+    found = json.loads((folder / 'strangers.json').read_text())
+    return [found[runtime] for runtime in RUNTIMES], found['expected']
+
+
+def test_detector_by_mmdets_own_tools(quantized_run, scenes, tmp_path):
     work_dir, _ = quantized_run
     done = run_tool(ROOT / 'tools' / 'export.py', work_dir, '--batch', '--work-dir', tmp_path / 'int8', '--json',
                     tmp_path / 'numbers.json', cwd=tmp_path)
@@ -521,6 +531,10 @@ def test_detector_by_mmdets_own_tools(quantized_run, tmp_path):
                       '--work-dir', tmp_path / 'tested', cwd=tmp_path)
     quantized = json.loads((work_dir / 'metrics.json').read_text())['quantized']['coco/bbox_mAP']
     assert ap_of(tested.stdout + tested.stderr) == pytest.approx(quantized, abs=0.03)  # of six images
+    found, library = by_strangers(tmp_path / 'int8', work_dir, '--images', scenes / 'val', '--coco',
+                                  scenes / 'val.json')
+    for name, key in (('box', 'coco/bbox_mAP'), ('mask', 'coco/segm_mAP')):
+        assert [item[name] for item in found] == pytest.approx([100 * library[key]] * 2, abs=3)
     from mmdet.apis import DetInferencer, inference_detector, init_detector
     files = [str(tmp_path / 'int8' / name) for name in ('int8_config.py', 'int8.pth')]
     image = np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)
@@ -530,7 +544,7 @@ def test_detector_by_mmdets_own_tools(quantized_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_segmentor_and_classifier(segmentation_run, classification_config, tmp_path):
+def test_segmentor_and_classifier(segmentation_run, classification_config, scenes, tmp_path):
     from mmseg.apis import inference_model, init_model
     work_dir, _ = segmentation_run
     run_tool(ROOT / 'tools' / 'export.py', work_dir / 'test_config.py', work_dir / 'quantized.pth', '--runtime',
@@ -541,6 +555,8 @@ def test_segmentor_and_classifier(segmentation_run, classification_config, tmp_p
                             (tmp_path / 'seg' / 'int8_config.py', tmp_path / 'seg' / 'int8.pth')):
         maps.append(inference_model(init_model(str(config), str(weights), device='cpu'), image).pred_sem_seg.data)
     assert (maps[0] == maps[1]).float().mean() > 0.95
+    found, library = by_strangers(tmp_path / 'seg', work_dir, '--images', scenes / 'val', '--maps', scenes / 'val_maps')
+    assert [item['miou'] for item in found] == pytest.approx([library['mIoU']] * 2, abs=1)
     run_tool(ROOT / 'tools' / 'dfq.py', classification_config, '--work-dir', tmp_path / 'cls')
     run_tool(ROOT / 'tools' / 'export.py', tmp_path / 'cls' / 'test_config.py', tmp_path / 'cls' / 'quantized.pth',
              cwd=tmp_path)
@@ -549,6 +565,8 @@ def test_segmentor_and_classifier(segmentation_run, classification_config, tmp_p
     quantized = json.loads((tmp_path / 'cls' / 'metrics.json').read_text())['quantized']['accuracy/top1']
     found = float(re.findall(r'accuracy/top1: (\S+)', done.stdout + done.stderr)[-1])
     assert found == pytest.approx(quantized, abs=7)  # two of thirty
+    found, _ = by_strangers(tmp_path / 'cls' / 'int8', tmp_path / 'cls', '--images', scenes / 'objects' / 'val')
+    assert [item['top1'] for item in found] == pytest.approx([quantized] * 2, abs=7)
 
 
 def test_heads_that_are_quantized_stay_so_in_the_exported_config(tmp_path):
