@@ -255,6 +255,8 @@ def contestants(path, size, folder, args):
 
 def complete_contestants(path, size, folder, args):
     """All ways to compute a whole model, from pixels to answers: callables by name, and the files they need."""
+    import onnx
+    import openvino
     import torch
     from mmengine.config import Config
 
@@ -297,22 +299,32 @@ def complete_contestants(path, size, folder, args):
             key = kind if kind == 'float' else name + (kind if kind == PRESET else '')
             files[key] = file = folder / f'{key.replace(" ", "_")}.onnx'
             write_graph(predictor, file, images, False, form, kind != 'float')
+            if kind == 'float':  # for others' quantizers: with the names that torch gave
+                model = onnx.load(file)
+                del model.graph.output[len(predictor.names):]
+                onnx.save(model, folder / 'source.onnx')
             complete(file, predictor, form)
     runs = {'eager float': (partial(eager, plain_model), files['float'])}
     for kind, runtime in (('ONNX Runtime', ort_session), ('OpenVINO', openvino_network)):
         runs[f'{kind} float'] = partial(runtime(str(files['float']), args.threads), array), files['float']
-    try:
-        ort_static(files['float'], folder / 'ort_int8.onnx', [array])
-        runs['ONNX Runtime int8, its own PTQ'] = partial(
-            ort_session(folder / 'ort_int8.onnx', args.threads), array), folder / 'ort_int8.onnx'
-        network = nncf_static(files['float'], [array])
-        if network is not None:
-            import openvino
-            openvino.save_model(network, folder / 'nncf.xml', compress_to_fp16=False)
-            runs['OpenVINO int8, NNCF PTQ'] = partial(openvino_network(network, args.threads), array), \
-                folder / 'nncf.bin'
-    except Exception as error:  # a contestant's own
-        print(f'left out: {type(error).__name__}: {str(error).splitlines()[0]}')
+
+    def by_ort():
+        file = folder / 'ort_int8.onnx'
+        ort_static(folder / 'source.onnx', file, [array])
+        return partial(ort_session(file, args.threads), array), file
+
+    def by_nncf():
+        network = nncf_static(folder / 'source.onnx', [array])
+        if network is None:
+            raise ImportError('nncf is not installed')
+        openvino.save_model(network, folder / 'nncf.xml', compress_to_fp16=False)
+        return partial(openvino_network(network, args.threads), array), folder / 'nncf.bin'
+
+    for title, make in (('ONNX Runtime int8, its own PTQ', by_ort), ('OpenVINO int8, NNCF PTQ', by_nncf)):
+        try:
+            runs[title] = make()
+        except Exception as error:  # a contestant's own
+            print(f'{title} is left out: {type(error).__name__}: {str(error).splitlines()[0]}')
     for name in [name for name in files if name != 'float']:
         for kind, runtime in (('ONNX Runtime', ort_session), ('OpenVINO', openvino_network)):
             if kind == 'ONNX Runtime' or PRESET not in name:
