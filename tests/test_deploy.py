@@ -15,7 +15,7 @@ from torch import nn
 
 from psaq_mm.deploy import RUNTIMES, Graph, HeadGraph, export, export_graph, export_head, head_inputs, head_names
 from psaq_mm.deploy.adapters import ADAPTERS, shifted_window_mask, traceable
-from psaq_mm.deploy.agreement import eight_bits, packed, required, sqnr, unpacked
+from psaq_mm.deploy.agreement import eight_bits, packed, reference, required, sqnr, unpacked
 from psaq_mm.deploy.export import (
     check_delivery,
     config_text,
@@ -102,8 +102,8 @@ def test_a_graph_computes_on_the_models_integers(exported):
             full = Features(model)(images)
             set_mode(model, Mode.QUANTIZE)
         for run in (plain_session(path), Graph(path, 'onnxruntime').run, Graph(path, 'openvino').run):
-            for reference, ours, theirs in zip(full, expected, run(images), strict=True):
-                assert sqnr(ours, theirs) > min(sqnr(reference, ours), 40) - 3
+            for plain, ours, theirs in zip(full, expected, run(images), strict=True):
+                assert sqnr(ours, theirs) > min(sqnr(plain, ours), 40) - 3
 
 
 @pytest.mark.parametrize('activation', [dict(symmetric_products=False), dict(bits=6), dict(symmetric=True)])
@@ -117,8 +117,8 @@ def test_windows_of_other_grids(activation, tmp_path):
         expected = Features(model)(images)
         set_mode(model, Mode.FLOAT)
         full = Features(model)(images)
-    for reference, ours, theirs in zip(full, expected, plain_session(tmp_path / 'swin.onnx')(images), strict=True):
-        assert sqnr(ours, theirs) > min(sqnr(reference, ours), 40) - 3
+    for plain, ours, theirs in zip(full, expected, plain_session(tmp_path / 'swin.onnx')(images), strict=True):
+        assert sqnr(ours, theirs) > min(sqnr(plain, ours), 40) - 3
 
 
 @pytest.mark.parametrize('builder', ['mmdet_swin', 'timm_vit'])
@@ -133,8 +133,8 @@ def test_residual_sums_of_placement_all(builder, tmp_path):
         expected = Features(model)(images[:1])
         set_mode(model, Mode.FLOAT)
         full = Features(model)(images[:1])
-    for reference, ours, theirs in zip(full, expected, plain_session(tmp_path / 'all.onnx')(images[:1]), strict=True):
-        assert sqnr(ours, theirs) > min(sqnr(reference, ours), 40) - 3
+    for plain, ours, theirs in zip(full, expected, plain_session(tmp_path / 'all.onnx')(images[:1]), strict=True):
+        assert sqnr(ours, theirs) > min(sqnr(plain, ours), 40) - 3
     sums = [name for name in quantizers(model) if name.endswith('_sum_quantizer')]
     kinds = [node.op_type for node in onnx.load(str(tmp_path / 'all.onnx')).graph.node]
     assert sums and kinds.count('QuantizeLinear') > len(sums) + len(quantized_layers(model)) - 8
@@ -180,14 +180,13 @@ def test_a_range_for_each_head(builder, bits, tmp_path):
     for scale in scales:  # as learned ranges, which the largest weights are clipped to
         scale *= 0.7
     export_graph(model, tmp_path / 'heads.onnx', tuple(images.shape[-2:]), dynamic=builder != 'timm_vit')
-    with torch.no_grad():
-        expected = Features(model)(images[:1])
-        set_mode(model, Mode.FLOAT)
-        full = Features(model)(images[:1])
-    found = [Graph(tmp_path / 'heads.onnx', runtime).run(images[:1]) for runtime in ('onnxruntime', 'openvino')]
-    for reference, ours, *both in zip(full, expected, *found, strict=True):
-        assert min(sqnr(ours, theirs) for theirs in both) > min(sqnr(reference, ours), 40) - 3
-        assert sqnr(*both) > 30  # OpenVINO lost the upper end of Clip where shapes are dynamic
+    item = reference(model, Features(model), (images[:1], ))
+    if (builder, bits) == ('mmseg_vit', 4):
+        assert max(item.required) == 34, 'OpenVINO had 19'
+    for runtime in ('onnxruntime', 'openvino'):  # it lost the upper end of Clip where shapes are dynamic
+        found = Graph(tmp_path / 'heads.onnx', runtime).run(images[:1])
+        for ours, theirs, mark in zip(item.quantized, found, item.required, strict=True):
+            assert sqnr(ours, theirs) > mark
 
 
 @pytest.mark.parametrize('bits', [4, 8])
