@@ -83,10 +83,15 @@ def mean_iou(answer, card, images, maps):
     return dict(miou=100 * float(np.mean(common[union > 0] / union[union > 0])))
 
 
-def top_1(answer, images):
-    """Share of images whose likeliest class is that of their folder, points; folders in alphabetical order."""
+def top_1(answer, card, images):
+    """Share of images whose likeliest class is that of their folder, points.
+
+    Folders have the names of the model's classes, or stand for them in alphabetical order.
+    """
     folders = sorted(path for path in images.iterdir() if path.is_dir())
-    hits = [int(answer(path)[0]['probabilities'][0].argmax()) == number
+    names = card['classes'] or []
+    named = all(folder.name in names for folder in folders)
+    hits = [int(answer(path)[0]['probabilities'][0].argmax()) == (names.index(folder.name) if named else number)
             for number, folder in enumerate(folders) for path in sorted(folder.iterdir())]
     return dict(top1=100 * float(np.mean(hits)))
 
@@ -116,7 +121,7 @@ def main():
         elif args.maps:
             values = mean_iou(answer, card, args.images, args.maps)
         else:
-            values = top_1(answer, args.images)
+            values = top_1(answer, card, args.images)
         for name, value in values.items():
             aim = expected.get(NAMES[name])
             aim = None if aim is None else aim * (100 if name in ('box', 'mask') else 1)
