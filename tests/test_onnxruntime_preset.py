@@ -100,6 +100,20 @@ def test_without_images_it_is_refused(tmp_path):
         export_graph(model, tmp_path / 'features.onnx', (64, 64), form=Form('onnxruntime'))
 
 
+def test_no_other_runtime_runs_it(tmp_path):
+    from mmengine.config import Config
+
+    from psaq_mm.deploy import Graph, export
+    model = calibrated(FAMILIES_BY_NAME['mmseg_swin']().eval(), {}, torch.randn(1, 3, 64, 64))
+    images = (torch.randn(1, 3, 64, 64), )
+    export_graph(model, tmp_path / 'features.onnx', (64, 64), form=Form('onnxruntime', images=images))
+    Graph(tmp_path / 'features.onnx', 'onnxruntime')
+    with pytest.raises(UserError, match="preset 'onnxruntime' and runs in no other.*set runtime to 'onnxruntime'"):
+        Graph(tmp_path / 'features.onnx', 'openvino')
+    with pytest.raises(UserError, match="preset 'onnxruntime' is for onnxruntime alone"):
+        export(Config(dict()), 'quantized.pth', str(tmp_path), runtime='openvino', preset='onnxruntime')
+
+
 def test_below_8_bits_graph_and_model_are_one(tmp_path):
     """But for last bits of floats: biases that are rounded to integers are 30 dB worse here."""
     from psaq_mm.deploy.agreement import reference

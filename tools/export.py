@@ -23,9 +23,9 @@ def parse_args():
     parser.add_argument('--size', nargs=2, type=int, metavar=('H', 'W'),
                         help='a graph for images of this size only, faster (default: for every size where that is '
                         'right; of classifiers: their own)')
-    parser.add_argument('--runtime', choices=['openvino', 'onnxruntime'], default='openvino',
+    parser.add_argument('--runtime', choices=['openvino', 'onnxruntime'],
                         help='what the written config runs the graph with, and must compute it rightly (default: '
-                        'openvino); the other one is measured as well where it is installed')
+                        "openvino, or what the preset is for); the other one is measured as well where it is installed")
     parser.add_argument('--preset', choices=['asymmetric', 'symmetric', 'onnxruntime'],
                         default='asymmetric', help="'asymmetric': unsigned activations with a zero point (OpenVINO, "
                         "ONNX Runtime); 'symmetric': signed without (TensorRT), of a model quantized like that; "

@@ -501,8 +501,8 @@ def deliver_whole(model, cfg: Config, meta: dict, folder: Path, image: Tensor, s
                 measured=measured, warnings=warnings_of({MODEL: found}, runtimes, found.reason))
 
 
-def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | None = None, runtime: str = 'openvino',
-           preset: str = 'asymmetric', whole: bool = True, batch: bool = False) -> dict:
+def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | None = None,
+           runtime: str | None = None, preset: str = 'asymmetric', whole: bool = True, batch: bool = False) -> dict:
     """Write a quantized model for runtimes: its parts for the ecosystem's tools, and all of it as one graph.
 
     The former are ``features.onnx``, a graph for each quantized head, ``int8_config.py`` and ``int8.pth``; the latter
@@ -518,7 +518,8 @@ def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | 
         work_dir (str): Where to.
         size (tuple[int, int], optional): (H, W): a graph for this size only. Default: for every size, except of
             classifiers, which have their own, and of models whose graph is right at one size only.
-        runtime (str): What the config runs the graph with. Defaults to 'openvino'.
+        runtime (str, optional): What the config runs the graph with. Default: 'openvino', but 'onnxruntime' with the
+            preset of that name, which no other runtime is measured with.
         preset (str): Of PRESETS, see :class:`Form`.
         whole (bool): Whether to write the whole model, too. Defaults to True.
         batch (bool): Whether that and ``features.onnx`` shall take any number of images at once. Defaults to False.
@@ -529,11 +530,15 @@ def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | 
     Raises:
         UserError: If it cannot be exported like that.
     """
+    own = preset if preset in RUNTIMES else None
+    runtime = runtime or own or 'openvino'
     if runtime not in RUNTIMES:
         raise UserError(f"--runtime {runtime}: must be one of {', '.join(RUNTIMES)}")
+    if own and runtime != own:
+        raise UserError(f"--runtime {runtime}: preset '{preset}' is for {own} alone; leave one of the two out")
     target = OwnedFolder(work_dir)
     need('onnx')
-    runtimes = installed(runtime)
+    runtimes = installed(runtime)[:1 if own else None]
     with target.lock():
         target.claim(RESULTS)
         return _export(cfg, checkpoint, target, size, runtimes, preset, whole, batch)
@@ -588,7 +593,8 @@ def _export(cfg, checkpoint, target, size, runtimes, preset, whole, batch):
             measured=[dict(item._asdict(), sqnr=round(item.sqnr, 1), required=round(item.required, 1),
                            passed=item.passed) for item in findings],
             warnings=warnings_of(written, runtimes, features['reason']) + [
-                f'{name} is not installed: nothing was measured in it' for name in RUNTIMES if name not in runtimes],
+                f'{name} is not installed: nothing was measured in it' for name in RUNTIMES
+                if name not in runtimes and preset not in RUNTIMES],
             heads={name: str(folder / part.file.name) for name, part in heads.items()}, heads_not_exported=not_exported,
             size_mb=dict(graph=round(sum(part.file.stat().st_size for part in written.values()) / 1e6, 2),
                          float=round(4e-6 * floats, 2)),

@@ -137,6 +137,10 @@ class Graph:
             raise UserError(f'the graph {path} does not exist: write it with tools/export.py')
         self.path, self.runtime = str(path), runtime
         self.notes = read_notes(path)
+        own = self.notes['preset']
+        if own in RUNTIMES and own != runtime:
+            raise UserError(f"{path} was exported with preset '{own}' and runs in no other runtime: set runtime to "
+                            f"'{own}' in int8_config.py, or export again")
         measured = self.notes['measured'].get(runtime)
         known = measured is not None and measured['host'] == host(runtime)
         if known and measured['wrong']:
