@@ -183,10 +183,12 @@ def test_a_range_for_each_head(builder, bits, tmp_path):
     item = reference(model, Features(model), (images[:1], ))
     if (builder, bits) == ('mmseg_vit', 4):
         assert max(item.required) == 34, 'OpenVINO had 19'
-    for runtime in ('onnxruntime', 'openvino'):  # it lost the upper end of Clip where shapes are dynamic
-        found = Graph(tmp_path / 'heads.onnx', runtime).run(images[:1])
-        for ours, theirs, mark in zip(item.quantized, found, item.required, strict=True):
-            assert sqnr(ours, theirs) > mark
+    found = [Graph(tmp_path / 'heads.onnx', runtime).run(images[:1]) for runtime in ('onnxruntime', 'openvino')]
+    for full, ours, own, mark, *both in zip(item.full, item.quantized, item.disturbed, item.required, *found,
+                                            strict=True):
+        assert min(sqnr(ours, theirs) for theirs in both) > max(mark, min(sqnr(full, ours), 40) - 3)
+        # OpenVINO lost the upper end of Clip where shapes are dynamic
+        assert sqnr(*both) > min(30, sqnr(ours, own) - 3)
 
 
 @pytest.mark.parametrize('bits', [4, 8])

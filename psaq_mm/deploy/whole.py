@@ -316,7 +316,8 @@ class Trial:
         with as_traced(predictor):
             self.quantized = {place: expected(predictor, image) for place, image in examples.items()}
             with disturbed(model):
-                self.disturbed = {place: expected(predictor, image) for place, image in examples.items()}
+                self.disturbed = {place: expected(predictor, image) for place, image in examples.items()
+                                  if form.same_roundings}
 
     def run(self, path: Path) -> Whole:
         """Write the graph in int8 and in float, hold both against the model, and keep the one in int8."""
@@ -376,7 +377,7 @@ class Trial:
                 full, quantized = self.full[place].features, self.quantized[place].features
                 found.append(compare(
                     features, (image, ), self.aims(graph)[place].features, [SAME_DB] * len(full) if graph == 'float'
-                    else marks(full, quantized, self.disturbed[place].features if self.form.same_roundings else []),
+                    else marks(full, quantized, self.disturbed[place].features if self.disturbed else []),
                     place=place, **where))
         return found
 
@@ -392,7 +393,7 @@ class Trial:
             for place, image in self.examples.items():
                 mark = SAME
                 if graph == 'int8':
-                    margins = [(self.full, MARGIN)] + [(self.disturbed, SPREAD)] * self.form.same_roundings
+                    margins = [(self.full, MARGIN)] + [(self.disturbed, SPREAD)] * bool(self.disturbed)
                     mark = max(0.0, *(min(GOOD, agreement(
                         self.names, other[place].answers, self.quantized[place].answers)) - margin
                         for other, margin in margins))
