@@ -6,7 +6,7 @@ import itertools
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from ..version import __version__
 from .adapters import ConstantResizing, traceable
 from .convolutions import quantize_convolutions
 from .extras import need
+from .openvino import separate_readers, widen_patches
 from .operators import Dequantize, Linear, activation, head_product, integers_of
 from .tensorrt import check_for_tensorrt, for_tensorrt
 
@@ -259,6 +260,7 @@ def write(network: nn.Module, inputs: tuple, path, input_names, output_names, ax
             raise UserError(f'{name} cannot be exported to ONNX: {str(error).splitlines()[0]}') from None
     graph = onnx.load_model_from_string(stream.getvalue())
     onnx.helper.set_model_props(graph, dict(psaq_mm=__version__, **notes))
+    widen_patches(graph, stored_arrays(graph.graph))
     fold_batch_norm(graph)
     if form.preset == 'onnxruntime':
         examples = (item if isinstance(item, tuple) else (item, ) for item in form.images)
@@ -325,6 +327,24 @@ def export_graph(model: nn.Module, path, size: tuple[int, int], dynamic: bool = 
               type(backbone_of(model)).__name__, form)
 
 
+def stored_arrays(graph) -> Callable:
+    """Return what gives the array of a name in a graph (onnx.GraphProto), or None where it is computed."""
+    helper = need('onnx').numpy_helper
+    initializers = {item.name: item for item in graph.initializer}
+    makers = {output: node for node in graph.node for output in node.output}
+
+    def value(name):
+        node = makers.get(name)
+        while node is not None and node.op_type == 'Identity':  # of equal tensors the exporter stores one
+            name = node.input[0]
+            node = makers.get(name)
+        if name in initializers:
+            return helper.to_array(initializers[name])
+        return helper.to_array(node.attribute[0].t) if node is not None and node.op_type == 'Constant' else None
+
+    return value
+
+
 def fold_batch_norm(graph) -> int:
     """Multiply each BatchNormalization behind a convolution with stored integers into scales and bias, in place.
 
@@ -339,18 +359,9 @@ def fold_batch_norm(graph) -> int:
     import numpy as np
     onnx = need('onnx')
     helper, graph = onnx.numpy_helper, graph.graph
-    initializers = {item.name: item for item in graph.initializer}
     makers = {output: node for node in graph.node for output in node.output}
     readers = Counter(name for node in graph.node for name in node.input)
-
-    def value(name):
-        node = makers.get(name)
-        while node is not None and node.op_type == 'Identity':  # of equal tensors the exporter stores one
-            name = node.input[0]
-            node = makers.get(name)
-        if name in initializers:
-            return helper.to_array(initializers[name])
-        return helper.to_array(node.attribute[0].t) if node is not None and node.op_type == 'Constant' else None
+    value = stored_arrays(graph)
 
     def new(name, array):
         graph.initializer.append(helper.from_array(array, name))
@@ -404,39 +415,6 @@ def fold_batch_norm(graph) -> int:
     for item in [item for item in graph.initializer if item.name not in used]:
         graph.initializer.remove(item)
     return len(folded)
-
-
-def separate_readers(graph) -> int:
-    """Put an operator that changes nothing behind each convolution with several readers, in place.
-
-    OpenVINO 2026.4.1 moves the bias of such a convolution into its readers, and where shapes are dynamic some of them
-    then put out zeros: a quantizer beside the resizing of a feature pyramid, pooling beside an output. No bias moves
-    through a maximum.
-
-    Args:
-        graph (onnx.ModelProto): The model, with dynamic shapes.
-
-    Returns:
-        int: How many there were.
-    """
-    import numpy as np
-    onnx = need('onnx')
-    graph, lowest = graph.graph, 'lowest_float'
-    readers = Counter(name for node in graph.node for name in node.input)
-    readers.update(output.name for output in graph.output)
-    nodes, count = [], 0
-    for node in graph.node:
-        nodes.append(node)
-        if node.op_type in ('Conv', 'ConvTranspose') and readers[node.output[0]] > 1:
-            name = node.output[0]
-            node.output[0] = f'{name}_alone'
-            nodes.append(onnx.helper.make_node('Max', [node.output[0], lowest], [name], name=f'{name}_separated'))
-            count += 1
-    if count:
-        graph.initializer.append(onnx.numpy_helper.from_array(np.finfo(np.float32).min.reshape(1), lowest))
-        del graph.node[:]
-        graph.node.extend(nodes)
-    return count
 
 
 def float_layers(model: nn.Module) -> list[str]:
