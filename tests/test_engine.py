@@ -711,8 +711,25 @@ def starting_with(table, stem):
     return next(value for key, value in table.items() if stem.startswith(key))
 
 
+def smaller(path):
+    """The config of a model of the same blocks, but fewer of them or narrower ones, or None."""
+    twin = path.with_name(re.sub('_[sb]_', '_t_', path.name))
+    return twin if twin != path and twin.exists() else None
+
+
+@pytest.mark.parametrize('path', [p for p in CONFIGS if '_w4' in p.stem and smaller(p)], ids=lambda p: p.stem)
+def test_paper_configs_below_8_bits_are_those_at_8_bits_with_the_stanza_of_the_smaller_model(path):
+    """Both of which the next test runs."""
+    files = path, path.with_name(path.name.replace('_w4', '_w8')), smaller(path)
+    config, same_model, same_bits = (Config.fromfile(file).to_dict() for file in files)
+    stanza = config.pop('quantization')
+    assert stanza == same_bits['quantization'] != same_model.pop('quantization')
+    assert {**config, 'work_dir': ''} == {**same_model, 'work_dir': ''}
+
+
 @pytest.mark.parametrize('path', [
     pytest.param(p, marks=[] if p.stem in FAST else [pytest.mark.slow]) for p in CONFIGS
+    if '_w8' in p.stem or not smaller(p)
 ], ids=lambda p: p.stem)
 def test_paper_configs_build_and_run_complete_steps_at_full_size(path, tmp_path):
     """The full model, its weights from a file of the official layout; a small image, two steps of synthesis, one for
@@ -741,9 +758,7 @@ def test_paper_configs_build_and_run_complete_steps_at_full_size(path, tmp_path)
     cfg.quantization.merge(dict(synthesis=dict(num_images=2, batch_size=1, size=size, steps=2), report=dict(images=0),
                                 game=dict(steps=2, evaluate_every=1, student_patience=1, image_patience=1)))
     if cfg.quantization.weight.bits < 8:
-        smaller = re.sub('_[sb]_', '_t_', path.name)  # of the same blocks, but fewer of them or narrower ones
-        twice = smaller != path.name and path.with_name(smaller).exists()
-        cfg.quantization.merge(dict(reconstruction=dict(steps=int(not twice), views=1)))
+        cfg.quantization.merge(dict(reconstruction=dict(steps=1, views=1)))
     cfg.work_dir = str(tmp_path / 'run')
     result = quantize(cfg, str(tmp_path / 'full.pth'))
     log = ''.join(file.read_text() for file in (tmp_path / 'run').rglob('*.log'))
