@@ -60,8 +60,8 @@ def players():
     return student, teacher, images
 
 
-@pytest.mark.parametrize('images, views, expected', [(32, None, 4), (64, None, 2), (24, None, 5), (500, None, 1),
-                                                     (8, 3, 3)])
+@pytest.mark.parametrize('images, views, expected', [(32, None, 4), (64, None, 2), (96, None, 2), (24, None, 6),
+                                                     (500, None, 1), (8, 3, 3)])
 def test_views_are_about_as_many_whatever_the_number_of_images(images, views, expected):
     assert ReconstructionConfig(views=views).views_of_each(images) == expected
 

@@ -1,13 +1,14 @@
 """Settings of the reconstruction."""
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field
 
 from ..quantization.config import FrozenConfig
 
-VIEWS = 128  # of all images together, unless the stanza says otherwise; our choice
+VIEWS = 128  # of all images together, or more, unless the stanza says otherwise; our choice
 
 
 class ReconstructionConfig(FrozenConfig):
@@ -33,7 +34,8 @@ class ReconstructionConfig(FrozenConfig):
         'model, drawn anew for each update; the others are those of the quantized model')
     views: int | None = Field(
         None, ge=1, description="random views of each image that the blocks learn from, made as the game's "
-        '(`game.crop`, `color`, `mix`); None: so many that there are about 128 in all')
+        '(`game.crop`, `color`, `mix`); None: so many that there are 128 or more in all, the images that a later game '
+        'holds back counted')
     final: float = Field(
         0.5, ge=0, description="weight of what an error of the block does to the final features, by their gradient, "
         "beside the error of the block's own output; 0: none")
@@ -41,5 +43,10 @@ class ReconstructionConfig(FrozenConfig):
                         'of the final features')
 
     def views_of_each(self, images: int) -> int:
-        """Return how many views of each image there are, of so many images in all processes together."""
-        return self.views or max(1, round(VIEWS / images))
+        """Return how many views of each image there are.
+
+        Args:
+            images (int): How many images there are in all processes together, those that a later game holds back among
+                them: a recipe has as many views of each with the game as without it.
+        """
+        return self.views or math.ceil(VIEWS / images)

@@ -43,8 +43,8 @@ class ReconstructionStage(Stage):
             loop.runner.logger.warning('No reconstruction: features depend on no quantized layer of the targets '
                                        f'({", ".join(loop.targets)})')
             return
-        images = self.lessons()
-        self.views = self.make_views(images, config.views_of_each(sum(map(len, images)) * dist.get_world_size()))
+        self.views = self.make_views(self.lessons(), config.views_of_each(
+            sum(map(len, loop.images)) * dist.get_world_size()))
         self.recorders = [Recorder(model, self.units, loop.features(model), self.views, loop.precision)
                           for model in (loop.teacher, loop.student)]
         if self.restored is None:
