@@ -13,19 +13,18 @@ its imports to load a model and to run it three times.
 """
 import argparse
 import copy
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
+
+from runtimes import SESSIONS, by_others, peak_here, peak_of, take_turns
 
 ROOT = Path(__file__).resolve().parents[1]
 PREDICT = 'predict'
 PRESET = ', preset onnxruntime'
 LIKELY = 30.0  # how much more the classes of random weights are made to differ
-PAUSE = 0.1  # seconds in which the threads of the one before, which wait actively for more work, give up
 CASES = {
     'swin_t_fpn_512': ('Mask R-CNN Swin-T + FPN, 512 x 512', 'mask_rcnn_swin_t_w8a8.py', (512, 512)),
     'swin_t_fpn_800': ('Mask R-CNN Swin-T + FPN, 800 x 1344', 'mask_rcnn_swin_t_w8a8.py', (800, 1344)),
@@ -44,54 +43,9 @@ def parse_args():
     parser.add_argument('--complete', action='store_true', help='only whole models, each as one graph')
     parser.add_argument('--dynamic', action='store_true', help='also our graph for every image size')
     parser.add_argument('--peak', action='store_true', help='also measure peak memory')
-    parser.add_argument('--alone', metavar='RUNTIME=FILE', help=argparse.SUPPRESS)  # what --peak starts
+    parser.add_argument('--alone', action='store_true', help=argparse.SUPPRESS)  # what --peak starts
     parser.add_argument('--json', metavar='FILE')
     return parser.parse_args()
-
-
-def ort_static(source, target, images):
-    """ONNX Runtime's own quantization of a float graph."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Reader(CalibrationDataReader):
-        rest = iter([{'images': image} for image in images])
-
-        def get_next(self):
-            return next(self.rest, None)
-
-    prepared = target.with_suffix('.prepared.onnx')
-    quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
-    quantize_static(str(prepared), str(target), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
-                    activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
-
-
-def nncf_static(source, images):
-    """NNCF's quantization of a float graph, compiled; None where nncf is not installed."""
-    try:
-        import nncf
-    except ImportError:
-        return None
-    import openvino
-    return nncf.quantize(openvino.Core().read_model(str(source)), nncf.Dataset([{'images': i} for i in images]),
-                         model_type=nncf.ModelType.TRANSFORMER, preset=nncf.QuantizationPreset.MIXED)
-
-
-def ort_session(path, threads):
-    """A graph in ONNX Runtime, as a function of an image array."""
-    import onnxruntime
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    found = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
-    return lambda array: found.run(None, {'images': array})
-
-
-def openvino_network(network, threads):
-    """A graph or network in OpenVINO, as a function of an image array."""
-    import openvino
-    options = {'INFERENCE_PRECISION_HINT': 'f32', 'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_NUM_THREADS': threads}
-    request = openvino.Core().compile_model(network, 'CPU', options).create_infer_request()
-    return lambda array: list(request.infer({'images': array}).values())
 
 
 def float_model(path):
@@ -108,54 +62,24 @@ def float_model(path):
 
 
 def alone(args):
-    """Prints the peak memory of one model in this process, MB."""
-    import numpy as np
+    """Print the peak memory of eager float in this process, MB."""
     import torch
 
     from psaq_mm.deploy.graph import Features
-    runtime, _, file = args.alone.partition('=')
     _, path, size = CASES[args.cases[0]]
-    array = np.random.default_rng(0).standard_normal((1, 3, *size), np.float32)
-    __import__(runtime)
-
-    def megabytes(key):
-        status = Path('/proc/self/status').read_text()
-        return int(status.split(f'{key}:')[1].split()[0]) / 1e3
-
-    Path('/proc/self/clear_refs').write_text('5')  # the high-water mark starts anew
-    before = megabytes('VmRSS')
-    if runtime == 'torch':
-        features = Features(float_model(path)).eval()
-        run = lambda image: features(torch.from_numpy(image))  # noqa: E731
-    else:
-        run = dict(onnxruntime=ort_session, openvino=openvino_network)[runtime](file, args.threads)
     with torch.no_grad():
-        for _ in range(3):
-            run(array)
-    print(round(megabytes('VmHWM') - before))
+        if args.complete:
+            model, images = float_model(path), pixels_of(size)
+            print(peak_here(lambda: partial(library_step, model, data_of(model, images))))
+        else:
+            print(peak_here(lambda: partial(Features(float_model(path)).eval(), torch.randn(1, 3, *size))))
 
 
-def peak_of(case, name, file, threads):
-    """MB that a contestant needs in a process of its own."""
-    runtime = 'torch' if name.startswith('eager') else 'openvino' if name.startswith('OpenVINO') else 'onnxruntime'
-    if file.suffix == '.bin':
-        file = file.with_suffix('.xml')
-    done = subprocess.run([sys.executable, __file__, '--cases', case, '--threads', str(threads), '--alone',
-                           f'{runtime}={file}'], check=True, capture_output=True, text=True)
+def peak_of_eager(case, args):
+    """Return MB that eager float needs in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, '--cases', case, '--threads', str(args.threads), '--alone',
+                           *['--complete'] * args.complete], check=True, capture_output=True, text=True)
     return int(done.stdout.split()[-1])
-
-
-def take_turns(runs, repeats):
-    """Median seconds of each callable."""
-    times = {name: [] for name in runs}
-    for turn in range(repeats + 1):  # the first warms up
-        for name, run in runs.items():
-            time.sleep(PAUSE)
-            started = time.perf_counter()
-            run()
-            if turn:
-                times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(taken) for name, taken in times.items()}
 
 
 def deployed(model, features, heads):
@@ -201,8 +125,7 @@ def contestants(path, size, folder, args):
     features = Features(plain_model).eval()
     image = torch.randn(1, 3, *size)
     array = image.numpy()
-    plain, own, theirs = folder / 'float.onnx', folder / 'int8.onnx', folder / 'ort_int8.onnx'
-    for_ort = folder / 'int8_preset.onnx'
+    plain, own, for_ort = folder / 'float.onnx', folder / 'int8.onnx', folder / 'int8_preset.onnx'
     export_graph(model, plain, size, integers=False)
     heads = [name for name in ('head', 'rpn_head', 'roi_head', 'decode_head') if hasattr(model, name)]
     quantize_model(model, dict(targets=['backbone', *heads] if classifier else ['backbone', 'neck', *heads]))
@@ -212,28 +135,15 @@ def contestants(path, size, folder, args):
     if args.dynamic and not classifier:
         export_graph(model, folder / 'any_size.onnx', size, dynamic=True)
 
-    def session(path):
-        return partial(ort_session(path, args.threads), array)
-
-    def compiled(network):
-        return partial(openvino_network(network, args.threads), array)
-
     def ours(path, runtime):
         graph = Graph(path, runtime, args.threads)
         return lambda: graph.run(image)
 
-    ort_static(plain, theirs, [array])
-    runs = {
-        'eager float': (lambda: features(image), plain),
-        'ONNX Runtime float': (session(plain), plain),
-        'OpenVINO float': (compiled(str(plain)), plain),
-        'ONNX Runtime int8, its own PTQ': (session(theirs), theirs),
-    }
-    network = nncf_static(plain, [array])
-    if network is not None:
-        import openvino
-        openvino.save_model(network, folder / 'nncf.xml', compress_to_fp16=False)
-        runs['OpenVINO int8, NNCF PTQ'] = compiled(network), folder / 'nncf.bin'
+    runs = {'eager float': (lambda: features(image), plain)}
+    for kind, session in SESSIONS.items():
+        runs[f'{kind} float'] = partial(session(plain, args.threads), array), plain
+    for title, run, file in by_others(plain, [array], folder, args.threads):
+        runs[title] = partial(run, array), file
     runs['ONNX Runtime int8, psaq_mm'] = ours(own, 'onnxruntime'), own
     runs[f'ONNX Runtime int8, psaq_mm{PRESET}'] = ours(for_ort, 'onnxruntime'), for_ort
     runs['OpenVINO int8, psaq_mm'] = ours(own, 'openvino'), own
@@ -250,14 +160,12 @@ def contestants(path, size, folder, args):
                 (f'{PREDICT}, OpenVINO int8, psaq_mm', deployed(plain_model, backbone, {})),
                 (f'{PREDICT}, OpenVINO int8, psaq_mm, heads too', deployed(plain_model, backbone, graphs))):
             runs[title] = partial(contestant.predict, image, samples), None
-    return runs
+    return runs, array
 
 
 def complete_contestants(path, size, folder, args):
     """All ways to compute a whole model, from pixels to answers: callables by name, and the files they need."""
     import onnx
-    import openvino
-    import torch
     from mmengine.config import Config
 
     from psaq_mm.classification import Classifier
@@ -275,23 +183,16 @@ def complete_contestants(path, size, folder, args):
     if hasattr(model, 'roi_head'):
         model.roi_head.bbox_head.fc_cls.weight.mul_(LIKELY)
     plain_model, classifier = copy.deepcopy(model), isinstance(model, Classifier)
-    images = torch.randint(0, 256, (1, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = pixels_of(size)
     array = images.numpy()
     normalised = predictor_of(model, cfg).pixels(images)[0]
     heads = [name for name in ('head', 'rpn_head', 'roi_head', 'decode_head') if hasattr(model, name)]
     parts = ['backbone', *heads] if classifier else ['backbone', 'neck']
     data, files = data_of(plain_model, images), {}
-
-    def eager(model):
-        """What the library computes for the image."""
-        if classifier:
-            return model.logits(model.data_preprocessor(data)['inputs']).softmax(-1)
-        return model.test_step(data)
-
     for name, targets in (('ours', parts), ) + (('heads too', parts + heads), ) * (not classifier):
         quantized = copy.deepcopy(plain_model)
         quantize_model(quantized, dict(targets=targets))
-        calibrate(quantized, partial(eager, quantized) if targets != parts else partial(
+        calibrate(quantized, partial(library_step, quantized, data) if targets != parts else partial(
             extract_features, quantized, normalised, True))
         predictor = predictor_of(quantized, cfg).eval()
         forms = {'float': Form(), 'int8': Form(), PRESET: Form('onnxruntime', images=(images, ))}
@@ -304,35 +205,33 @@ def complete_contestants(path, size, folder, args):
                 del model.graph.output[len(predictor.names):]
                 onnx.save(model, folder / 'source.onnx')
             complete(file, predictor, form)
-    runs = {'eager float': (partial(eager, plain_model), files['float'])}
-    for kind, runtime in (('ONNX Runtime', ort_session), ('OpenVINO', openvino_network)):
-        runs[f'{kind} float'] = partial(runtime(str(files['float']), args.threads), array), files['float']
-
-    def by_ort():
-        file = folder / 'ort_int8.onnx'
-        ort_static(folder / 'source.onnx', file, [array])
-        return partial(ort_session(file, args.threads), array), file
-
-    def by_nncf():
-        network = nncf_static(folder / 'source.onnx', [array])
-        if network is None:
-            raise ImportError('nncf is not installed')
-        openvino.save_model(network, folder / 'nncf.xml', compress_to_fp16=False)
-        return partial(openvino_network(network, args.threads), array), folder / 'nncf.bin'
-
-    for title, make in (('ONNX Runtime int8, its own PTQ', by_ort), ('OpenVINO int8, NNCF PTQ', by_nncf)):
-        try:
-            runs[title] = make()
-        except Exception as error:  # a contestant's own
-            print(f'{title} is left out: {type(error).__name__}: {str(error).splitlines()[0]}')
+    runs = {'eager float': (partial(library_step, plain_model, data), files['float'])}
+    for kind, session in SESSIONS.items():
+        runs[f'{kind} float'] = partial(session(files['float'], args.threads), array), files['float']
+    for title, run, file in by_others(folder / 'source.onnx', [array], folder, args.threads):
+        runs[title] = partial(run, array), file
     for name in [name for name in files if name != 'float']:
-        for kind, runtime in (('ONNX Runtime', ort_session), ('OpenVINO', openvino_network)):
+        for kind, session in SESSIONS.items():
             if kind == 'ONNX Runtime' or PRESET not in name:
                 title = f'{kind} int8, psaq_mm, {name}'.replace(', ours', '')
-                runs[title] = partial(runtime(str(files[name]), args.threads), array), files[name]
-    counts = [value.shape for value in openvino_network(str(files['float']), args.threads)(array)]
+                runs[title] = partial(session(files[name], args.threads), array), files[name]
+    counts = [value.shape for value in SESSIONS['OpenVINO'](files['float'], args.threads)(array)]
     print(f'answers of the float graph: {[tuple(shape) for shape in counts]}')
-    return runs
+    return runs, array
+
+
+def pixels_of(size):
+    """Return noise as an image that a complete graph takes, (1, H, W, 3) uint8."""
+    import torch
+    return torch.randint(0, 256, (1, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def library_step(model, data):
+    """Return what the library computes for an image."""
+    from psaq_mm.classification import Classifier
+    if isinstance(model, Classifier):
+        return model.logits(model.data_preprocessor(data)['inputs']).softmax(-1)
+    return model.test_step(data)
 
 
 def data_of(model, images):
@@ -362,7 +261,7 @@ def main():
         table = Table(*columns, title=f'{title}, {args.threads} threads')
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             make = complete_contestants if args.complete else contestants
-            runs = make(path, size, Path(folder), args)
+            runs, array = make(path, size, Path(folder), args)
             times = take_turns({name: run for name, (run, _) in runs.items()}, args.repeats)
             for name, seconds in times.items():
                 base = times[f'{PREDICT}, eager float' if name.startswith(PREDICT) else 'eager float']
@@ -370,7 +269,8 @@ def main():
                 found = dict(seconds=seconds, speedup=base / seconds, size_mb=size_mb)
                 results.setdefault(case, {})[name] = found
                 if args.peak and size_mb:
-                    found['peak_mb'] = peak_of(case, name, runs[name][1], args.threads)
+                    found['peak_mb'] = peak_of_eager(case, args) if name == 'eager float' else peak_of(
+                        name, runs[name][1], array, args.threads)
                 table.add_row(name, f'{seconds:.3f}', f'{base / seconds:.2f}', f'{size_mb:.1f}' if size_mb else '',
                               *[str(found.get('peak_mb', ''))] * args.peak)
         Console(width=120).print(table)

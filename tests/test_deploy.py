@@ -11,6 +11,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
+from PIL import Image
 from torch import nn
 
 from psaq_mm.deploy import RUNTIMES, Graph, HeadGraph, export, export_graph, export_head, head_inputs, head_names
@@ -566,8 +567,19 @@ def test_segmentor_and_classifier(segmentation_run, classification_config, scene
     quantized = json.loads((tmp_path / 'cls' / 'metrics.json').read_text())['quantized']['accuracy/top1']
     found = float(re.findall(r'accuracy/top1: (\S+)', done.stdout + done.stderr)[-1])
     assert found == pytest.approx(quantized, abs=7)  # two of thirty
-    found, _ = by_strangers(tmp_path / 'cls' / 'int8', tmp_path / 'cls', '--images', scenes / 'objects' / 'val')
+    images = '--images', scenes / 'objects' / 'val'
+    found, _ = by_strangers(tmp_path / 'cls' / 'int8', tmp_path / 'cls', *images)
     assert [item['top1'] for item in found] == pytest.approx([quantized] * 2, abs=7)
+    run_tool(ROOT / 'benchmarks' / 'tradeoff.py', tmp_path / 'cls', '--config', classification_config, *images,
+             '--repeats', '1', '--out', tmp_path)
+    table = json.loads((tmp_path / 'tradeoff.json').read_text())
+    full = json.loads((tmp_path / 'cls' / 'metrics.json').read_text())['full_precision']['accuracy/top1']
+    plain, ours = ([table[f'{name}{kind}'] for name in ('ONNX Runtime', 'OpenVINO')]
+                   for kind in (' float', ', psaq_mm, W8A8'))
+    assert [item['top1'] for item in plain] == pytest.approx([full] * 2, abs=0.1)
+    assert [item['top1'] for item in ours] == pytest.approx([item['top1'] for item in found], abs=0.01)
+    assert all(item['seconds'] > 0 and item['size_mb'] < table['OpenVINO float']['size_mb'] / 2 for item in ours)
+    assert Image.open(tmp_path / 'tradeoff.png').size[0] > 500
 
 
 def test_heads_that_are_quantized_stay_so_in_the_exported_config(tmp_path):

@@ -263,6 +263,19 @@ def test_int8_speed_measures_files_and_memory(tmp_path):
 
 
 @pytest.mark.slow
+def test_int8_speed_of_whole_graphs(tmp_path):
+    pytest.importorskip('openvino', reason="needs pip install 'psaq_mm[deploy]'")
+    done = run_tool('benchmarks/int8_speed.py', '--cases', 'deit_s', '--complete', '--repeats', '1', '--peak', '--json',
+                    tmp_path / 'j.json')
+    found = json.loads((tmp_path / 'j.json').read_text())['deit_s']
+    assert 'answers of the float graph: [(1, 1000)]' in done.stdout
+    assert {'eager float', 'ONNX Runtime int8, its own PTQ', 'OpenVINO int8, psaq_mm',
+            'ONNX Runtime int8, psaq_mm, preset onnxruntime'} < found.keys()
+    assert found['OpenVINO int8, psaq_mm']['size_mb'] < 0.3 * found['eager float']['size_mb']
+    assert all(run['peak_mb'] > 0 and run['seconds'] > 0 for run in found.values())
+
+
+@pytest.mark.slow
 def test_end_to_end_benchmark_runs_every_variant(small_config, tmp_path):
     run_tool('benchmarks/end_to_end.py', '--tasks', '--configs', small_config, '--variant=', '--variant=--amp',
              '--json', tmp_path / 'j.json')
