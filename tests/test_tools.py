@@ -1,4 +1,5 @@
 """The tools as a user runs them, and the ecosystem's own tools on what they write."""
+import html
 import json
 import pickle
 import re
@@ -44,6 +45,19 @@ def test_what_is_written(quantized_run):
     for word in ('Stage 1/3', 'Stage 2/3', 'Stage 3/3', 'eta:', 'entropy:', 'discrepancy:', 'The game is over'):
         assert word in log
     assert list(work_dir.rglob('vis_data/vis_image/synthetic_*.png'))  # through the Visualizer
+
+
+def test_every_result_names_the_recipe_and_what_is_set_otherwise(quantized_run):
+    work_dir, _ = quantized_run
+    expected = ['synthesis.num_images=6', 'synthesis.steps=4', 'game.steps=8', 'game.student_patience=3',
+                'game.image_patience=2', 'game.evaluate_every=2']
+    metrics = json.loads((work_dir / 'metrics.json').read_text())
+    meta = torch.load(work_dir / 'quantized.pth', weights_only=True)['meta']
+    assert metrics['recipe'] == meta['quantization']['recipe'] == 'paper'
+    assert metrics['departures'] == meta['departures'] == expected
+    said = f"recipe 'paper', but for {', '.join(expected)}"
+    assert any(said in path.read_text() for path in work_dir.rglob('*.log'))
+    assert f'{said}; quantized: backbone, neck' in html.unescape((work_dir / 'report.html').read_text())
 
 
 @pytest.fixture(scope='module')
