@@ -47,7 +47,8 @@ def only(settings, path):
 
 def variants():
     """Yield label, method, and changes of the stanza."""
-    from psaq_mm.stanza import RECIPES, QuantizationConfig
+    from psaq_mm.recipes import RECIPES
+    from psaq_mm.stanza import QuantizationConfig
     ours = RECIPES['low_bit']
     others = common_defaults(ours, QuantizationConfig().to_dict())
     yield 'paper, psaq_v2', 'psaq_v2', dict(recipe='paper')

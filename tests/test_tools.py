@@ -3,8 +3,10 @@ import html
 import json
 import pickle
 import re
+import runpy
 import shutil
 import sys
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -215,6 +217,15 @@ def test_demo_and_benchmark_are_commands(tmp_path):
         done = run_tool(script, '--bench', tmp_path, check=False)
         assert done.returncode == 2 and '--bench names the folder' in done.stderr
     assert 'choose from detection' in run_tool('demo/run.py', 'tracking', check=False).stderr
+
+
+def test_tools_take_the_recipes_that_the_stanza_knows():
+    from psaq_mm.stanza import QuantizationConfig
+    names = typing.get_args(typing.get_args(QuantizationConfig.model_fields['recipe'].annotation)[0])
+    coverage = runpy.run_path(str(ROOT / 'tools' / 'coverage.py'))
+    assert names == coverage['common'].RECIPES == tuple(coverage['WORK'])
+    done = run_tool('tools/grid.py', 'none.py', '--recipes', 'best', check=False)
+    assert done.returncode == 2 and all(name in done.stderr for name in names)
 
 
 @pytest.mark.slow
