@@ -27,6 +27,7 @@ SMALLER = {  # what is left out of recipe 'low_bit' besides whole parts
     'error of the final features': dict(reconstruction=dict(final=0.0)),
     'full-precision inputs': dict(reconstruction=dict(mix=0.0)),
     'rounding (weights are free)': dict(reconstruction=dict(weights='free')),
+    'search of ranges': dict(reconstruction=dict(search=False)),
     'ranges of weights': dict(reconstruction=dict(weight_ranges='calibrated')),
     'ranges that learn': dict(reconstruction=dict(range_lr=0.0)),
 }

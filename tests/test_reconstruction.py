@@ -430,14 +430,6 @@ QUICK = stanza() | {'synthesis.num_images': 2, 'synthesis.batch_size': 1, 'recon
                     'report.images': 0, 'keep_float': ['backbone.stages.2.*', 'backbone.stages.3.*']}
 
 
-@pytest.fixture(scope='module')
-def quick(small_config, tmp_path_factory):
-    """Where the whole recipe has run with few images and updates."""
-    folder = tmp_path_factory.mktemp('quick')
-    run(config(small_config, folder, **QUICK))
-    return folder
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('at', [20, 21, 56])  # of 8 updates of images, 15 blocks of 3, then the game
 def test_the_whole_recipe_resumes(small_config, tmp_path, killed_at, whole, at):  # noqa: F811
@@ -447,22 +439,6 @@ def test_the_whole_recipe_resumes(small_config, tmp_path, killed_at, whole, at):
     killed_at(None)
     run(config(small_config, tmp_path, **stanza()), resume=True)
     assert same(weights(tmp_path), weights(whole))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('more', [
-    {'reconstruction.weights': 'free'}, {'reparameterize': False}, {'reconstruction.final': 0.0},
-    {'reconstruction.weight_ranges': 'calibrated'}, {'reconstruction.range_lr': 0.0}, {'reconstruction.mix': 0.0},
-    {'activation.softmax': 'per_tensor'}, {'activation.observer': 'minmax'},
-    {'synthesis.start': 'noise', 'synthesis.entropy': 1.0}, {'synthesis.size': ((64, 96), (96, 64))},
-    {'synthesis.diversity': 0.0, 'synthesis.entropy': 0.0}])
-def test_every_part_of_the_recipe_can_be_switched_off(small_config, tmp_path, quick, more):
-    result = quantize(config(small_config, tmp_path, **QUICK | more), eval_float=False, eval_quantized=False)
-    assert not same(weights(tmp_path), weights(quick))
-    content = torch.load(result['checkpoint'], weights_only=True)
-    assert result['recipe'] == content['meta']['quantization']['recipe'] == 'low_bit'
-    assert 'reconstruction' in content['meta']
-    assert all(torch.isfinite(value).all() for value in content['state_dict'].values())
 
 
 @pytest.mark.slow
