@@ -293,7 +293,55 @@ def test_end_to_end_benchmark_runs_every_variant(small_config, tmp_path):
              '--json', tmp_path / 'j.json')
     found = json.loads((tmp_path / 'j.json').read_text())
     assert len(found) == 2 and [key.endswith('--amp') for key in found] == [False, True]
-    assert all(run['minutes'] > 0 and run['peak_gb'] > 0.1 and run['quantized'] for run in found.values())
+    assert all(run['minutes'] > run['quantization_minutes'] > 0 and run['peak_gb'] > 0.1 and run['quantized']
+               for run in found.values())
+
+
+def load_end_to_end(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'benchmarks'))
+    import end_to_end
+    return end_to_end
+
+
+def test_end_to_end_benchmark_gives_recipes_their_own_defaults(small_config, tmp_path, monkeypatch):
+    from mmengine.config import Config
+
+    from psaq_mm.stanza import QuantizationConfig
+    benchmark = load_end_to_end(monkeypatch)
+    for recipe, images in (('paper', 32), ('low_bit', 96)):
+        path = benchmark.recipe_config(small_config, recipe, (4, 6), tmp_path / f'{recipe}.py')
+        cfg = Config.fromfile(path)
+        found = QuantizationConfig.parse(cfg.quantization)
+        assert (found.recipe, found.departures, found.synthesis.num_images) == (recipe, [], images)
+        assert (found.weight.bits, found.activation.bits, found.report.images) == (4, 6, 0)
+        assert (found.synthesis.size, found.synthesis.batch_size) == (((64, 96), ), 3)  # the config's
+        assert cfg.model == Config.fromfile(small_config).model
+
+
+def test_end_to_end_benchmark_runs_both_recipes_and_shows_ratios(small_config, tmp_path, monkeypatch, capsys):
+    benchmark = load_end_to_end(monkeypatch)
+    cost = dict(paper=(2.0, 0.5), low_bit=(5.0, 0.7))
+
+    def timed(command, repo, log):
+        recipe = re.search(r"'recipe': '(\w+)'", Path(command[2]).read_text())[1]
+        minutes, peak = cost[recipe]
+        Path(command[command.index('--json') + 1]).write_text(json.dumps(dict(
+            minutes=minutes - 1, full_precision={'coco/bbox_mAP': 0.6}, quantized={'coco/bbox_mAP': 0.5})))
+        return minutes, peak
+
+    monkeypatch.setattr(benchmark, 'timed', timed)
+    monkeypatch.setattr(sys, 'argv', ['end_to_end.py', '--tasks', '--configs', str(small_config), '--json',
+                                      str(tmp_path / 'j.json')])
+    assert benchmark.main() == 0
+    paper, low_bit, ratios = json.loads((tmp_path / 'j.json').read_text()).values()
+    assert (paper['minutes'], low_bit['minutes'], low_bit['peak_gb']) == (2.0, 5.0, 0.7)
+    assert list(ratios.values()) == [dict(time=2.5, quantization=4.0, memory=pytest.approx(1.4))]
+    printed = capsys.readouterr().out
+    assert 'low_bit / paper: 2.50 times the minutes, 4.00 times those of quantization, 1.40 times the peak' in printed
+    monkeypatch.setattr(sys, 'argv', ['end_to_end.py', '--variant=--amp', '--bits', 'W4A8'])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert '--bits are those of --recipes' in capsys.readouterr().err
 
 
 @pytest.mark.slow
