@@ -17,6 +17,7 @@ from psaq_mm.quantization import (
     LayerConfig,
     Mode,
     QuantizedConv2d,
+    QuantizedLinear,
     WeightConfig,
     calibrate,
     hooked,
@@ -240,9 +241,28 @@ def test_units_that_features_depend_on():
     assert [unit.name for unit in units if not unit.felt] == ['roi_head.bbox_head']
 
 
-def test_targets_without_a_unit_have_none():
-    model = nn.Sequential(nn.Linear(3, 3))
-    assert find_units(model, ['0'], [], lambda: [model(torch.randn(2, 3))]) == []
+class Applying(nn.Module):
+    """Applies the weight of a layer that it does not call."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, batch):
+        return nn.functional.linear(batch, self.layer.weight)
+
+
+@pytest.mark.parametrize('targets, expected', [
+    (['0'], ['0']), (['0.layer'], []), (['1'], ['1']), (['2'], []), (['3'], []), (['0.layer', '1', '2', '3'], ['1'])])
+def test_units_are_what_runs_and_has_something_quantized(targets, expected):
+    """Not a layer that is never called, or one that stays in float."""
+    def quantized():
+        return QuantizedLinear.from_float(nn.Linear(3, 3), LayerConfig(weight=WeightConfig(),
+                                                                       activation=ActivationConfig()))
+
+    model = nn.Sequential(Applying(quantized()), quantized(), nn.LayerNorm(3), nn.Linear(3, 3))
+    found = find_units(model, targets, [], lambda: [model(torch.randn(2, 3))])
+    assert [unit.name for unit in found] == expected and all(unit.felt for unit in found)
 
 
 def test_inputs_of_other_things_are_unrelated():
