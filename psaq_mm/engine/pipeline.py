@@ -299,8 +299,9 @@ def quantize(cfg: Config,
 
     Returns:
         dict: What ``metrics.json`` holds: ``full_precision`` and ``quantized`` metrics, ``size_mb``, ``minutes``,
-        ``stages`` (what each stage says of itself), ``scope``, ``versions``, paths, and ``not_evaluated`` with the
-        reason where evaluation was impossible.
+        ``recipe`` and ``departures`` (what the stanza says otherwise than its recipe), ``stages`` (what each stage says
+        of itself), ``scope``, ``versions``, paths, and ``not_evaluated`` with the reason where evaluation was
+        impossible.
 
     Raises:
         StanzaError, PatternError, CheckpointError: Before any work.
@@ -353,8 +354,8 @@ def _quantize(cfg, folder, checkpoint, resume, amp, eval_float, eval_quantized, 
         scope=scope(runner.train_loop.student, quantization), placement=quantization.placement,
         bits=dict(weight=quantization.weight.bits, activation=quantization.activation.bits),
         mixed=any('bits' in (side or {}) for o in quantization.overrides for side in (o.weight, o.activation)),
-        method=quantization.synthesis.method, recipe=quantization.recipe, seed=runner.seed,
-        stages=runner.train_loop.summaries,
+        method=quantization.synthesis.method, recipe=quantization.recipe, departures=quantization.departures,
+        seed=runner.seed, stages=runner.train_loop.summaries,
         checkpoint=str(folder.path / QUANTIZED), test_config=str(test_path), versions=versions())
     if is_main_process():  # an earlier result stays whole until this one is; nothing of both is mixed from here on
         with explained_failures(cfg, quantization):

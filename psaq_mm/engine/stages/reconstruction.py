@@ -110,7 +110,7 @@ class ReconstructionStage(Stage):
         if restored is not None:
             self.current.load_state_dict(restored, rounded)
         else:
-            self.initial, error = self.current.search()
+            self.initial, error = self.current.search() if config.search else [self.current.measure()] * 2
             if config.weight_ranges == 'mse':
                 error = self.choose_weight_ranges(student, list(parameters.values()), error)
             self.current.start(rounded, error)
