@@ -1,6 +1,8 @@
 """model.json, and predict.py, which runs a whole model where there is neither PyTorch nor any mm library."""
+import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -12,7 +14,7 @@ from mmengine.config import Config
 from PIL import Image
 
 from psaq_mm.deploy.adapters import traceable
-from psaq_mm.deploy.card import deliver, describe, kind_of, limits, loading_of, quantization_of
+from psaq_mm.deploy.card import deliver, describe, kind_of, limits, loading_of, palette_of, quantization_of
 from psaq_mm.deploy.graph import write
 from psaq_mm.deploy.library import traceable_library
 from psaq_mm.deploy.predictor import predictor_of
@@ -119,7 +121,9 @@ def test_a_detector_in_a_process_of_its_own(delivered, pictures, runtime):
         assert found['category_id'] == label and found['category'] == cfg.metainfo.classes[label]
         assert f"{found['category']} {found['score']:.2f}" in text
     with Image.open(folder / 'out.png') as picture, Image.open(pictures['scene']) as image:
-        assert picture.size == image.size and np.abs(np.asarray(picture).astype(int) - np.asarray(image)).max() > 50
+        change = np.abs(np.asarray(picture).astype(int) - np.asarray(image)).max(2)
+    inside = expected.masks.any(0).numpy()  # in colour; an outline and a name are drawn besides
+    assert change.shape == inside.shape and (change[inside] > 0).mean() > 0.95 and (change[~inside] > 0).mean() < 0.5
 
 
 def test_masks_are_pasted_as_the_library_does(delivered):
@@ -141,6 +145,24 @@ def test_masks_are_pasted_as_the_library_does(delivered):
             found = predict.paste(mask.numpy(), box.tolist(), (80, 100), card)
             assert (found != (whole >= threshold).numpy())[(whole - threshold).abs().numpy() > 1e-4].sum() == 0
         assert not predict.paste(masks[0].numpy() * 0, boxes[0].tolist(), (80, 100), card).any()
+        for box in ([-30, 5, -10, 9], [5, -30, 9, -10], [105, 5, 130, 9], [5, 90, 9, 95]):  # outside
+            assert not predict.paste(masks[0].numpy(), box, (80, 100), card).any()
+
+
+def test_what_no_object_covers_is_named():
+    from psaq_mm.deploy import predict
+    card = dict(classes=['sky', 'car'], palette=[[0, 0, 255], [255, 0, 0]], kind='panoptic')
+    areas = np.array([[[0, 1001], [2001, 2]]])
+    found, words, _ = predict.understand(dict(panoptic_map=areas), np.zeros((1, 2, 2, 3), np.uint8), card, 0.3)
+    assert [(item['category'], item['share']) for item in found['areas']] == [
+        ('sky', 0.25), ('car', 0.5), ('nothing', 0.25)]
+    assert words[-1] == 'nothing: 25.0% of the pixels'
+
+
+def test_classes_without_a_colour_get_one():
+    assert palette_of(dict(palette=[(1, 2, 3)]), 3)[0] == [1, 2, 3]
+    found = palette_of({}, 90)
+    assert len({tuple(colour) for colour in found}) == 90 and all(0 <= part < 256 for c in found for part in c)
 
 
 @pytest.mark.parametrize('runtime', ('onnxruntime', 'openvino'))
@@ -171,8 +193,14 @@ def test_several_images_have_a_picture_each(delivered, pictures):
     Image.open(pictures['scene']).crop((0, 0, 100, 90)).save(other)
     done = run(folder, folder / 'model.onnx', pictures['scene'], other, '--out', folder / 'all.png')
     assert done.returncode == 0, done.stderr
-    assert Image.open(folder / 'all_other.png').size == (100, 90)
+    with Image.open(folder / 'all_other.png') as picture, Image.open(other) as image:
+        assert picture.size == (100, 90) and (np.asarray(picture) != np.asarray(image)).any(2).mean() > 0.95
     assert (folder / f"all_{pictures['scene'].stem}.png").is_file()
+    same = folder / 'elsewhere' / other.name
+    same.parent.mkdir()
+    same.write_bytes(other.read_bytes())
+    assert run(folder, folder / 'model.onnx', other, same, '--out', folder / 'two.png').returncode == 0
+    assert [(folder / f'two_other_{i}.png').is_file() for i in range(2)] == [True, True]
 
 
 def test_an_image_is_turned_as_the_library_turns_it(delivered, tmp_path):
@@ -206,7 +234,15 @@ def test_errors_are_one_line_that_says_what_to_do(delivered, pictures, tmp_path)
     model, text, other = folder / 'model.onnx', tmp_path / 'text.jpg', tmp_path / 'alone.onnx'
     text.write_text('no image')
     other.write_bytes(b'')
-    changed = tmp_path / 'changed'
+    large, grey, deep = (tmp_path / name for name in ('large.png', 'grey.tif', 'deep.tif'))
+    Image.new('1', (14000, 14000)).save(large)
+    Image.fromarray(np.full((96, 96), 0.5, np.float32)).save(grey)
+    Image.fromarray(np.full((96, 96), 2**20, np.int32)).save(deep)
+    changed, broken = tmp_path / 'changed', tmp_path / 'broken'
+    broken.mkdir()
+    (broken / 'model.onnx').write_bytes(b'no graph')
+    card = dict(json.loads((folder / 'model.json').read_text()), sha256=hashlib.sha256(b'no graph').hexdigest())
+    (broken / 'model.json').write_text(json.dumps(card))
     changed.mkdir()
     (changed / 'model.onnx').write_bytes(model.read_bytes() + b' ')
     (changed / 'model.json').write_bytes((folder / 'model.json').read_bytes())
@@ -214,10 +250,18 @@ def test_errors_are_one_line_that_says_what_to_do(delivered, pictures, tmp_path)
             ((model, 'none.jpg'), 'none.jpg cannot be read as an image'), ((model, text), 'cannot be read as an image'),
             ((folder / 'none.onnx', text), 'none.onnx'), ((other, text), 'model.json in the same folder'),
             ((changed / 'model.onnx', pictures['object']), 'copy both from the same export'),
-            ((model, pictures['scene']), 'the model takes 96 x 96 and 3 only')):
+            ((model, pictures['scene']), 'the model takes 3 of 96 x 96 only'),
+            ((model, large), 'large.png cannot be read as an image'), ((model, grey), '32 bits to 8 first'),
+            ((model, deep), '32 bits to 8 first'),
+            ((broken / 'model.onnx', pictures['object'], '--runtime', 'onnxruntime'), 'is it too old?'),
+            ((broken / 'model.onnx', pictures['object'], '--runtime', 'openvino'), 'is it too old?'),
+            *(((model, pictures['object'], option, tmp_path / name), '--out and --json want a folder that is there')
+              for option, name in (('--out', 'nope/x.png'), ('--json', 'nope/x.json'), ('--out', 'x.xyz'),
+                                   ('--out', 'x')))):
         done = run(folder, *arguments)
         assert done.returncode == 1 and words in done.stderr, done.stderr
-        assert len(done.stderr.splitlines()) == 1
+        own = [line for line in done.stderr.splitlines() if not re.match(r'E\d{4} |WARNING: All log', line)]
+        assert len(own) == 1  # besides OpenVINO's log
 
 
 def test_a_runtime_that_is_wrong_is_not_taken(delivered, pictures, tmp_path):

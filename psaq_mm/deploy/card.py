@@ -1,6 +1,7 @@
 """``model.json``, what people and programs need to know of a whole model in one file, and the script that runs both."""
 from __future__ import annotations
 
+import colorsys
 import re
 import shutil
 from collections import Counter
@@ -39,6 +40,7 @@ MASKS = dict(
         'mask_threshold',
     image='one number a pixel of the image; the pixel is in the mask where it is >= mask_threshold')
 
+COLOURS = 20  # of a model whose classes have no names; our choice
 BATCHES = 'one image', 'any number of images of one size'
 FILLED = '; where an image has fewer objects than there are rows, the rest have label -1 and score 0'
 
@@ -136,11 +138,18 @@ def describe(predictor: Predictor, cfg: Config, meta: dict, graph: Path, measure
     if 'masks' in predictor.names:
         card.update(mask_form=predictor.mask_form, mask_meaning=MASKS[predictor.mask_form])
         card.setdefault('mask_threshold', 0.5)
-    palette = meta.get('palette')
-    return dict(card, classes=list(meta.get('classes') or ()) or None,
-                palette=[list(map(int, colour)) for colour in palette] if isinstance(palette, (list, tuple)) else None,
+    classes = list(meta.get('classes') or ())
+    return dict(card, classes=classes or None, palette=palette_of(meta, len(classes) or COLOURS),
                 quantized=quantization_of(model),
                 versions=dict(versions(), **{name: metadata.version(name) for name in RUNTIMES if installed(name)}))
+
+
+def palette_of(meta: dict, count: int) -> list[list[int]]:
+    """Return colours (R, G, B) in 0..255: those of a data set, and as many more as there are classes without one."""
+    palette = meta.get('palette')
+    found = [list(map(int, colour)) for colour in palette] if isinstance(palette, (list, tuple)) else []
+    return found + [[round(255 * part) for part in colorsys.hsv_to_rgb(i * 0.618 % 1, 0.8, 0.9)]
+                    for i in range(len(found), count)]
 
 
 def padding_of(pixels) -> list[str]:

@@ -1,9 +1,7 @@
 """Runs the model beside this file on images: python predict.py model.onnx street.jpg [more.jpg ...] [--out street.png]
-
-Needs NumPy, Pillow, and onnxruntime or openvino. model.json says what goes in, what comes out and what it means.
-"""
+Needs NumPy, Pillow, and onnxruntime or openvino. model.json says what goes in, what comes out and what it means."""
 import argparse
-import colorsys
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -11,21 +9,24 @@ import sys
 from pathlib import Path
 
 
-def package(name):
+@contextlib.contextmanager
+def told(what):
     try:
+        yield
+    except Exception as error:
+        sys.exit(f'{what} ({" ".join(str(error).split())[:200] or type(error).__name__})')
+
+
+def package(name):
+    with told(f'{name} cannot be imported: pip install {"Pillow" if name.startswith("PIL") else name}'):
         return importlib.import_module(name)
-    except ImportError as error:
-        sys.exit(f'{name} cannot be imported ({error}): pip install {"Pillow" if name.startswith("PIL") else name}')
 
 
 def read_card(model):
-    try:
+    with told(f'{model} cannot be taken: give the .onnx file, with its model.json in the same folder'):
         card, content = json.loads(model.with_name('model.json').read_text(encoding='utf-8')), model.read_bytes()
-    except (OSError, ValueError) as error:
-        sys.exit(f'{error}: give the .onnx file, with model.json in the same folder')
-    if hashlib.sha256(content).hexdigest() != card['sha256']:
-        sys.exit(f'{model} is not the file that its model.json describes: copy both from the same export')
-    return card
+        assert hashlib.sha256(content).hexdigest() == card['sha256'], 'they differ: copy both from the same export'
+        return card
 
 
 def runner(model, name, right):
@@ -34,27 +35,26 @@ def runner(model, name, right):
     if name not in right:
         sys.exit(f'{name} was not found to compute this graph rightly: take {" or ".join(right)}')
     module = package(name)
-    if name == 'onnxruntime':
+    with told(f'{name} {module.__version__} cannot load {model}, is it too old?'):
+        if name == 'openvino':
+            network = module.Core().compile_model(str(model), 'CPU', dict(INFERENCE_PRECISION_HINT='f32'))
+            return lambda images: {key.any_name: value for key, value in network(dict(images=images)).items()}
+        module.set_default_logger_severity(4)  # its errors come as exceptions
         session = module.InferenceSession(model.read_bytes(), providers=['CPUExecutionProvider'])
         return lambda images: dict(zip([o.name for o in session.get_outputs()], session.run(None, dict(images=images))))
-    network = module.Core().compile_model(str(model), 'CPU', dict(INFERENCE_PRECISION_HINT='f32'))
-    return lambda images: {key.any_name: value for key, value in network(dict(images=images)).items()}
 
 
 def read_image(path, card):
     """(1, H, W, C) in 0..255, as an evaluation reads it."""
     _, height, width, channels = card['input']['shape']
-    try:
-        image = Image.open(path)
-        image = ImageOps.exif_transpose(image) if card['upright'] else image
-        if image.mode.startswith('I'):  # 16 bits
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    with told(f'{path} cannot be read as an image'):
+        image = (ImageOps.exif_transpose if card['upright'] else Image.Image.copy)(Image.open(path))
+        assert image.mode != 'F' and (image.mode != 'I' or np.max(image) < 2**16), 'convert its 32 bits to 8 first'
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode.startswith('I') else image
         pixels = np.array(image.convert({1: 'L', 3: 'RGB'}.get(channels))).reshape(1, image.height, image.width, -1)
-    except OSError as error:
-        sys.exit(f'{path} cannot be read as an image ({error})')
     if pixels.shape[3] != channels or isinstance(height, int) and pixels.shape[1:3] != (height, width):
-        sys.exit(f'{path} has {image.width} x {image.height} pixels and {pixels.shape[3]} channels, the model takes '
-                 f'{width} x {height} and {channels} only: convert the image first')
+        sys.exit(f'{path} has {pixels.shape[3]} channels of {image.width} x {image.height}: the model takes '
+                 f'{channels} of {width} x {height} only, convert the image first')
     return pixels
 
 
@@ -64,7 +64,7 @@ def paste(mask, box, size, card):
         return mask >= card['mask_threshold']
     found, values, area = np.zeros(size, bool), np.pad(mask, 1), []
     for low, high, side, count in zip(box[1::-1], box[:1:-1], size, mask.shape):
-        area.append(slice(max(int(low) - 1, 0), min(int(high) + 2, side)))
+        area.append(slice(*np.clip((int(low) - 1, int(high) + 2), 0, side)))
         centres = np.arange(area[-1].start, area[-1].stop) + 0.5
         places = ((centres - low) / max(high - low, 1e-6) * count + 0.5).clip(0, count + 1)
         first = np.minimum(places.astype(int), count)
@@ -76,10 +76,9 @@ def paste(mask, box, size, card):
 
 def named(card, index):
     """A class for JSON, and its colour."""
-    index, names, colours = int(index), card['classes'] or (), card['palette'] or ()
-    own = [255 * part for part in colorsys.hsv_to_rgb(index * 0.618 % 1, 0.8, 0.9)]
-    return dict(category_id=index, category=names[index] if index < len(names) else f'class {index}'), tuple(
-        map(int, colours[index] if index < len(colours) else own))
+    names, colours = [*(card['classes'] or ()), *['nothing'] * ('panoptic' in card['kind'])], card['palette']
+    name = names[index] if index < len(names) else f'class {index}'
+    return dict(category_id=int(index), category=name), tuple(colours[index % len(colours)])
 
 
 def understand(answers, pixels, card, score):
@@ -92,8 +91,7 @@ def understand(answers, pixels, card, score):
         kinds = areas % 1000 if 'panoptic_map' in answers else areas
         found['areas'] = [dict(named(card, i)[0], share=float((kinds == i).mean())) for i in np.unique(kinds)]
         words += ['{category}: {share:.1%} of the pixels'.format(**item) for item in found['areas']]
-        for i in np.unique(kinds):
-            canvas[kinds == i] = canvas[kinds == i] * 0.5 + np.array(named(card, i)[1]) * 0.5
+        canvas[:] = canvas * 0.5 + np.array([named(card, i)[1] for i in range(kinds.max() + 1)])[kinds] * 0.5
     if 'depth' in answers:
         near, far = found['depth'] = [float(answers['depth'].min()), float(answers['depth'].max())]
         words.append(f'{near:.2f} to {far:.2f} m away')
@@ -127,19 +125,21 @@ def main():
     parser.add_argument('--runtime', choices=('onnxruntime', 'openvino'), help='default: one that is right')
     parser.add_argument('--score', type=float, default=0.3, help='leave out objects below; default 0.3')
     args = parser.parse_args()
-    card, results = read_card(args.model), []
+    with told('--out and --json want a folder that is there, and --out an ending such as .png'):
+        [target.parent.resolve(strict=True) for target in (args.out, args.json) if target]
+        args.out and Image.registered_extensions()[args.out.suffix.lower()]
+    card, results, stems = read_card(args.model), [], [path.stem for path in args.images]
     run = runner(args.model, args.runtime, card['runtimes'])
-    for path in args.images:
+    for number, path in enumerate(args.images):
         pixels = read_image(path, card)
-        try:
+        with told(f'{path} cannot be computed, has it a size that the model does not take?'):
             answers = run(pixels)
-        except Exception as error:  # the runtime's own, of many kinds
-            sys.exit(f'{path}: the model takes no image of this size, resize it ({" ".join(str(error).split())[:200]})')
         found, words, picture = understand(answers, pixels, card, args.score)
         results.append(dict(file=str(path), height=pixels.shape[1], width=pixels.shape[2], **found))
         print(path, *words, sep='\n  ')
         if args.out:
-            picture.save(args.out.with_stem(f'{args.out.stem}_{path.stem}') if len(args.images) > 1 else args.out)
+            own = f'_{path.stem}' * (len(stems) > 1) + f'_{number}' * (stems.count(path.stem) > 1)
+            picture.save(args.out.with_stem(args.out.stem + own))
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
 
