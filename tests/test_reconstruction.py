@@ -1,5 +1,6 @@
 """Block by block reconstruction: which blocks, what they learn from, and that they get better or stay."""
 import copy
+import io
 import random
 from dataclasses import dataclass
 
@@ -7,9 +8,11 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
+from rich.console import Console
 from torch import nn
 
 from psaq_mm.engine import quantize
+from psaq_mm.engine.display import Display
 from psaq_mm.engine.stages.reconstruction import ReconstructionStage
 from psaq_mm.models import attention_blocks, backbone_of, copy_model, extract_features, quantize_model
 from psaq_mm.quantization import (
@@ -431,11 +434,26 @@ QUICK = stanza() | {'synthesis.num_images': 2, 'synthesis.batch_size': 1, 'recon
 
 
 @pytest.fixture(scope='module')
-def quick(small_config, tmp_path_factory):
-    """Where the whole recipe has run with few images and updates."""
+def watched(small_config, tmp_path_factory):
+    """Where the whole recipe has run with few images and updates, and what showed it in a terminal."""
     folder = tmp_path_factory.mktemp('quick')
-    run(config(small_config, folder, **QUICK))
-    return folder
+    display = Display(console=Console(force_terminal=True, file=io.StringIO()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('psaq_mm.engine.pipeline.Display', lambda quiet: display)
+        run(config(small_config, folder, **QUICK))
+    return folder, display
+
+
+@pytest.fixture(scope='module')
+def quick(watched):
+    """Where the whole recipe has run with few images and updates."""
+    return watched[0]
+
+
+def test_one_bar_goes_on_from_block_to_block(watched):
+    assert [task.description for task in watched[1].progress.tasks] == [
+        'synthesis', 'calibration', 'recording', 'reconstruction']
+    assert all(task.finished for task in watched[1].progress.tasks)
 
 
 @pytest.mark.slow

@@ -172,14 +172,16 @@ class DataFreeLoop(BaseLoop):
         yield
         self.minutes[self.stage.name] += (time.perf_counter() - started) / 60
 
-    def progress(self, stage: str, total: int) -> Callable[[], None]:
+    def progress(self, stage: str, total: int, part: str = '') -> Callable[[], None]:
         """Return a function to call after each of so many steps that are no iterations.
 
         It moves the bar, and where there is none a line with the time left appears in the log every half a minute.
 
         Args:
-            stage (str): What the bar and the line say.
+            stage (str): What the bar and the line say. What is done again and again, as for each block, has one name
+                and so one bar.
             total (int): Steps.
+            part (str): What the line says besides.
         """
         done, started = 0, time.monotonic()
         said = started
@@ -192,7 +194,7 @@ class DataFreeLoop(BaseLoop):
             if now - said > SILENCE:
                 said = now
                 left = datetime.timedelta(seconds=round((now - started) / done * (total - done)))
-                self.runner.logger.info(f'{stage}: {done} of {total}, eta: {left}')
+                self.runner.logger.info(f'{stage}{part and f" {part}"}: {done} of {total}, eta: {left}')
 
         return step
 

@@ -92,7 +92,7 @@ class ReconstructionStage(Stage):
         for size, views in sizes.items():
             weights[size] = importance(teacher, [lambda view=view: run_teacher(view) for view in views[:config.probes]],
                                        generator) if config.final else [None] * unit.calls
-        step = loop.progress(f'recording {unit.name}', len(self.views))
+        step = loop.progress('recording', len(self.views), unit.name)
         for view, exact, found in zip(self.views, *(recorder.record(number) for recorder in self.recorders)):
             step()
             samples += [(a[0], b[0], a[1], w) for a, b, w in zip(exact, found, weights[view.shape[2:]])]
