@@ -19,6 +19,7 @@ from psaq_mm.engine import CheckpointError
 from psaq_mm.engine import checkpoint as checkpoint_module
 from psaq_mm.engine.checkpoint import interrupted_run
 from psaq_mm.engine.pipeline import RUN, explained_failures
+from psaq_mm.engine.stages import CalibrationStage
 from psaq_mm.errors import UserError
 from psaq_mm.stanza import QuantizationConfig
 
@@ -192,6 +193,21 @@ def test_a_teacher_that_overflows_is_named(small_config, tmp_path):
         run(config(small_config, tmp_path / 'out'), checkpoint=str(tmp_path / 'c.pth'))
 
 
+def test_a_block_without_finite_numbers_ends_the_reconstruction(small_config, tmp_path, monkeypatch):
+    original = CalibrationStage.start
+
+    def broken(stage):
+        original(stage)
+        stage.loop.student.get_submodule('backbone.stages.0.blocks.1.norm1').bias.data[0] = float('nan')
+
+    monkeypatch.setattr(CalibrationStage, 'start', broken)
+    with pytest.raises(UserError, match="'backbone.stages.0.blocks.1' puts out numbers that are not finite.*--amp"):
+        run(config(small_config, tmp_path, **{
+            'synthesis.method': 'noise', 'synthesis.num_images': 2, 'reconstruction.steps': 1,
+            'reconstruction.views': 1}))
+    assert not (tmp_path / 'quantized.pth').exists()
+
+
 @pytest.mark.parametrize('at', [1, 6])
 def test_a_game_that_breaks_keeps_the_best_student(small_config, tmp_path, monkeypatch, at, capfd):
     from psaq_mm.synthesis import Game
@@ -273,6 +289,7 @@ def test_an_evaluation_that_fails_loses_nothing(small_config, tmp_path, scenes):
 DYING = """
 import os, runpy, sys
 from psaq_mm.engine.pipeline import RUN, explained_failures
+from psaq_mm.engine.stages import CalibrationStage
 from psaq_mm.errors import UserError
 from psaq_mm.engine.stages import {stage}
 from psaq_mm.stanza import QuantizationConfig

@@ -7,6 +7,7 @@ import random
 import torch
 from mmengine import dist
 
+from ...errors import UserError
 from ...models import attention_blocks, backbone_of
 from ...quantization import quantized_layers, search_weight_ranges
 from ...reconstruction import Recorder, UnitReconstruction, find_units, importance, settled_share, unrelated
@@ -81,6 +82,9 @@ class ReconstructionStage(Stage):
         Args:
             number (int): Of the unit.
             restored (dict, optional): Where an interrupted run left it.
+
+        Raises:
+            UserError: If the unit puts out no finite numbers.
         """
         loop, config, unit = self.loop, self.quantization.reconstruction, self.units[number]
         student, teacher = (model.get_submodule(unit.name) for model in (loop.student, loop.teacher))
@@ -111,6 +115,9 @@ class ReconstructionStage(Stage):
             self.current.load_state_dict(restored, rounded)
         else:
             self.initial, error = self.current.search()
+            if not math.isfinite(error):
+                raise UserError(f"'{unit.name}' puts out numbers that are not finite, in full precision or as "
+                                'calibrated: it cannot be reconstructed. Check the checkpoint; try without --amp')
             if config.weight_ranges == 'mse':
                 error = self.choose_weight_ranges(student, list(parameters.values()), error)
             self.current.start(rounded, error)
@@ -147,12 +154,9 @@ class ReconstructionStage(Stage):
             for quantizer in self.ranges.values():
                 quantizer.fix_range()
             self.current, self.ranges = None, {}
-            logger = self.loop.runner.logger
-            logger.info(f"{self.units[number].name}: error of its output, squared, over the output's power: "
-                        f'{self.initial:.4g} as calibrated, {started:.4g} with ranges searched, {now:.4g} learned')
-            if not math.isfinite(now):
-                logger.warning(f'{self.units[number].name} puts out no finite numbers: the quantized model is of no '
-                               'use. Check the checkpoint; try without --amp')
+            self.loop.runner.logger.info(
+                f"{self.units[number].name}: error of its output, squared, over the output's power: "
+                f'{self.initial:.4g} as calibrated, {started:.4g} with ranges searched, {now:.4g} learned')
         return log
 
     def finish(self):
