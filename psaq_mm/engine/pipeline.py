@@ -15,7 +15,7 @@ from mmengine.dist import barrier, init_dist, is_distributed, is_main_process
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
-from ..errors import UserError, doing
+from ..errors import UserError, doing, is_out_of_memory
 from ..files import OwnedFolder
 from ..models import (
     class_counts,
@@ -244,7 +244,6 @@ def about_resumption(runner: Runner, folder: OwnedFolder, resume: bool, resume_f
                               f'command goes on from {left[0].name}')
 
 
-OUT_OF_MEMORY = ('out of memory', "can't allocate memory", 'not enough memory', 'failed to allocate')
 PROCESS_LOST = ('closed by peer', 'reset by peer', 'broken pipe', 'remote process exited')
 
 
@@ -263,7 +262,7 @@ def explained_failures(cfg: Config, quantization: QuantizationConfig) -> Iterato
     except (MemoryError, RuntimeError) as error:
         if is_distributed() and any(words in str(error).lower() for words in PROCESS_LOST):
             raise UserError(f'another process of the job has ended, look for its error ({error}). {resume}') from error
-        if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in OUT_OF_MEMORY):
+        if not is_out_of_memory(error):
             raise
         synthesis = quantization.synthesis
         sizes = ', '.join(f'{height} x {width}' for height, width in synthesis.size)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mmengine import dist
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
 def counted(number: int, what: str) -> str:
     """Return '1 turn' or '2 turns'."""
     return f'{number} {what}' + 's' * (number != 1)
+
+
+def listed(names: Sequence[str], count: int = 5) -> str:
+    """Return the first few names in words."""
+    return ', '.join(names[:count]) + ', ...' * (len(names) > count)
 
 
 class Stage:
@@ -37,6 +43,7 @@ class Stage:
         self.loop, self.quantization = loop, loop.quantization
         self.updates = 0
         self.restored = None
+        self.said = set()
 
     @classmethod
     def wanted(cls, loop: DataFreeLoop) -> bool:
@@ -96,3 +103,9 @@ class Stage:
         """Tell the log that the stage begins."""
         stages = self.loop.stages
         self.loop.runner.logger.info(f'Stage {stages.index(self) + 1}/{len(stages)}: {what}')
+
+    def say_once(self, what: str) -> None:
+        """Tell the log something that may come up again and again, the first time alone."""
+        if what not in self.said:
+            self.said.add(what)
+            self.loop.runner.logger.info(what)

@@ -11,7 +11,7 @@ from ...models import backbone_of, telling
 from ...quantization import FakeQuantizer, search_weight_ranges
 from ...stanza import ROOT
 from ...synthesis import Game
-from .base import Stage, counted
+from .base import Stage, counted, listed
 from .learning import annealing, average_gradients, learnable_ranges, mean_over_processes, split, trainable
 
 
@@ -136,7 +136,7 @@ class GameStage(Stage):
         if left:
             self.loop.runner.logger.info(
                 f'{len(left)} parameters of the targets stay as they are, since neither features '
-                f"nor raw outputs depend on them: {', '.join(left[:3])}" + ', ...' * (len(left) > 3))
+                f'nor raw outputs depend on them: {listed(left)}')
         return found
 
     def learn_ranges(self):

@@ -10,9 +10,17 @@ from mmengine import dist
 from ...errors import UserError
 from ...models import attention_blocks, backbone_of
 from ...quantization import quantized_layers, search_weight_ranges
-from ...reconstruction import Recorder, UnitReconstruction, find_units, importance, settled_share, unrelated
+from ...reconstruction import (
+    Recorder,
+    UnitReconstruction,
+    find_units,
+    importance,
+    settled_share,
+    unrelated,
+    without_unit,
+)
 from ...synthesis import lesson_view
-from .base import Stage
+from .base import Stage, counted, listed
 from .learning import annealing, average_gradients, learnable_ranges, mean_over_processes, split, trainable
 
 
@@ -25,6 +33,7 @@ class ReconstructionStage(Stage):
         self.units, self.views, self.recorders, self.parameters, self.errors = [], [], (), {}, {}
         self.current = self.initial = None
         self.ranges = {}
+        self.unlearned, self.outside = [], []  # names of what stays as calibrated
 
     @classmethod
     def wanted(cls, loop):
@@ -34,9 +43,26 @@ class ReconstructionStage(Stage):
         loop = self.loop
         found = find_units(loop.student, loop.targets, attention_blocks(backbone_of(loop.student)), loop.first_features)
         self.parameters = trainable(loop.student, loop.targets)
-        self.units = [unit for unit in found if any(name.startswith(f'{unit.name}.') for name in self.parameters) or
-                      self.quantization.reconstruction.range_lr and learnable_ranges(loop.student, (f'{unit.name}.', ))]
+        self.units = [unit for unit in found if self.learns(unit)]
+        self.unlearned = [unit.name for unit in found if unit not in self.units]
+        self.outside = without_unit(loop.student, loop.targets, found)
         self.updates = len(self.units) * self.quantization.reconstruction.steps
+
+    def learns(self, unit):
+        """Return whether a unit has parameters that may change, or ranges."""
+        inside = f'{unit.name}.'
+        return any(name.startswith(inside) for name in self.parameters) or bool(
+            self.quantization.reconstruction.range_lr and learnable_ranges(self.loop.student, (inside, )))
+
+    def tell_left_out(self):
+        """Say what of the targets stays as calibrated."""
+        log = self.loop.runner.logger.info
+        if self.unlearned:
+            log(f'{counted(len(self.unlearned), "block")} not reconstructed, since nothing in it may change: '
+                f'{listed(self.unlearned)}')
+        if self.outside:
+            log(f'{counted(len(self.outside), "layer")} not reconstructed, since the model calls neither them nor a '
+                f'small module around them: {listed(self.outside)}')
 
     def start(self):
         loop, config = self.loop, self.quantization.reconstruction
@@ -46,10 +72,11 @@ class ReconstructionStage(Stage):
             return
         self.views = self.make_views(self.lessons(), config.views_of_each(
             sum(map(len, loop.images)) * dist.get_world_size()))
-        self.recorders = [Recorder(model, self.units, loop.features(model), self.views, loop.precision)
+        self.recorders = [Recorder(model, self.units, loop.features(model), self.views, loop.precision, self.say_once)
                           for model in (loop.teacher, loop.student)]
         if self.restored is None:
             self.announce(f'reconstruction of {len(self.units)} units from {sum(map(len, self.views))} views')
+            self.tell_left_out()
             return
         self.errors = dict(self.restored['errors'])
         if self.restored['current'] is not None:
@@ -100,7 +127,10 @@ class ReconstructionStage(Stage):
         for view, exact, found in zip(self.views, *(recorder.record(number) for recorder in self.recorders)):
             step()
             samples += [(a[0], b[0], a[1], w) for a, b, w in zip(exact, found, weights[view.shape[2:]])]
-        if not unit.felt or unrelated([sample[0] for sample in samples], [sample[1] for sample in samples]):
+        apart = not unit.felt or unrelated([sample[0] for sample in samples], [sample[1] for sample in samples])
+        if mean_over_processes(float(apart)):  # what one process finds is so for all: they share the student
+            self.say_once(f'{unit.name} learns from full-precision inputs alone: those of the quantized model may be '
+                          'of other things, as boxes or queries that each model chooses for itself')
             samples = [(exact, exact, aim, weight) for exact, _, aim, weight in samples]
         inside = (f'{unit.name}.', )
         parameters = {n: p for n, p in self.parameters.items() if n.startswith(inside)}
@@ -109,7 +139,7 @@ class ReconstructionStage(Stage):
         self.current = UnitReconstruction(
             student, samples, list(parameters.values()), stretches, self.quantization.reconstruction_lr,
             config.range_lr, config.mix, config.final, config.rounding_lr, loop.precision, average_gradients,
-            mean_over_processes)
+            mean_over_processes, lambda what: self.say_once(f'{unit.name}: {what}'))
         rounded = list(quantized_layers(student).values()) if config.weights == 'rounding' else []
         if restored is not None:
             self.current.load_state_dict(restored, rounded)
