@@ -17,7 +17,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop
 
 from ..compat import keep_freed_memory
-from ..errors import UserError
+from ..errors import UserError, is_out_of_memory
 from ..models import (
     backbone_of,
     beyond_features,
@@ -35,6 +35,7 @@ from ..quantization import Mode, quantizers, set_mode, unused_quantizers
 from ..registry import LOOPS
 from ..stanza import ROOT, QuantizationConfig, flat
 from ..synthesis import PatchSimilarityTap, listening, valid_range
+from ..version import __version__
 from .checkpoint import load_float, load_safely, read_checkpoint
 from .stages import STAGES, Stage
 
@@ -223,7 +224,11 @@ class DataFreeLoop(BaseLoop):
         self.low, self.high = (v.to(self.device) for v in valid_range(*pixel_statistics(self.student)))
         self.load_images()
         self.heads = beyond_features(self.targets)
-        unused = unused_quantizers(self.student, self.first_features)
+        try:
+            unused = unused_quantizers(self.student, self.first_features)
+        except Exception as error:
+            self.explain(error)
+            raise
         if unused:
             raise UserError(f"'{unused[0]}' (and {len(unused) - 1} more) never runs when features are computed, so it "
                             f'cannot be calibrated: keep it in float ({ROOT}.keep_float) or take it out of the targets')
@@ -269,23 +274,27 @@ class DataFreeLoop(BaseLoop):
         return PatchSimilarityTap(sources, readers, model, heads)
 
     def first_features(self):
-        """Features of one image: whatever a model cannot do with images of this size shows here.
+        """Return what the student makes of one image: what shows which of its modules run."""
+        return extract_features(self.student, self.images[0][:1], self.heads)
+
+    def explain(self, error):
+        """Say what to do about an error of :meth:`first_features`, if the full-precision model by itself has one, too.
 
         Raises:
-            UserError: Instead of what the model raises.
+            UserError: Instead of what the model raised.
         """
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            return
         image = self.images[0][:1]
         try:
-            return extract_features(self.student, image, self.heads)
-        except UserError:
-            raise
-        except Exception as error:
+            extract_features(self.teacher, image, self.heads)
+        except Exception as found:
             size = ' x '.join(map(str, image.shape[-2:]))
             mend = f'set {ROOT}.synthesis.size'
             if self.quantization.synthesis.reuse:
                 mend = f'{ROOT}.synthesis.reuse is of another model: leave it out, or give that of a run on this one'
             raise UserError(f'{type(self.student).__name__} cannot compute features of an image of {size} '
-                            f'({type(error).__name__}: {error}). Where the size is wrong, {mend}') from error
+                            f'({type(found).__name__}: {found}). Where the size is wrong, {mend}') from found
 
     def load_images(self):
         """Take starts from the data set, or with method 'real' the images of the calibration data loader."""
@@ -347,6 +356,7 @@ class DataFreeLoop(BaseLoop):
     def state_dict(self):
         """Return all that the model's and the optimiser's state don't hold."""
         return dict(
+            version=__version__,
             images=[batch.detach().cpu() for batch in self.images],
             stage=self.stage.name,
             state=self.stage.state_dict(),
@@ -369,11 +379,12 @@ class DataFreeLoop(BaseLoop):
         Raises:
             UserError: If the interrupted run had other settings, or another version of psaq_mm.
         """
-        if 'stage' not in state:
-            raise UserError('--resume: an earlier version of psaq_mm began the run in this work dir. Finish it with '
-                            'that version, or start afresh without --resume')
-        theirs, ours = state['settings'], self.settings()
-        theirs, ours = dict(flat(theirs)), dict(flat(ours))
+        theirs, ours = dict(flat(state.get('settings', {}))), dict(flat(self.settings()))
+        began = state.get('version', 'of an earlier version')
+        if began != __version__ or theirs.keys() != ours.keys():  # of one number while it is developed
+            raise UserError(f'--resume: psaq_mm {began} began the run in this work dir, this is psaq_mm {__version__}'
+                            f'{" with other settings" * (began == __version__)}. Finish the run with the psaq_mm that '
+                            'began it, or start afresh without --resume or with another --work-dir')
         changed = sorted(key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key))
         if changed:
             raise UserError('--resume: the interrupted run in this work dir had other settings ('
