@@ -334,3 +334,42 @@ def test_two_processes_resume(small_config, tmp_path):
     assert 'error: --resume: the interrupted run had 2 processes, this one has 1' in refused.stderr
     torchrun(small_config, tmp_path / 'killed', '--resume', *options)
     assert same(weights(tmp_path / 'killed'), weights(tmp_path / 'whole'))
+
+
+ODD = """
+import os
+from psaq_mm.engine.stages import reconstruction
+from psaq_mm.reconstruction.nested import floats
+unrelated = reconstruction.unrelated
+if os.environ['RANK'] == '1':
+    reconstruction.unrelated = lambda exact, found: floats(exact)[0].shape[-1] == 64 or unrelated(exact, found)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_resume_within_a_block(small_config, tmp_path):
+    """The same checkpoint in the end. What one of them finds of the inputs of a block is so for both."""
+    script = tmp_path / 'dying.py'
+
+    def started(folder, at, *options, **kwargs):
+        script.write_text(ODD + DYING.format(stage='ReconstructionStage', at=at, death="raise UserError('enough')"))
+        return torchrun(
+            small_config, folder, *options, '--no-eval', '--cfg-options', *EVERY[:1],
+            'default_hooks.checkpoint.interval=3', 'quantization.recipe=low_bit', 'quantization.weight.bits=4',
+            'quantization.activation.bits=4', 'quantization.reconstruction.steps=3',
+            'quantization.reconstruction.views=1', 'quantization.game.steps=0', 'quantization.report.images=0',
+            'quantization.keep_float=[backbone.stages.2.*,backbone.stages.3.*]',
+            script=(script, TOOL), **kwargs)
+
+    started(tmp_path / 'whole', 10**9)
+    killed = tmp_path / 'killed'
+    done = started(killed, 11, check=False)
+    assert done.returncode and 'error: enough' in done.stderr and not (killed / 'quantized.pth').exists()
+    states = torch.load(saved(killed)[-1], weights_only=True)['data_free']
+    assert [state['stage'] for state in states] == ['reconstruction'] * 2
+    assert all(state['state']['current'] is not None for state in states)
+    started(killed, 10**9, '--resume')
+    assert same(weights(killed), weights(tmp_path / 'whole'))
+    log = ''.join(path.read_text() for path in (tmp_path / 'whole').rglob('*.log'))
+    assert 'backbone.stages.1.blocks.0 learns from full-precision inputs alone' in log
+    assert 'backbone.stages.0.blocks.0 learns from full-precision inputs alone' not in log

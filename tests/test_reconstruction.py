@@ -522,6 +522,21 @@ def test_one_bar_goes_on_from_block_to_block(watched):
     assert all(task.finished for task in watched[1].progress.tasks)
 
 
+def test_a_run_resumes_within_a_block_and_between_two(small_config, tmp_path, quick, killed_at):  # noqa: F811
+    for at in (11, 14):  # of 8 updates of images, then 2 for each block: in the second one, behind the third
+        killed_at(at)
+        with pytest.raises(KeyboardInterrupt):
+            run(config(small_config, tmp_path, **QUICK), resume=True)
+        content = torch.load(tmp_path / RUN / f'iter_{at}.pth', weights_only=True)['data_free'][0]
+        assert content['stage'] == 'reconstruction' and (content['state']['current'] is None) == (at == 14)
+    killed_at(None)
+    run(config(small_config, tmp_path, **QUICK), resume=True)
+    assert same(weights(tmp_path), weights(quick))
+    ours, theirs = (torch.load(folder / 'quantized.pth', weights_only=True)['meta']['reconstruction']
+                    for folder in (tmp_path, quick))
+    assert ours == theirs
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('at', [20, 21, 56])  # of 8 updates of images, 15 blocks of 3, then the game
 def test_the_whole_recipe_resumes(small_config, tmp_path, killed_at, whole, at):  # noqa: F811
