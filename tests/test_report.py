@@ -286,8 +286,8 @@ def test_figures_take_the_colours_of_the_page():
     history = [dict(stage='synthesis', index=i, entropy=i / 10) for i in range(8)] + [
         dict(stage='game', index=i, ratio=1 - i / 20, turn='images' if i in (3, 4) else 'student',
              **(dict(holdout=0.1) if i % 2 else {})) for i in range(8)]
-    drawn = [figures.synthesis_curve(history, 4), figures.game_curve(history, 0.1),
-             figures.synthesis_curve([dict(stage='synthesis', index=i, diversity=-1 / (i + 1)) for i in range(4)], 4),
+    drawn = [figures.synthesis_curve(history, 4, 'entropy'), figures.game_curve(history, 0.1),
+             figures.stage_curve(history, 'game', 'holdout'),
              figures.block_errors({'backbone.blocks.0': [0.3, 0.1], 'neck': [0.2, 0.2]}),
              figures.layer_bars([layer(), layer('b', 30.0)]), figures.range_bars([layer()], 'weight')]
     for figure in drawn:
@@ -295,7 +295,8 @@ def test_figures_take_the_colours_of_the_page():
         assert text.startswith('<svg') and 'var(--ink)' in text and '#010203' not in text
         image = figures.pixels(figure)
         assert image.dtype == np.uint8 and image.shape[2] == 3 and image.std() > 5
-    assert figures.synthesis_curve([], 4) is None and figures.game_curve([], None) is None
+    assert figures.synthesis_curve(history, 4, 'diversity') is None and figures.game_curve([], None) is None
+    assert figures.stage_curve(history, 'game', 'entropy') is None
     assert figures.block_errors({}) is None
 
 
@@ -357,6 +358,10 @@ def test_a_terminal_shows_a_bar_with_entropy_and_discrepancy(small_config, tmp_p
         assert re.search(rf'{stage} +━+ *\d+/\d+ +[\d:]+ eta [\d:]+ +{number}', shown), stage
     assert 'Iter(train)' not in shown and 'Stage 1/3' in shown
     assert any('Iter(train)' in path.read_text() for path in tmp_path.rglob('*.log'))
+
+
+def test_what_stands_between_backticks_is_code():
+    assert page.marked('`a<b` & `c`') == '<code>a&lt;b</code> &amp; <code>c</code>'
 
 
 def bars(display):
@@ -534,7 +539,7 @@ def test_a_run_that_was_interrupted_reports_all_of_itself(small_config, tmp_path
             raise KeyboardInterrupt
         return play(self, rng)
 
-    monkeypatch.setattr(reporting.figures, 'synthesis_curve', lambda history, steps: histories.append(history))
+    monkeypatch.setattr(reporting.figures, 'synthesis_curve', lambda history, *args: histories.append(history))
     with monkeypatch.context() as context:
         context.setattr(GameStage, 'step', stops)
         with pytest.raises(KeyboardInterrupt):

@@ -19,7 +19,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-SHOWN = ('entropy', 'diversity', 'error', 'discrepancy', 'ratio')  # numbers of an update that stand beside the bar
 LINES = ('Iter(', 'Exp name:')  # log lines that the bar stands in for; the log file has them
 
 
@@ -76,7 +75,13 @@ class Display:
             runner.register_hook(DisplayHook(self), 'VERY_LOW')
 
     def show(self, name: str, done: int, total: int, numbers: dict | None = None) -> None:
-        """Move the bar of a name, which has one of its own; one that begins again is filled anew."""
+        """Move the bar of a name, which has one of its own; one that begins again is filled anew.
+
+        Args:
+            name (str): What stands before the bar.
+            done, total (int): Steps.
+            numbers (dict[str, float], optional): What stands beside the bar. Default: what stood there before.
+        """
         if self.progress is None:
             return
         task = self.tasks.get(name)
@@ -84,7 +89,7 @@ class Display:
             task = self.tasks[name] = self.progress.add_task(name, total=total, completed=done - 1, numbers='')
         elif done < self.progress.tasks[task].completed:
             self.progress.reset(task, total=total)
-        text = '  '.join(f'{key} {value:.4g}' for key, value in (numbers or {}).items() if key in SHOWN)
+        text = '  '.join(f'{key} {value:.4g}' for key, value in (numbers or {}).items())
         self.progress.update(task, completed=done, total=total, **(dict(numbers=text) if text else {}))
 
     def another(self, name: str) -> None:
@@ -100,7 +105,8 @@ class DisplayHook(Hook):
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         stage = runner.train_loop.stage
-        self.display.show(stage.name, stage.index + 1, stage.updates, outputs)
+        self.display.show(stage.name, stage.index + 1, stage.updates,
+                          {name: outputs[name] for name in stage.shown if name in outputs})
 
     def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         self.display.show('evaluation', batch_idx + 1, len(runner.test_dataloader))

@@ -298,8 +298,8 @@ def quantize(cfg: Config,
 
     Returns:
         dict: What ``metrics.json`` holds: ``full_precision`` and ``quantized`` metrics, ``size_mb``, ``minutes``,
-        ``stages`` (what each stage says of itself), ``scope``, ``versions``, paths, and ``not_evaluated`` with the
-        reason where evaluation was impossible.
+        ``stages`` (``minutes`` of each, and what it says of itself), ``scope``, ``versions``, paths, and
+        ``not_evaluated`` with the reason where evaluation was impossible.
 
     Raises:
         StanzaError, PatternError, CheckpointError: Before any work.
@@ -348,12 +348,13 @@ def _quantize(cfg, folder, checkpoint, resume, amp, eval_float, eval_quantized, 
     result = dict(
         full_precision={}, quantized={}, size_mb=dict(full_precision=round(float_size, 2),
                                                       quantized=round(quantized_size, 2)),
-        minutes=round(sum(minutes.values()), 2), synthesis_minutes=round(minutes['synthesis'], 2),
+        minutes=round(sum(minutes.values()), 2), synthesis_minutes=round(minutes.get('synthesis', 0.0), 2),
         scope=scope(runner.train_loop.student, quantization), placement=quantization.placement,
         bits=dict(weight=quantization.weight.bits, activation=quantization.activation.bits),
         mixed=any('bits' in (side or {}) for o in quantization.overrides for side in (o.weight, o.activation)),
         method=quantization.synthesis.method, recipe=quantization.recipe, seed=runner.seed,
-        stages=runner.train_loop.summaries,
+        stages={stage.name: dict(runner.train_loop.summaries.get(stage.name, {}), minutes=round(minutes[stage.name], 2))
+                for stage in runner.train_loop.stages},
         checkpoint=str(folder.path / QUANTIZED), test_config=str(test_path), versions=versions())
     if is_main_process():  # an earlier result stays whole until this one is; nothing of both is mixed from here on
         with explained_failures(cfg, quantization):
@@ -396,7 +397,7 @@ def report(runner: Runner, cfg: Config, folder: OwnedFolder, result: dict) -> No
         measured = measure(runner, folder)
         result['fidelity'] = measured['fidelity']
         result['report_minutes'] = round((time.perf_counter() - started) / 60, 2)
-        figures = draw_figures(runner, measured)
+        figures = draw_figures(measured)
         result['report'] = str(write_report(runner, cfg, folder, result, measured, figures))
     except Exception:
         runner.logger.warning('The report could not be made:', exc_info=True)

@@ -3,12 +3,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mmengine import dist
 from torch import Tensor
 
+from ...report import figures
+
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from ..loop import DataFreeLoop
 
 
@@ -22,6 +26,19 @@ def listed(names: Sequence[str], count: int = 5) -> str:
     return ', '.join(names[:count]) + ', ...' * (len(names) > count)
 
 
+class Plot(NamedTuple):
+    """What the report shows of a stage.
+
+    Attributes:
+        name (str): Of the figure, for the Visualizer; no other plot has it.
+        text (str): What it says, in plain text; `names` of settings stand between backticks.
+        figure (Figure | None): None: there is nothing to draw.
+    """
+    name: str
+    text: str
+    figure: Figure | None
+
+
 class Stage:
     """One part of a data-free run: its updates, its numbers for the log, its state for resume.
 
@@ -31,13 +48,17 @@ class Stage:
 
     Attributes:
         name (str): In the log, the history, the bar and ``stages`` of ``metrics.json``.
+        title (str): In the report.
+        shown (tuple[str]): Which numbers of an update stand beside the bar.
+        curve (str): The number that the report draws over the updates, unless :meth:`plots` says otherwise; '': none.
         updates (int): How many mmengine iterations the stage takes at most. :meth:`start` may lower it.
         restored (dict | None): What :meth:`state_dict` gave in the run that was interrupted within this stage.
 
     Args:
         loop (DataFreeLoop): Holds what stages share: settings, teacher, student, images.
     """
-    name = ''
+    name = title = curve = ''
+    shown: tuple[str, ...] = ()
 
     def __init__(self, loop: DataFreeLoop):
         self.loop, self.quantization = loop, loop.quantization
@@ -94,6 +115,12 @@ class Stage:
     def summary(self) -> dict | None:
         """Return what ``metrics.json``, checkpoint and report say of the finished stage; None: nothing."""
         return None
+
+    def plots(self) -> list[Plot]:
+        """Return what the report shows of the finished stage; the loop's history and summaries have all sessions of
+        the run.
+        """
+        return [Plot(self.name, '', figures.stage_curve(self.loop.history, self.name, self.curve))]
 
     def state_dict(self) -> dict:
         """Return what an interrupted run needs to go on within this stage."""

@@ -19,14 +19,16 @@ from ...reconstruction import (
     unrelated,
     without_unit,
 )
+from ...report import figures
 from ...synthesis import lesson_view
-from .base import Stage, counted, listed
+from .base import Plot, Stage, counted, listed
 from .learning import annealing, average_gradients, learnable_ranges, mean_over_processes, split, trainable
 
 
 class ReconstructionStage(Stage):
     """Takes ``reconstruction.steps`` updates for each block, and for each group of layers between blocks."""
-    name = 'reconstruction'
+    name, title = 'reconstruction', 'Blocks'
+    shown = ('error', )
 
     def __init__(self, loop):
         super().__init__(loop)
@@ -194,6 +196,11 @@ class ReconstructionStage(Stage):
 
     def summary(self):
         return dict(errors={name: list(pair) for name, pair in self.errors.items()}) if self.errors else None
+
+    def plots(self):
+        return [Plot('blocks', 'Block after block learned to put out what it does in full precision. The error of the '
+                     'inputs, which come from the quantized blocks before, is part of each.',
+                     figures.block_errors(self.loop.summaries.get(self.name, {}).get('errors', {})))]
 
     def state_dict(self):
         return dict(errors=dict(self.errors), initial=self.initial, current=self.current and self.current.state_dict())
