@@ -9,10 +9,8 @@ import random
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import torch
-from mmengine import dist
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop
 
@@ -36,31 +34,12 @@ from ..registry import LOOPS
 from ..stanza import ROOT, QuantizationConfig, flat
 from ..synthesis import PatchSimilarityTap, listening, valid_range
 from ..version import __version__
-from .checkpoint import load_float, load_safely, read_checkpoint
+from .checkpoint import load_float, read_checkpoint
+from .images import real_images, reused_images
 from .stages import STAGES, Stage
 
 QUANTIZER_STATE = ('_quantizer.scale', '_quantizer.zero_point')  # ends of names
 SILENCE = 30  # seconds after which a line says how far a stage without iterations is; our choice
-
-
-def read_images(path: str, key: str = f'{ROOT}.synthesis.reuse', name: str = 'synthetic.pt') -> list[torch.Tensor]:
-    """Image batches of an earlier run, (B, 3, H, W) each.
-
-    Args:
-        path (str): The file.
-        key, name (str): For errors: where the path was given, and what such a file is called.
-
-    Raises:
-        UserError: If the file is not there or is none of ours.
-    """
-    try:
-        images = load_safely(Path(path))['images']
-        if all(torch.is_tensor(b) and b.dim() == 4 and torch.isfinite(b).all() for b in images) and images:
-            return images
-    except Exception as error:
-        raise UserError(f'{key} = {path!r} cannot be read ({type(error).__name__}: {error}): it must be the '
-                        f'{name!r} of an earlier run') from None
-    raise UserError(f"{key} = {path!r} holds no images: it must be an earlier run's {name!r}")
 
 
 @LOOPS.register_module()
@@ -297,30 +276,16 @@ class DataFreeLoop(BaseLoop):
                             f'({type(found).__name__}: {found}). Where the size is wrong, {mend}') from found
 
     def load_images(self):
-        """Take starts from the data set, or with method 'real' the images of the calibration data loader."""
-        if self.quantization.synthesis.method == 'real':
-            for data in self.dataloader:
-                left = self.quantization.synthesis.num_images - sum(map(len, self.images))
-                if left <= 0:
-                    break
-                self.images.append(self.student.data_preprocessor(data, False)['inputs'][:left])
-                if not torch.isfinite(self.images[-1]).all():
-                    raise UserError(f'batch {len(self.images)} of calib_dataloader holds pixels that are no finite '
-                                    'numbers: check its images and pipeline')
+        """Take starts from the data set, images of an earlier run, or with method 'real' those of the data loader."""
+        config = self.quantization.synthesis
+        if config.method == 'real':
+            self.images = real_images(self.dataloader, self.student, config.num_images)
             return
         self.dataloader.dataset.valid_range = self.low.cpu(), self.high.cpu()
-        for data in self.dataloader:
-            self.images.append(data['inputs'].to(self.device))
+        self.images = [data['inputs'].to(self.device) for data in self.dataloader]
         self.starts = [batch.clone() for batch in self.images]
-        if self.quantization.synthesis.reuse:
-            shard = read_images(self.quantization.synthesis.reuse)[dist.get_rank()::dist.get_world_size()]
-            if not shard:
-                raise UserError(f'{ROOT}.synthesis.reuse holds fewer batches than there are processes '
-                                f'({dist.get_world_size()}): start fewer')
-            wrong = {batch.shape[1] for batch in shard} - {self.low.shape[1]}
-            if wrong:
-                raise UserError(f'{ROOT}.synthesis.reuse holds images of {wrong.pop()} channels, the model takes '
-                                f'{self.low.shape[1]}: give the synthetic.pt of a run on the same model')
+        if config.reuse:
+            shard = reused_images(config.reuse, self.low.shape[1])
             self.images, self.starts = [batch.to(self.device) for batch in shard], []
 
     def precision(self):

@@ -51,7 +51,7 @@ from .config import (
 )
 from .config_file import config_text, one_line
 from .display import Display
-from .loop import read_images
+from .images import read_images
 from .rehearsal import rehearse_calibration, rehearse_evaluation
 from .reporting import draw_figures, measure, show_report, write_report
 from .runner import DataFreeRunner

@@ -22,7 +22,8 @@ from ..report.fidelity import fidelity
 from ..stanza import ROOT
 from ..synthesis import GameConfig, lesson_view, synthesize
 from .hooks import SyntheticImageHook
-from .loop import DataFreeLoop, read_images
+from .images import read_images
+from .loop import DataFreeLoop
 from .start_dataset import start_image
 
 FRESH = 500_000  # number of the first fresh image: no run synthesises so many before
