@@ -19,7 +19,7 @@ from ..classification import Classifier
 from ..engine.checkpoint import read_checkpoint
 from ..engine.config import dataset_meta, default_scope, test_config
 from ..engine.config_file import config_text as plain_text
-from ..engine.loop import read_images
+from ..engine.images import read_images
 from ..errors import UserError
 from ..files import OwnedFolder, write_atomically, write_json
 from ..models import BACKBONES, backbone_name, backbone_of, image_channels, own_size, quantize_model_config, resolved
