@@ -6,7 +6,8 @@
 
 Reads images and pastes masks as the predict.py beside the graph does; pycocotools gives AP, all else is counted here.
 With --expect work_dirs/NAME/metrics.json it fails where a number is further than 0.1 points from what the library found
-for the fake-quantized model, or where the process has imported what a stranger does not have.
+for the fake-quantized model, or where the process has imported what a stranger does not have. Detections of the two
+runtimes are matched one by one: of the same class, in boxes that overlap by 0.9 or more, by falling scores.
 """
 import argparse
 import contextlib
@@ -21,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 ABSENT = 'torch', 'torchvision', 'cv2', 'psaq_mm', 'timm', 'mmengine', 'mmcv', 'mmdet', 'mmseg'
+OVERLAP = 0.9  # of boxes of one object in two runtimes
 ROUNDED = dict(box=0.05, mask=0.05, miou=0.005, top1=0.005)  # by how much the library rounds what it writes there
 NAMES = dict(box='coco/bbox_mAP', mask='coco/segm_mAP', miou='mIoU', top1='accuracy/top1')  # in metrics.json
 
@@ -34,7 +36,7 @@ def script_of(model):
 
 
 def average_precision(answer, script, card, images, annotations):
-    """Box and mask AP of COCO, points."""
+    """Return box and mask AP of COCO, points, and the detections as COCO has them."""
     from pycocotools import mask as masks
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -55,7 +57,9 @@ def average_precision(answer, script, card, images, annotations):
                 code = masks.encode(np.asfortranarray(inside.astype(np.uint8)))
                 found['segmentation'] = dict(code, counts=code['counts'].decode())
             results.append(found)
-    values = {}
+    if not results:
+        raise SystemExit(f'error: the graph finds nothing in {len(truth.dataset["images"])} images')
+    values, detections = {}, results
     for name, kind in (('box', 'bbox'), ('mask', 'segm')):
         if kind == 'segm' and not any('segmentation' in item for item in results):
             continue
@@ -65,16 +69,38 @@ def average_precision(answer, script, card, images, annotations):
             evaluation = COCOeval(truth, truth.loadRes(results), kind)
             evaluation.evaluate(), evaluation.accumulate(), evaluation.summarize()
         values[name] = 100 * evaluation.stats[0]
-    return values
+    return values, detections
+
+
+def matched(ours, theirs):
+    """Return the share of detections that have a partner among others: see the top of the file."""
+    from pycocotools import mask as masks
+    pairs, groups = 0, {}
+    for i, side in enumerate((ours, theirs)):
+        for item in sorted(side, key=lambda item: -item['score']):
+            groups.setdefault((item['image_id'], item['category_id']), ([], []))[i].append(item['bbox'])
+    for first, second in groups.values():
+        overlaps = masks.iou(np.array(first), np.array(second), [0] * len(second)) if first and second else []
+        for row in overlaps:
+            best = int(row.argmax())
+            if row[best] >= OVERLAP:
+                pairs, overlaps[:, best] = pairs + 1, 0
+    return pairs / max(len(ours), len(theirs), 1)
 
 
 def mean_iou(answer, card, images, maps):
     """Mean intersection over union, points; 255 is ignored."""
     count = len(card['classes'])
     common, ours, theirs = np.zeros((3, count))
-    for path in sorted(path for path in images.iterdir() if (maps / f'{path.stem}.png').is_file()):
+    paths = sorted(path for path in images.iterdir() if (maps / f'{path.stem}.png').is_file())
+    if not paths:
+        raise SystemExit(f'error: {maps} has no label map (.png) with the name of an image in {images}')
+    for path in paths:
         answers, _ = answer(path)
         truth = np.array(Image.open(maps / f'{path.stem}.png'))
+        if truth[truth != 255].max(initial=0) >= count:
+            raise SystemExit(f'error: {maps / path.stem}.png has class {truth[truth != 255].max()}, and the model has '
+                             f'{count}: give maps whose values are indices into its classes, 255 for none')
         found, truth = answers['label_map'][0][truth != 255], truth[truth != 255]
         common += np.bincount(truth[found == truth], minlength=count)[:count]
         ours += np.bincount(found, minlength=count)[:count]
@@ -89,6 +115,8 @@ def top_1(answer, card, images):
     Folders have the names of the model's classes, or stand for them in alphabetical order.
     """
     folders = sorted(path for path in images.iterdir() if path.is_dir())
+    if not folders:
+        raise SystemExit(f'error: {images} has no folders: give one with a folder of images for each class')
     names = card['classes'] or []
     named = all(folder.name in names for folder in folders)
     hits = [int(answer(path)[0]['probabilities'][0].argmax()) == (names.index(folder.name) if named else number)
@@ -106,8 +134,11 @@ def main():
     parser.add_argument('--expect', type=Path, metavar='FILE', help='metrics.json of the run')
     parser.add_argument('--json', type=Path, metavar='FILE')
     args = parser.parse_args()
+    for path in filter(None, (args.model.with_name('predict.py'), args.images, args.coco, args.maps, args.expect)):
+        if not path.exists():
+            parser.error(f'{path} does not exist')
     script = script_of(args.model)
-    card, found, failed = script.read_card(args.model), {}, []
+    card, found, failed, detections = script.read_card(args.model), {}, [], {}
     expected = json.loads(args.expect.read_text())['quantized'] if args.expect else {}
     for runtime in args.runtimes:
         run, started = script.runner(args.model, runtime, card['runtimes']), time.time()
@@ -117,18 +148,23 @@ def main():
             return run(pixels), pixels.shape[1:3]
 
         if args.coco:
-            values = average_precision(answer, script, card, args.images, args.coco)
+            values, detections[runtime] = average_precision(answer, script, card, args.images, args.coco)
         elif args.maps:
             values = mean_iou(answer, card, args.images, args.maps)
         else:
             values = top_1(answer, card, args.images)
         for name, value in values.items():
+            if args.expect and NAMES[name] not in expected:
+                parser.error(f'{args.expect} has no {NAMES[name]} of the quantized model to compare with')
             aim = expected.get(NAMES[name])
             aim = None if aim is None else aim * (100 if name in ('box', 'mask') else 1)
             far = aim is not None and bool(abs(aim - value) > 0.1 + ROUNDED[name])
             failed += [name] if far else []
             print(f'{runtime} {name}: {value:.2f}' + (f', the library {aim:.2f}{"  TOO FAR" * far}' if aim else ''))
         found[runtime] = dict(values, seconds=round(time.time() - started, 1))
+    if len(detections) == 2:
+        found['matched'] = matched(*detections.values())
+        print(f'{found["matched"]:.2%} of the detections have a partner in the other runtime')
     heavy = sorted({name.split('.')[0] for name in sys.modules} & set(ABSENT))
     if heavy:
         print(f'imported what a stranger does not have: {", ".join(heavy)}')

@@ -535,6 +535,7 @@ def test_detector_by_mmdets_own_tools(quantized_run, scenes, tmp_path):
     assert ap_of(tested.stdout + tested.stderr) == pytest.approx(quantized, abs=0.03)  # of six images
     found, library = by_strangers(tmp_path / 'int8', work_dir, '--images', scenes / 'val', '--coco',
                                   scenes / 'val.json')
+    assert json.loads((tmp_path / 'int8' / 'strangers.json').read_text())['matched'] > 0.7
     for name, key in (('box', 'coco/bbox_mAP'), ('mask', 'coco/segm_mAP')):
         assert [item[name] for item in found] == pytest.approx([100 * library[key]] * 2, abs=3)
     from mmdet.apis import DetInferencer, inference_detector, init_detector
