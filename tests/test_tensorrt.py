@@ -50,6 +50,11 @@ BAD = [
     ('pair', model([node('DequantizeLinear', 'w', 's', 'z')], dict(w=np.int32([3]), s=ONE, z=np.int32(0)))),
     ('constant', model([node('Shape', 'x', output='s'), node('Unsqueeze', 'x', 's')], shape=('a', 'b'))),
     ('top_k', model([helper.make_node('TopK', ['x', 'k'], ['y', 'i'])], dict(k=np.int64([4000])))),
+    ('top_k', model([node('Shape', 'x', output='s'), node('Slice', 's', 'o', 't', output='k'),
+                     helper.make_node('TopK', ['x', 'k'], ['y', 'i'])], dict(o=np.int64([1]), t=np.int64([2])),
+                    shape=(2, 'n'))),
+    ('granularity', model([node('QuantizeLinear', 'x', 's', 'z')], dict(s=np.float32([0.1, 0.2, 0.3]),
+                                                                        z=np.int8([0, 0, 0])))),
     ('top_k', model([helper.make_node('TopK', ['x', 'k'], ['y', 'i'], sorted=0)], dict(k=np.int64([2])))),
     ('resize', model([node('Resize', 'x', '', 's', mode='cubic')], dict(s=np.float32([1, 2])))),
     ('scatter', model([node('ScatterND', 'x', 'i', 'u', reduction='add')],
@@ -86,6 +91,15 @@ def test_pairs_of_signed_integers_break_none():
                    node('DequantizeLinear', 'w', 's', 'z', output='b'), node('MatMul', 'a', 'b')],
                   dict(s=ONE, z=SIGNED, w=np.ones((3, 4), np.int8)))
     assert not violations(graph, static=True)
+
+
+def test_a_number_of_the_best_that_is_limited_breaks_none():
+    nodes = [node('Shape', 'x', output='s'), node('Slice', 's', 'o', 't', output='n'),
+             node('Min', 'n', 'l', output='m'), node('Cast', 'm', output='k', to=kinds.INT64),
+             helper.make_node('TopK', ['x', 'k'], ['y', 'i'])]
+    stored = dict(o=np.int64([1]), t=np.int64([2]), l=np.int64([1000]))
+    assert not violations(model(nodes, stored, shape=(2, 'n')))
+    assert violations(model(nodes, dict(stored, l=np.int64([4000])), shape=(2, 'n')))[0].what == 'K is up to 4000'
 
 
 def test_sizes_are_computed_in_advance():
@@ -195,3 +209,11 @@ def test_errors_are_one_line(exported, tmp_path):
     done = run_tool(ROOT / 'tools' / 'tensorrt_engine.py', tmp_path / 'open.onnx', check=False)
     assert done.returncode == 2 and '--preset symmetric --size H W' in done.stderr
     assert not list(tmp_path.glob('*.engine'))
+
+
+def test_batches_are_refused_early(tmp_path):
+    from mmengine.config import Config
+
+    from psaq_mm.deploy import export
+    with pytest.raises(UserError, match="preset 'symmetric': TensorRT gets graphs for one image.*leave --batch out"):
+        export(Config(dict()), 'quantized.pth', str(tmp_path), preset='symmetric', batch=True)

@@ -536,6 +536,9 @@ def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | 
         raise UserError(f"--runtime {runtime}: must be one of {', '.join(RUNTIMES)}")
     if own and runtime != own:
         raise UserError(f"--runtime {runtime}: preset '{preset}' is for {own} alone; leave one of the two out")
+    if batch and preset == 'symmetric':
+        raise UserError("preset 'symmetric': TensorRT gets graphs for one image, as tools/tensorrt_engine.py builds "
+                        'engines without profiles of shapes; leave --batch out')
     target = OwnedFolder(work_dir)
     need('onnx')
     runtimes = installed(runtime)[:1 if own else None]
