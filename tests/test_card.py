@@ -12,7 +12,7 @@ from mmengine.config import Config
 from PIL import Image
 
 from psaq_mm.deploy.adapters import traceable
-from psaq_mm.deploy.card import deliver, describe, kind_of, limits, loading_of, quantization_of
+from psaq_mm.deploy.card import SCRIPTS, deliver, describe, kind_of, limits, loading_of, quantization_of
 from psaq_mm.deploy.graph import write
 from psaq_mm.deploy.library import traceable_library
 from psaq_mm.deploy.predictor import predictor_of
@@ -20,6 +20,8 @@ from psaq_mm.engine import read_config
 from psaq_mm.engine.checkpoint import read_checkpoint
 from psaq_mm.engine.config import dataset_meta, default_scope
 from psaq_mm.engine.pipeline import build_float
+from psaq_mm.errors import UserError
+from psaq_mm.files import digest
 from psaq_mm.models import quantize_model
 
 from .conftest import ROOT
@@ -122,13 +124,19 @@ def test_a_detector_in_a_process_of_its_own(delivered, pictures, runtime):
         assert picture.size == image.size and np.abs(np.asarray(picture).astype(int) - np.asarray(image)).max() > 50
 
 
-def test_masks_are_pasted_as_the_library_does(delivered):
-    from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
+@pytest.fixture(scope='module')
+def predict(delivered):
+    """The delivered script as a module."""
     sys.path.insert(0, str(delivered['detection'][0]))
     try:
         import predict
     finally:
         sys.path.pop(0)
+    return predict
+
+
+def test_masks_are_pasted_as_the_library_does(predict):
+    from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
     generator = torch.Generator().manual_seed(0)
     masks = torch.rand(40, 28, 28, generator=generator)
     corners = torch.rand(40, 2, 2, generator=generator) * torch.tensor([120.0, 90.0]) - 10
@@ -141,6 +149,13 @@ def test_masks_are_pasted_as_the_library_does(delivered):
             found = predict.paste(mask.numpy(), box.tolist(), (80, 100), card)
             assert (found != (whole >= threshold).numpy())[(whole - threshold).abs().numpy() > 1e-4].sum() == 0
         assert not predict.paste(masks[0].numpy() * 0, boxes[0].tolist(), (80, 100), card).any()
+
+
+@pytest.mark.parametrize('box', ([-50, -50, -5, -5], [-50.0, 10, -5, 30], [10, -50, 30, -5], [200, 200, 240, 240]))
+def test_a_mask_beside_the_image_is_empty(predict, box):
+    card = dict(mask_form='box', mask_threshold=0.5)
+    found = predict.paste(np.ones((28, 28), np.float32), box, (80, 100), card)
+    assert found.shape == (80, 100) and not found.any()
 
 
 @pytest.mark.parametrize('runtime', ('onnxruntime', 'openvino'))
@@ -175,12 +190,37 @@ def test_several_images_have_a_picture_each(delivered, pictures):
     assert (folder / f"all_{pictures['scene'].stem}.png").is_file()
 
 
-def test_an_image_is_turned_as_the_library_turns_it(delivered, tmp_path):
-    sys.path.insert(0, str(delivered['detection'][0]))
-    try:
-        import predict
-    finally:
-        sys.path.pop(0)
+def test_equal_names_have_a_picture_each(delivered, pictures, tmp_path):
+    folder, paths = delivered['segmentation'][0], []
+    for name, size in (('x', (100, 90)), ('y', (90, 100))):
+        (tmp_path / name).mkdir()
+        paths.append(tmp_path / name / '1.png')
+        Image.open(pictures['scene']).crop((0, 0, *size)).save(paths[-1])
+    done = run(folder, folder / 'model.onnx', *paths, '--out', tmp_path / 's.png')
+    assert done.returncode == 0, done.stderr
+    assert [Image.open(tmp_path / f's_{i}_1.png').size for i in (1, 2)] == [(100, 90), (90, 100)]
+
+
+def test_an_image_that_fails_costs_no_other_answers(delivered, pictures, tmp_path):
+    folder, target = delivered['classification'][0], tmp_path / 'answers.json'
+    done = run(folder, folder / 'model.onnx', pictures['object'], 'none.png', '--json', target)
+    assert done.returncode == 1 and 'none.png cannot be read' in done.stderr
+    answer, = json.loads(target.read_text())
+    assert answer['file'] == str(pictures['object']) and len(answer['classes']) == 5
+
+
+@pytest.mark.parametrize('option, target, words', [
+    ('--out', 'nope/x.png', 'nope/x.png cannot be written: name a file in a folder that exists'),
+    ('--json', 'nope/x.json', 'nope/x.json cannot be written'), ('--json', '.', '. cannot be written'),
+    ('--out', 'x.xyz', 'x.xyz is no picture that Pillow writes: let its name end in .png'),
+    ('--out', 'x', 'x is no picture'), ('--out', 'x.eps2', 'x.eps2 is no picture')])
+def test_targets_are_checked_before_anything_is_read(delivered, option, target, words):
+    folder = delivered['classification'][0]
+    done = run(folder, 'none.onnx', 'none.png', option, target)
+    assert done.returncode == 1 and words in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_an_image_is_turned_as_the_library_turns_it(predict, tmp_path):
     array = np.random.default_rng(0).integers(0, 256, (6, 8, 3)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
     card = dict(input=dict(shape=[1, 'H', 'W', 3]), upright=True)
     for orientation in range(1, 9):
@@ -199,6 +239,68 @@ def test_an_image_is_turned_as_the_library_turns_it(delivered, tmp_path):
         image.save(path)
         assert np.array_equal(predict.read_image(path, card)[0], mmcv.imread(str(path), channel_order='rgb'))
     assert predict.read_image(path, dict(card, input=dict(shape=[1, 'H', 'W', 1]))).shape == (1, 48, 64, 1)
+
+
+def test_images_that_would_become_black_are_refused(predict, tmp_path, monkeypatch, capsys):
+    card, array = dict(input=dict(shape=[1, 'H', 'W', 3]), upright=True), np.full((6, 8), 200)
+    for kind in (np.int32, np.float32):
+        Image.fromarray(array.astype(kind)).save(tmp_path / 'deep.tif')
+        with pytest.raises(SystemExit, match='deep.tif cannot be read as an image .its numbers have 32 bits'):
+            predict.read_image(tmp_path / 'deep.tif', card)
+    path = tmp_path / 'flat.png'
+    Image.fromarray(array.astype(np.uint8)).save(path)
+    assert predict.read_image(path, card).max() == 200
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 20)
+    with pytest.raises(SystemExit, match='flat.png cannot be read as an image .*exceeds limit of 40 pixels'):
+        predict.read_image(path, card)
+    content = bytearray(path.read_bytes())
+    content[content.index(b'IDAT') + 1] = 1
+    path.write_bytes(content)
+    monkeypatch.undo()
+    with pytest.raises(SystemExit, match='flat.png cannot be read as an image'):
+        predict.read_image(path, card)
+
+
+def test_what_a_model_finds_nowhere_is_nothing(predict):
+    card = dict(classes=['sky', 'car'], palette=None, nothing=2, mask_form=None)
+    pixels = np.zeros((1, 2, 3, 3), np.uint8)
+    found, words, _ = predict.understand(dict(panoptic_map=np.array([[[0, 1001, 2002], [2, 2, 3]]])), pixels, card, 0.3)
+    assert [item['category'] for item in found['areas']] == ['sky', 'car', 'nothing', 'class 3']
+    assert 'nothing: 50.0% of the pixels' in words
+
+
+def test_failures_of_a_runtime_are_one_line(delivered, pictures, tmp_path):
+    folder = delivered['classification'][0]
+    for name in ('predict.py', 'session.py', 'model.onnx'):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    card = json.loads((folder / 'model.json').read_text())
+    card['input']['shape'][1:3] = 'H', 'W'
+    (tmp_path / 'model.json').write_text(json.dumps(card))
+    for runtime in ('onnxruntime', 'openvino'):
+        done = run(tmp_path, tmp_path / 'model.onnx', pictures['scene'], '--runtime', runtime)
+        assert done.returncode == 1 and f"{pictures['scene']} could not be computed (" in done.stderr
+        assert ('96' in done.stderr or 'tensor' in done.stderr) and len(done.stderr.splitlines()) == 1
+    onnx = pytest.importorskip('onnx')
+    graph = onnx.load(str(folder / 'model.onnx'))
+    graph.graph.node[0].op_type = 'OfALaterVersion'
+    onnx.save(graph, str(tmp_path / 'model.onnx'))
+    (tmp_path / 'model.json').write_text(json.dumps(dict(card, sha256=digest(tmp_path / 'model.onnx'))))
+    for runtime in ('onnxruntime', 'openvino'):
+        done = run(tmp_path, tmp_path / 'model.onnx', pictures['scene'], '--runtime', runtime)
+        assert done.returncode == 1 and f'pip install --upgrade {runtime}' in done.stderr
+        assert f'cannot load {tmp_path}/model.onnx' in done.stderr and len(done.stderr.splitlines()) == 1
+    for text in ('{}', '[]', '3', 'no JSON'):
+        (tmp_path / 'model.json').write_text(text)
+        done = run(tmp_path, tmp_path / 'model.onnx', pictures['scene'])
+        assert done.returncode == 1 and 'model.json in the same folder' in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_grey_masks_are_refused():
+    cfg, model = model_of('detection')
+    model.test_cfg.rcnn.mask_thr_binary = -1
+    with pytest.raises(UserError, match='mask_thr_binary=-1 makes grey masks'):
+        predictor_of(model, cfg)
 
 
 def test_errors_are_one_line_that_says_what_to_do(delivered, pictures, tmp_path):
@@ -222,7 +324,7 @@ def test_errors_are_one_line_that_says_what_to_do(delivered, pictures, tmp_path)
 
 def test_a_runtime_that_is_wrong_is_not_taken(delivered, pictures, tmp_path):
     folder = delivered['classification'][0]
-    for name in ('model.onnx', 'predict.py'):
+    for name in ('model.onnx', 'predict.py', 'session.py'):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     card = json.loads((folder / 'model.json').read_text())
     (tmp_path / 'model.json').write_text(json.dumps(dict(card, runtimes=['openvino'])))
@@ -235,15 +337,17 @@ def test_a_runtime_that_is_wrong_is_not_taken(delivered, pictures, tmp_path):
 def test_a_missing_package_is_named(delivered, pictures, tmp_path):
     folder = delivered['classification'][0]
     script = tmp_path / 'predict.py'
+    (tmp_path / 'session.py').write_bytes((folder / 'session.py').read_bytes())
     script.write_text('import sys\nsys.modules.update({"onnxruntime": None, "PIL.ImageOps": None})\n'
                       + (folder / 'predict.py').read_text())
     done = run(folder, folder / 'model.onnx', pictures['object'], script=script)
     assert done.returncode == 1 and 'pip install Pillow' in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_the_script_is_short_and_stands_alone():
-    source = (ROOT / 'psaq_mm' / 'deploy' / 'predict.py').read_text()
-    assert len(source.splitlines()) < 150 and 'torch' not in source
+def test_the_scripts_are_short_and_stand_alone():
+    for name in SCRIPTS:
+        source = (ROOT / 'psaq_mm' / 'deploy' / name).read_text()
+        assert len(source.splitlines()) < 150 and 'torch' not in source
 
 
 def test_a_card_says_what_a_graph_takes_and_gives(delivered):

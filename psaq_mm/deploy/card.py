@@ -19,7 +19,7 @@ from .extras import need
 from .pixels import loader_of
 from .predictor import Predictor, limits
 
-CARD, SCRIPT = 'model.json', 'predict.py'
+CARD, SCRIPTS = 'model.json', ('predict.py', 'session.py')
 RUNTIMES = 'onnx', 'onnxruntime', 'openvino'
 UNNAMED = re.compile(r'dim_\d+$|^$')  # what the exporter calls lengths that have no name
 UPRIGHT = 'cv2', 'pillow'  # what turns images as their EXIF orientation says when it decodes them
@@ -28,8 +28,8 @@ MEANINGS = dict(
     scores='0 to 1, one a box',
     labels='index into classes, one a box',
     label_map='index into classes, one a pixel',
-    panoptic_map='index into classes + 1000 * number of the instance, one a pixel; an index behind the last class is '
-    'none of them',
+    panoptic_map='index into classes + 1000 * number of the instance, one a pixel; the index that '
+    'nothing says is none of them',
     depth='metres, one a pixel',
     probabilities='0 to 1, one a class; they add up to 1')
 MASKS = dict(
@@ -135,7 +135,11 @@ def describe(predictor: Predictor, cfg: Config, meta: dict, graph: Path, measure
         card['batch'] += FILLED
     if 'masks' in predictor.names:
         card.update(mask_form=predictor.mask_form, mask_meaning=MASKS[predictor.mask_form])
+        if predictor.mask_form == 'image':
+            card['mask_threshold'] = 0.5  # the graph has applied the model's own: masks are 0 or 1
         card.setdefault('mask_threshold', 0.5)
+    if 'panoptic_map' in predictor.names:
+        card['nothing'] = model.panoptic_fusion_head.num_classes
     palette = meta.get('palette')
     return dict(card, classes=list(meta.get('classes') or ()) or None,
                 palette=[list(map(int, colour)) for colour in palette] if isinstance(palette, (list, tuple)) else None,
@@ -167,6 +171,7 @@ def installed(name: str) -> bool:
 
 
 def deliver(card: dict, folder: Path) -> None:
-    """Write ``model.json`` and ``predict.py`` beside a graph."""
+    """Write ``model.json`` and the scripts that run it beside a graph."""
     write_json(card, Path(folder) / CARD)
-    shutil.copyfile(Path(__file__).with_name(SCRIPT), Path(folder) / SCRIPT)
+    for name in SCRIPTS:
+        shutil.copyfile(Path(__file__).with_name(name), Path(folder) / name)

@@ -37,7 +37,7 @@ from .agreement import (
     probes,
     reference,
 )
-from .card import CARD, SCRIPT, deliver, describe
+from .card import CARD, SCRIPTS, deliver, describe
 from .convolutions import IMAGES
 from .extras import need
 from .graph import (
@@ -59,7 +59,7 @@ from .whole import MODEL, Whole, export_whole, in_pixels
 QUANTIZED = 'psaq_mm.QuantizedModel'
 FOLDER = '<folder of this file>'
 # And a graph for each quantized head.
-RESULTS = ('features.onnx', 'int8_config.py', 'int8.pth', 'export.json', MODEL, CARD, SCRIPT)
+RESULTS = ('features.onnx', 'int8_config.py', 'int8.pth', 'export.json', MODEL, CARD, *SCRIPTS)
 PROPOSALS = 16  # that a head's graph keeps to check itself with
 CHECK_SIDE = 256  # the check image is stored in this size at most, and enlarged
 
@@ -605,7 +605,7 @@ def _export(cfg, checkpoint, target, size, runtimes, preset, whole, batch):
                                             runtimes, form)
             result['warnings'] += result['whole'].pop('warnings')
         write_json(result, work / 'export.json')
-        for name in (MODEL, CARD, SCRIPT):  # of an earlier export
+        for name in (MODEL, CARD, *SCRIPTS):  # of an earlier export
             target.remove(name)
         target.write_all(work)
     return result
