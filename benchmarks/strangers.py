@@ -110,7 +110,7 @@ def main():
     card, found, failed = script.read_card(args.model), {}, []
     expected = json.loads(args.expect.read_text())['quantized'] if args.expect else {}
     for runtime in args.runtimes:
-        run, started = script.runner(args.model, runtime, card['runtimes']), time.time()
+        run, started = script.runner(args.model, runtime, card), time.time()
 
         def answer(path, run=run):
             pixels = script.read_image(path, card)

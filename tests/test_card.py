@@ -1,4 +1,6 @@
 """model.json, and predict.py, which runs a whole model where there is neither PyTorch nor any mm library."""
+import base64
+import io
 import json
 import os
 import subprocess
@@ -13,9 +15,11 @@ from PIL import Image
 
 from psaq_mm.deploy.adapters import traceable
 from psaq_mm.deploy.card import SCRIPTS, deliver, describe, kind_of, limits, loading_of, quantization_of
+from psaq_mm.deploy.check import check_of, held, packed
 from psaq_mm.deploy.graph import write
 from psaq_mm.deploy.library import traceable_library
 from psaq_mm.deploy.predictor import predictor_of
+from psaq_mm.deploy.session import agreement
 from psaq_mm.engine import read_config
 from psaq_mm.engine.checkpoint import read_checkpoint
 from psaq_mm.engine.config import dataset_meta, default_scope
@@ -52,7 +56,7 @@ def model_of(task):
 
 
 @pytest.fixture(scope='module')
-def delivered(tmp_path_factory):
+def delivered(tmp_path_factory, pictures):
     """Folder, config and model of each task."""
     pytest.importorskip('onnxruntime')
     pytest.importorskip('openvino')
@@ -72,8 +76,10 @@ def delivered(tmp_path_factory):
             axes = {name: axes[name] for name in ('images', *predictor.names)}
             write(predictor, (image, ), folder / 'model.onnx', ['images'], list(predictor.names), axes, {}, task)
         measured = [dict(size=size, answers=shape) for size, shape in zip(sizes, shapes)]
+        with Image.open(pictures['object' if task == 'classification' else 'scene']) as picture:
+            image = torch.from_numpy(np.array(picture.convert('RGB').resize(sizes[0][::-1])))[None]
         deliver(describe(predictor, cfg, dataset_meta(cfg, {}), folder / 'model.onnx', measured,
-                         ['onnxruntime', 'openvino']), folder)
+                         ['onnxruntime', 'openvino'], image), folder)
         found[task] = folder, cfg, model
     return found
 
@@ -294,6 +300,101 @@ def test_failures_of_a_runtime_are_one_line(delivered, pictures, tmp_path):
         done = run(tmp_path, tmp_path / 'model.onnx', pictures['scene'])
         assert done.returncode == 1 and 'model.json in the same folder' in done.stderr
         assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.fixture()
+def moved(delivered, tmp_path):
+    """Copy a delivered folder, with another card; a function."""
+    def move(task, change):
+        folder = delivered[task][0]
+        for name in (*SCRIPTS, 'model.onnx'):
+            (tmp_path / name).write_bytes((folder / name).read_bytes())
+        card = json.loads((folder / 'model.json').read_text())
+        change(card['check'])
+        (tmp_path / 'model.json').write_text(json.dumps(card))
+        return tmp_path
+    return move
+
+
+def elsewhere(check):
+    """As if the export had been on another machine."""
+    for item in check['measured'].values():
+        item['host'] += ' avx1024'
+
+
+@pytest.mark.parametrize('task', DEMOS)
+def test_a_card_holds_a_check(delivered, task):
+    folder = delivered[task][0]
+    check = json.loads((folder / 'model.json').read_text())['check']
+    assert set(check['measured']) == {'onnxruntime', 'openvino'} and len(check['content']) < 2**17
+    assert max(check['size']) <= 160 and 0.5 < check['at_least'] < 0.9
+    for runtime, item in check['measured'].items():
+        assert item['agreement'] > 0.95 and item['host'].startswith(f'{runtime} ')
+        done = run(folder, folder / 'model.onnx', '--check', '--runtime', runtime)
+        assert done.returncode == 0, done.stderr
+        assert f"agree with those of the export by {item['agreement']:.2f}" in done.stdout
+
+
+def test_an_unknown_machine_is_checked(moved, pictures):
+    def otherwise(check):
+        elsewhere(check)
+        arrays = dict(np.load(io.BytesIO(base64.b64decode(check['content']))))
+        check['content'] = packed(dict(arrays, **{name: value[:, ::-1] for name, value in arrays.items()
+                                                  if name in ('boxes', 'label_map')}))
+
+    for task in ('detection', 'segmentation'):
+        for change, good in ((elsewhere, True), (otherwise, False)):
+            folder = moved(task, change)
+            done = run(folder, folder / 'model.onnx', pictures['scene'], '--runtime', 'onnxruntime')
+            assert done.returncode == (not good), done.stderr
+            if not good:
+                assert 'computes' in done.stderr and 'wrongly on this machine' in done.stderr
+                assert 'or --runtime openvino' in done.stderr and len(done.stderr.splitlines()) == 1
+    folder = moved('classification', lambda check: check.update(at_least=1.01))  # on the machine of the export
+    done = run(folder, folder / 'model.onnx', pictures['object'], '--runtime', 'onnxruntime')
+    assert done.returncode == 0, done.stderr
+    done = run(folder, folder / 'model.onnx', pictures['object'], '--runtime', 'onnxruntime', '--check')
+    assert done.returncode == 1 and 'must by 1.01' in done.stderr
+    done = run(folder, folder / 'model.onnx')
+    assert done.returncode == 2 and 'give an image, or --check' in done.stderr
+
+
+def test_answers_agree_as_far_as_they_are_alike():
+    generator = np.random.default_rng(0)
+    corners = np.sort(generator.random((1, 8, 2, 2)) * 60, 2)
+    corners[:, :, 1] += 20
+    found = dict(boxes=corners.reshape(1, 8, 4), scores=np.linspace(0.9, 0.2, 8)[None], labels=np.arange(8)[None],
+                 masks=generator.random((1, 8, 28, 28)))
+    card = dict(mask_threshold=0.5)
+    aims = held(found, 'box', card)
+    assert agreement(aims, found, card) == pytest.approx(1)
+    order = generator.permutation(8)
+    assert agreement(aims, {name: value[:, order] for name, value in found.items()}, card) == pytest.approx(1)
+    for other in (dict(boxes=found['boxes'] + 30), dict(labels=found['labels'] + 1), dict(scores=found['scores'] / 2),
+                  dict(masks=found['masks'] * 0), dict(masks=1 - found['masks'])):
+        assert agreement(aims, dict(found, **other), card) == 0
+    assert agreement(aims, {name: value[:, :0] for name, value in found.items()}, card) == 0
+    twice = {name: np.repeat(value[:, :1], 2, 1) for name, value in found.items()}
+    assert agreement(held(twice, 'box', card), {name: value[:, :1] for name, value in twice.items()}, card) == 0.5
+    maps = dict(label_map=generator.integers(0, 5, (1, 300, 200)), depth=generator.random((1, 300, 200)) + 1)
+    for name, value in maps.items():
+        aims = held({name: value}, None, {})
+        assert max(aims[name].shape) <= 128 and agreement(aims, {name: value}, {}) > 0.999
+        assert agreement(aims, {name: value[:, ::-1].copy()}, {}) < (0.3 if name == 'label_map' else 0.9)
+    numbers = dict(probabilities=np.float32([[0.7, 0.2, 0.1]]))
+    assert agreement(held(numbers, None, {}), dict(probabilities=np.float32([[0.1, 0.2, 0.7]])), {}) < 0.1
+    assert not agreement(held(numbers, None, {}), dict(probabilities=numbers['probabilities'] * np.nan), {}) >= 0.1
+    panoptic = np.array([[[3, 1001, 2001], [3, 133, 133]]])
+    other = np.where(panoptic > 999, 5001, panoptic)  # other numbers of instances
+    assert agreement(dict(panoptic_map=panoptic[0]), dict(panoptic_map=other), {}) == 1
+
+
+def test_a_model_that_is_not_sure_gives_no_check(delivered):
+    folder, cfg, model = delivered['detection']
+    image = torch.full((1, 128, 160, 3), 114, dtype=torch.uint8)
+    predictor = predictor_of(model, cfg).eval()
+    card = json.loads((folder / 'model.json').read_text())
+    assert check_of(predictor, folder / 'model.onnx', image, [(64, 80)], ['onnxruntime'], card) is None
 
 
 def test_grey_masks_are_refused():

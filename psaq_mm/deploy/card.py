@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 from mmengine.config import Config
+from torch import Tensor
 
 from ..engine.checkpoint import versions
 from ..files import digest, write_json
 from ..models import backbone_of
 from ..quantization import QuantizedLinear, quantized_layers, quantizers
 from .answers import OBJECTS
+from .check import check_of, check_sizes
 from .extras import need
 from .pixels import loader_of
 from .predictor import Predictor, limits
@@ -99,8 +101,8 @@ def loading_of(cfg: Config, channels: int) -> tuple[list[str], bool]:
     return ['decode the image to 8 bits a channel', turning, order], upright
 
 
-def describe(predictor: Predictor, cfg: Config, meta: dict, graph: Path, measured: list[dict],
-             runtimes: list[str]) -> dict:
+def describe(predictor: Predictor, cfg: Config, meta: dict, graph: Path, measured: list[dict], runtimes: list[str],
+             example: Tensor) -> dict:
     """Return what ``model.json`` says.
 
     Args:
@@ -111,6 +113,7 @@ def describe(predictor: Predictor, cfg: Config, meta: dict, graph: Path, measure
         measured (list[dict]): Of each size that was measured ``size``, (H, W), ``answers``, shapes by name, and what
             else is worth telling.
         runtimes (list[str]): Those that were found to compute the graph rightly.
+        example (Tensor): An image to check with, (1, H, W, C) uint8, of a size that was measured.
     """
     onnx = need('onnx')
     model, pixels = predictor.model, predictor.pixels
@@ -140,6 +143,10 @@ def describe(predictor: Predictor, cfg: Config, meta: dict, graph: Path, measure
         card.setdefault('mask_threshold', 0.5)
     if 'panoptic_map' in predictor.names:
         card['nothing'] = model.panoptic_fusion_head.num_classes
+    check = check_of(predictor, graph, example, check_sizes(example, card['sizes']['any'], measured), runtimes, card)
+    card['check'] = check and check.content
+    if check and card['check']['size'] not in [list(item['size']) for item in measured]:
+        card['sizes']['measured'] = [*measured, dict(size=card['check']['size'], answers=check.answers)]
     palette = meta.get('palette')
     return dict(card, classes=list(meta.get('classes') or ()) or None,
                 palette=[list(map(int, colour)) for colour in palette] if isinstance(palette, (list, tuple)) else None,

@@ -113,15 +113,18 @@ def check_targets(out, answers):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('model', type=Path, help='the .onnx file, with model.json beside it')
-    parser.add_argument('images', nargs='+', type=Path)
+    parser.add_argument('images', nargs='*', type=Path)
     parser.add_argument('--out', type=Path, help='a picture of the answers; of several images, names are added')
     parser.add_argument('--json', type=Path, help='the answers; bbox is x, y, width, height, as COCO has it')
     parser.add_argument('--runtime', choices=('onnxruntime', 'openvino'), help='default: one that is right')
     parser.add_argument('--score', type=float, default=0.3, help='leave out objects below; default 0.3')
+    parser.add_argument('--check', action='store_true', help='hold the runtime against the check in model.json')
     args = parser.parse_args()
+    if not args.images and not args.check:
+        parser.error('give an image, or --check')
     check_targets(args.out, args.json)
     card, results = read_card(args.model), []
-    run, stems = runner(args.model, args.runtime, card['runtimes']), [f'_{path.stem}' for path in args.images]
+    run, stems = runner(args.model, args.runtime, card, args.check), [f'_{path.stem}' for path in args.images]
     if len(set(stems)) < len(stems):  # of images in several folders
         stems = [f'_{i}{stem}' for i, stem in enumerate(stems, 1)]
     for path, stem in zip(args.images, stems):
