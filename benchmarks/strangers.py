@@ -28,7 +28,8 @@ NAMES = dict(box='coco/bbox_mAP', mask='coco/segm_mAP', miou='mIoU', top1='accur
 
 
 def script_of(model):
-    """predict.py beside a graph, as a module."""
+    """Return predict.py beside a graph, as a module."""
+    sys.path.insert(0, str(model.parent))  # it imports what lies there
     spec = importlib.util.spec_from_file_location('delivered', model.with_name('predict.py'))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -141,7 +142,7 @@ def main():
     card, found, failed, detections = script.read_card(args.model), {}, [], {}
     expected = json.loads(args.expect.read_text())['quantized'] if args.expect else {}
     for runtime in args.runtimes:
-        run, started = script.runner(args.model, runtime, card['runtimes']), time.time()
+        run, started = script.runner(args.model, runtime, card), time.time()
 
         def answer(path, run=run):
             pixels = script.read_image(path, card)

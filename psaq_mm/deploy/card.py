@@ -1,7 +1,6 @@
 """``model.json``, what people and programs need to know of a whole model in one file, and the script that runs both."""
 from __future__ import annotations
 
-import colorsys
 import re
 import shutil
 from collections import Counter
@@ -10,17 +9,19 @@ from pathlib import Path
 
 import numpy as np
 from mmengine.config import Config
+from torch import Tensor
 
 from ..engine.checkpoint import versions
 from ..files import digest, write_json
 from ..models import backbone_of
 from ..quantization import QuantizedLinear, quantized_layers, quantizers
 from .answers import OBJECTS
+from .check import check_of, check_sizes
 from .extras import need
 from .pixels import loader_of
 from .predictor import Predictor, limits
 
-CARD, SCRIPT = 'model.json', 'predict.py'
+CARD, SCRIPTS = 'model.json', ('predict.py', 'session.py')
 RUNTIMES = 'onnx', 'onnxruntime', 'openvino'
 UNNAMED = re.compile(r'dim_\d+$|^$')  # what the exporter calls lengths that have no name
 UPRIGHT = 'cv2', 'pillow'  # what turns images as their EXIF orientation says when it decodes them
@@ -29,8 +30,8 @@ MEANINGS = dict(
     scores='0 to 1, one a box',
     labels='index into classes, one a box',
     label_map='index into classes, one a pixel',
-    panoptic_map='index into classes + 1000 * number of the instance, one a pixel; an index behind the last class is '
-    'none of them',
+    panoptic_map='index into classes + 1000 * number of the instance, one a pixel; the index that '
+    'nothing says is none of them',
     depth='metres, one a pixel',
     probabilities='0 to 1, one a class; they add up to 1')
 MASKS = dict(
@@ -40,7 +41,6 @@ MASKS = dict(
         'mask_threshold',
     image='one number a pixel of the image; the pixel is in the mask where it is >= mask_threshold')
 
-COLOURS = 20  # of a model whose classes have no names; our choice
 BATCHES = 'one image', 'any number of images of one size'
 FILLED = '; where an image has fewer objects than there are rows, the rest have label -1 and score 0'
 
@@ -101,8 +101,8 @@ def loading_of(cfg: Config, channels: int) -> tuple[list[str], bool]:
     return ['decode the image to 8 bits a channel', turning, order], upright
 
 
-def describe(predictor: Predictor, cfg: Config, meta: dict, graph: Path, measured: list[dict],
-             runtimes: list[str]) -> dict:
+def describe(predictor: Predictor, cfg: Config, meta: dict, graph: Path, measured: list[dict], runtimes: list[str],
+             example: Tensor) -> dict:
     """Return what ``model.json`` says.
 
     Args:
@@ -113,6 +113,7 @@ def describe(predictor: Predictor, cfg: Config, meta: dict, graph: Path, measure
         measured (list[dict]): Of each size that was measured ``size``, (H, W), ``answers``, shapes by name, and what
             else is worth telling.
         runtimes (list[str]): Those that were found to compute the graph rightly.
+        example (Tensor): An image to check with, (1, H, W, C) uint8, of a size that was measured.
     """
     onnx = need('onnx')
     model, pixels = predictor.model, predictor.pixels
@@ -137,19 +138,20 @@ def describe(predictor: Predictor, cfg: Config, meta: dict, graph: Path, measure
         card['batch'] += FILLED
     if 'masks' in predictor.names:
         card.update(mask_form=predictor.mask_form, mask_meaning=MASKS[predictor.mask_form])
+        if predictor.mask_form == 'image':
+            card['mask_threshold'] = 0.5  # the graph has applied the model's own: masks are 0 or 1
         card.setdefault('mask_threshold', 0.5)
-    classes = list(meta.get('classes') or ())
-    return dict(card, classes=classes or None, palette=palette_of(meta, len(classes) or COLOURS),
+    if 'panoptic_map' in predictor.names:
+        card['nothing'] = model.panoptic_fusion_head.num_classes
+    check = check_of(predictor, graph, example, check_sizes(example, card['sizes']['any'], measured), runtimes, card)
+    card['check'] = check and check.content
+    if check and card['check']['size'] not in [list(item['size']) for item in measured]:
+        card['sizes']['measured'] = [*measured, dict(size=card['check']['size'], answers=check.answers)]
+    palette = meta.get('palette')
+    return dict(card, classes=list(meta.get('classes') or ()) or None,
+                palette=[list(map(int, colour)) for colour in palette] if isinstance(palette, (list, tuple)) else None,
                 quantized=quantization_of(model),
                 versions=dict(versions(), **{name: metadata.version(name) for name in RUNTIMES if installed(name)}))
-
-
-def palette_of(meta: dict, count: int) -> list[list[int]]:
-    """Return colours (R, G, B) in 0..255: those of a data set, and as many more as there are classes without one."""
-    palette = meta.get('palette')
-    found = [list(map(int, colour)) for colour in palette] if isinstance(palette, (list, tuple)) else []
-    return found + [[round(255 * part) for part in colorsys.hsv_to_rgb(i * 0.618 % 1, 0.8, 0.9)]
-                    for i in range(len(found), count)]
 
 
 def padding_of(pixels) -> list[str]:
@@ -176,6 +178,7 @@ def installed(name: str) -> bool:
 
 
 def deliver(card: dict, folder: Path) -> None:
-    """Write ``model.json`` and ``predict.py`` beside a graph."""
+    """Write ``model.json`` and the scripts that run it beside a graph."""
     write_json(card, Path(folder) / CARD)
-    shutil.copyfile(Path(__file__).with_name(SCRIPT), Path(folder) / SCRIPT)
+    for name in SCRIPTS:
+        shutil.copyfile(Path(__file__).with_name(name), Path(folder) / name)

@@ -37,7 +37,8 @@ from .agreement import (
     probes,
     reference,
 )
-from .card import CARD, SCRIPT, deliver, describe
+from .card import CARD, SCRIPTS, deliver, describe
+from .check import UNCHECKED
 from .convolutions import IMAGES
 from .extras import need
 from .graph import (
@@ -59,7 +60,7 @@ from .whole import MODEL, Whole, export_whole, in_pixels
 QUANTIZED = 'psaq_mm.QuantizedModel'
 FOLDER = '<folder of this file>'
 # And a graph for each quantized head.
-RESULTS = ('features.onnx', 'int8_config.py', 'int8.pth', 'export.json', MODEL, CARD, SCRIPT)
+RESULTS = ('features.onnx', 'int8_config.py', 'int8.pth', 'export.json', MODEL, CARD, *SCRIPTS)
 PROPOSALS = 16  # that a head's graph keeps to check itself with
 CHECK_SIDE = 256  # the check image is stored in this size at most, and enlarged
 
@@ -490,15 +491,18 @@ def deliver_whole(model, cfg: Config, meta: dict, folder: Path, image: Tensor, s
     try:
         predictor = predictor_of(model, cfg).eval()
         form = form._replace(images=tuple(in_pixels(predictor, item) for item in form.images))
-        found = export_whole(predictor, folder, in_pixels(predictor, resized(image, size)), fixed, runtimes, form)
+        pixels = in_pixels(predictor, resized(image, size))
+        found = export_whole(predictor, folder, pixels, fixed, runtimes, form)
     except UserError as error:
         (folder / MODEL).unlink(missing_ok=True)
         return dict(refused=str(error), warnings=[])
     measured = [dict(item._asdict(), passed=item.passed) for item in (*found.differences, *found.findings)]
     right = [runtime for runtime in runtimes if not found.failures(runtime)]
-    deliver(describe(predictor, cfg, dataset_meta(cfg, meta), found.file, found.answers, right), folder)
+    card = describe(predictor, cfg, dataset_meta(cfg, meta), found.file, found.answers, right, pixels)
+    deliver(card, folder)
     return dict(size=found.size, size_mb=round(found.file.stat().st_size / 1e6, 2), reason=found.reason,
-                measured=measured, warnings=warnings_of({MODEL: found}, runtimes, found.reason))
+                measured=measured, warnings=warnings_of({MODEL: found}, runtimes, found.reason) + (
+                    [] if card['check'] else [UNCHECKED]))
 
 
 def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | None = None,
@@ -608,7 +612,7 @@ def _export(cfg, checkpoint, target, size, runtimes, preset, whole, batch):
                                             runtimes, form)
             result['warnings'] += result['whole'].pop('warnings')
         write_json(result, work / 'export.json')
-        for name in (MODEL, CARD, SCRIPT):  # of an earlier export
+        for name in (MODEL, CARD, *SCRIPTS):  # of an earlier export
             target.remove(name)
         target.write_all(work)
     return result
