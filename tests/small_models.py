@@ -22,6 +22,17 @@ MODELS = dict(
         neck=dict(PYRAMID, start_level=1, add_extra_convs='on_output', relu_before_extra_convs=True),
         bbox_head=dict(type='FCOSHead', num_classes=3, in_channels=16, stacked_convs=1, feat_channels=16,
                        strides=[8, 16, 32, 64, 128], norm_cfg=dict(type='GN', num_groups=4)), test_cfg=TEST_CFG),
+    CondInst=dict(
+        neck=dict(PYRAMID, start_level=1, add_extra_convs='on_output', relu_before_extra_convs=True),
+        bbox_head=dict(type='CondInstBboxHead', num_params=169, num_classes=3, in_channels=16, stacked_convs=1,
+                       feat_channels=16, strides=[8, 16, 32, 64, 128], norm_on_bbox=True, centerness_on_reg=True,
+                       norm_cfg=dict(type='GN', num_groups=4)),
+        mask_head=dict(type='CondInstMaskHead', num_layers=3, feat_channels=8, size_of_interest=8, mask_out_stride=4,
+                       loss_mask=dict(type='DiceLoss', activate=True),
+                       mask_feature_head=dict(in_channels=16, feat_channels=16, start_level=0, end_level=2,
+                                              out_channels=8, mask_stride=8, num_stacked_convs=1,
+                                              norm_cfg=dict(type='BN'))),
+        test_cfg=dict(TEST_CFG, mask_thr=0.5)),
 )
 
 

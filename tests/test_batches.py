@@ -75,7 +75,7 @@ def test_a_row_may_be_computed_from_another_by_way_of_what_answers_read(runtime,
     np.testing.assert_array_equal(found, np.pad(images.clip(0), [(0, 0), (0, 1)]))
 
 
-@pytest.mark.parametrize('name', ['RetinaNet', 'FCOS'])
+@pytest.mark.parametrize('name', ['RetinaNet', 'CondInst'])
 def test_a_batch_of_a_dense_head_whose_levels_hang_on_each_other(name, tmp_path):
     cfg, model = small_model(name)
     predictor, path, form = predictor_of(model, cfg).eval(), tmp_path / 'batch.onnx', Form(batch=True)
