@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from psaq_mm.deploy.answers import single
+from psaq_mm.deploy.answers import agreement, single
 from psaq_mm.deploy.batches import loop_over_images
 from psaq_mm.deploy.graph import Form
 from psaq_mm.deploy.predictor import predictor_of
 from psaq_mm.deploy.runtime import SESSIONS
-from psaq_mm.deploy.whole import complete, export_whole, write_graph
+from psaq_mm.deploy.whole import as_traced, complete, export_whole, write_graph
 from psaq_mm.errors import UserError
 
+from .small_models import pictures, small_model
 from .test_card import model_of
 from .test_deploy import calibrated
 
@@ -51,6 +52,43 @@ def test_rows_of_a_batch_are_those_of_single_images(runtime, tmp_path):
             count = expected.shape[1]
             np.testing.assert_allclose(value[row, :count], expected[0].numpy(), rtol=1e-5)
             assert (value[row, count:] == filling).all() and count < 40
+
+
+@pytest.mark.parametrize('runtime', ['onnxruntime', 'openvino'])
+def test_a_row_may_be_computed_from_another_by_way_of_what_answers_read(runtime, tmp_path):
+    """As levels of a pyramid are: what lies between two rows is computed for the batch, and in the loop once more."""
+    pytest.importorskip(runtime)
+    helper = onnx.helper
+    nodes = [('Relu', ['images'], 'p3'), ('Neg', ['p3'], 'p4_alone'), ('Abs', ['p4_alone'], 'p4'),
+             ('Sum', ['p3', 'p4', 'p4_alone'], 'scores')]
+    graph = helper.make_graph(
+        [helper.make_node(kind, inputs, [output]) for kind, inputs, output in nodes], 'pyramid',
+        [helper.make_tensor_value_info('images', 1, ['batch', 4])],
+        [helper.make_tensor_value_info('scores', 1, [1, 'detections'])])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 17)], ir_version=8)
+    loop_over_images(model, ['p3', 'p4'], ['scores'], 5)
+    onnx.checker.check_model(model)
+    assert [node.op_type for node in model.graph.node if node.op_type in 'Relu Neg Abs Sum'] == ['Relu', 'Neg', 'Abs']
+    (tmp_path / 'batch.onnx').write_bytes(model.SerializeToString())
+    images = np.float32([[1, -2, 3, 4], [5, 6, -7, 8], [9, 1, 2, 3]])
+    found, = SESSIONS[runtime](str(tmp_path / 'batch.onnx'), 1).run(dict(images=images))
+    np.testing.assert_array_equal(found, np.pad(images.clip(0), [(0, 0), (0, 1)]))
+
+
+@pytest.mark.parametrize('name', ['RetinaNet', 'CondInst'])
+def test_a_batch_of_a_dense_head_whose_levels_hang_on_each_other(name, tmp_path):
+    cfg, model = small_model(name)
+    predictor, path, form = predictor_of(model, cfg).eval(), tmp_path / 'batch.onnx', Form(batch=True)
+    write_graph(predictor, path, pictures(1, 128, 160), True, form, False)
+    complete(path, predictor, form)
+    images = pictures(2, 97, 190)
+    with torch.no_grad(), as_traced(predictor):
+        wanted = [[value.numpy() for value in predictor(image[None])] for image in images]
+    for runtime in ('onnxruntime', 'openvino'):
+        pytest.importorskip(runtime)
+        rows = single(predictor.names, SESSIONS[runtime](str(path), 1).run(dict(images=images.numpy())))
+        for found, expected in zip(rows, wanted, strict=True):
+            assert expected[0].shape[1] > 3 and agreement(predictor.names, expected, found) > 0.99
 
 
 @pytest.mark.parametrize('task', ['detection', 'segmentation', 'classification'])

@@ -11,7 +11,9 @@ from psaq_mm.deploy.library.operators import above, best
 from psaq_mm.deploy.library.refused import REFUSED
 from psaq_mm.errors import UserError
 
-from .graphs import adapted, runs
+from .graphs import adapted, runs, written
+
+onnx = pytest.importorskip('onnx')
 
 META = dict(img_shape=Traced((64, 96)), ori_shape=Traced((32, 48)), scale_factor=Traced((2., 2.)),
             batch_input_shape=Traced((64, 96)))
@@ -102,6 +104,18 @@ def test_coders_clip_to_the_image_they_are_given(name):
         for count in (40, 1, 0):
             some = *(value[:count] for value in inside[:2]), inside[2]
             assert_close(run(*some), [decode(*some)])
+
+
+def test_a_dimension_of_one_goes_without_a_branch():
+    def forms(x):
+        one = x.shape[0] // x.shape[0]  # of which the exporter does not know how much it is
+        longer = x.reshape(x.shape[0], one, one, x.shape[1])
+        return torch.stack([longer.squeeze(1).squeeze(1), torch.squeeze(longer, dim=-2)[:, 0]])
+
+    graph = onnx.load_model_from_string(written(forms, (torch.zeros(3, 2), )))
+    assert not [node for node in graph.graph.node if node.op_type == 'If']
+    for run in runs(forms, (torch.zeros(3, 2), )):
+        assert_close(run(torch.ones(5, 4)), [torch.ones(2, 5, 4)])
 
 
 def test_lists_of_traced_numbers_stay_traced():

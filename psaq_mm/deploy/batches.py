@@ -44,9 +44,7 @@ def loop_over_images(model, rows: list[str], answers: list[str], limit: int) -> 
     for name in rows:
         step('Gather', name, 'loop_row', output=f'{name}_of_image', axis=0)
     for node in inside:
-        for i, name in enumerate(node.input):
-            if name in rows:
-                node.input[i] = f'{name}_of_image'
+        _rename(node, {name: f'{name}_of_image' for name in rows})
     steps.extend(inside)
     values = {output.name: output.type.tensor_type for output in graph.output}
     ends = [helper.make_tensor_value_info('loop_still_on', kinds.BOOL, [])]
@@ -69,7 +67,7 @@ def loop_over_images(model, rows: list[str], answers: list[str], limit: int) -> 
             limit, *(dim.dim_value or None for dim in values[name].shape.dim[2:])]))
     body = helper.make_graph(steps, 'image', [helper.make_tensor_value_info('loop_image', kinds.INT64, []),
                                               helper.make_tensor_value_info('loop_goes_on', kinds.BOOL, [])], ends)
-    used = {name for node in outside for name in node.input}
+    used = {name for node in outside for name in _read(node)}
     for item in [item for item in graph.initializer if item.name not in used]:
         body.initializer.append(item)  # where it is read: runtimes recognise weights there
         graph.initializer.remove(item)
@@ -88,24 +86,41 @@ def loop_over_images(model, rows: list[str], answers: list[str], limit: int) -> 
 
 
 def _divide(graph, rows):
-    """Return the nodes that compute answers from rows, with constants that only they read, and all other nodes."""
+    """Return the nodes of the loop, from rows to answers with the constants that only they read, and all other nodes.
+
+    What rows are computed of stays outside. Where answers read it, too, the loop computes it again, of one image's row.
+    """
     of_rows, of_images = set(rows), {item.name for item in graph.input}
     for node in graph.node:
-        if of_rows & set(_read(node)) and not set(node.output) & set(rows):
+        read = set(_read(node))
+        if of_rows & read:
             of_rows.update(node.output)
-        elif of_images & set(_read(node)):
+        if of_images & read:
             of_images.update(node.output)
-    of_rows -= set(rows)
-    read_outside, inside, outside = set(rows), [], []
+    read_inside, read_outside, inside, outside = {output.name for output in graph.output}, set(rows), [], []
     for node in reversed(graph.node):
         made, read = set(node.output), _read(node)
-        constant = not made & of_images and not made & read_outside  # runtimes recognise weights where they are read
-        if made & of_rows or constant:
-            inside.insert(0, node)
-        else:
+        if made & read_outside or made & read_inside and made & of_images and not made & of_rows:
             outside.insert(0, node)
             read_outside.update(read)
+        if made & read_inside - set(rows) and (made & of_rows or not made & (of_images | read_outside)):
+            copy = type(node)()  # runtimes recognise weights where they are read
+            copy.CopyFrom(node)
+            inside.insert(0, copy)
+            read_inside.update(read)
+    again = {name for node in inside for name in node.output} & {name for node in outside for name in node.output}
+    for node in inside:
+        _rename(node, {name: f'{name}_again' for name in again})
+        node.output[:] = [f'{name}_again' if name in again else name for name in node.output]
     return inside, outside
+
+
+def _rename(node, names):
+    """Let a node, its subgraphs included, read other tensors, given by name."""
+    node.input[:] = [names.get(name, name) for name in node.input]
+    for attribute in node.attribute:
+        for inner in attribute.g.node if attribute.HasField('g') else ():
+            _rename(inner, names)
 
 
 def _original(name, makers):

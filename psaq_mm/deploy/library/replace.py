@@ -67,12 +67,26 @@ def traceable_library() -> Iterator[None]:
 _SQUEEZE, _SPLIT, _NEW_TENSOR = torch.squeeze, torch.Tensor.split, torch.Tensor.new_tensor
 
 
+class _Squeezed(torch.autograd.Function):
+    """``squeeze`` of one dimension, that the exporter would make a branch of where it does not know its length."""
+
+    @staticmethod
+    def forward(ctx, x, dim):
+        return _SQUEEZE(x, dim)
+
+    @staticmethod
+    def symbolic(g, x, dim):
+        return g.op('Squeeze', x, g.op('Constant', value_t=torch.tensor([dim])))
+
+
 def _squeeze(x, *dims, **named):
-    """``squeeze`` of named dimensions: of all, the exporter takes the example's shape for that of every input."""
-    if dims or named:
-        return _SQUEEZE(x, *dims, **named)
-    for dim in [i for i, length in enumerate(x.shape) if int(length) == 1][::-1]:
-        x = _SQUEEZE(x, dim)
+    """``squeeze`` of what has a length of 1 in the example: the exporter leaves the question open, or takes the
+    example's shape for that of every input.
+    """
+    chosen = [*dims, *named.values()] or [range(x.dim())]
+    chosen = {dim % x.dim() for part in chosen for dim in ((part, ) if isinstance(part, int) else part)}
+    for dim in sorted(chosen, reverse=True):
+        x = _Squeezed.apply(x, dim) if int(x.shape[dim]) == 1 else x
     return x
 
 
