@@ -32,6 +32,7 @@ def script_of(model):
     sys.path.insert(0, str(model.parent))  # it imports what lies there
     spec = importlib.util.spec_from_file_location('delivered', model.with_name('predict.py'))
     module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(model.parent))  # session.py lies there, too
     spec.loader.exec_module(module)
     return module
 

@@ -228,7 +228,7 @@ def test_targets_are_checked_before_anything_is_read(delivered, option, target, 
 
 def test_an_image_is_turned_as_the_library_turns_it(predict, tmp_path):
     array = np.random.default_rng(0).integers(0, 256, (6, 8, 3)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
-    card = dict(input=dict(shape=[1, 'H', 'W', 3]), upright=True)
+    card = dict(input=dict(shape=[1, 'H', 'W', 3]), sizes=dict(at_least=1), upright=True)
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation
@@ -248,7 +248,8 @@ def test_an_image_is_turned_as_the_library_turns_it(predict, tmp_path):
 
 
 def test_images_that_would_become_black_are_refused(predict, tmp_path, monkeypatch, capsys):
-    card, array = dict(input=dict(shape=[1, 'H', 'W', 3]), upright=True), np.full((6, 8), 200)
+    card = dict(input=dict(shape=[1, 'H', 'W', 3]), sizes=dict(at_least=1), upright=True)
+    array = np.full((6, 8), 200)
     for kind in (np.int32, np.float32):
         Image.fromarray(array.astype(kind)).save(tmp_path / 'deep.tif')
         with pytest.raises(SystemExit, match='deep.tif cannot be read as an image .its numbers have 32 bits'):
@@ -404,6 +405,18 @@ def test_grey_masks_are_refused():
         predictor_of(model, cfg)
 
 
+def test_smaller_images_than_were_measured_are_refused(delivered, tmp_path):
+    folder = delivered['detection'][0]
+    for size in ((63, 200), (200, 63), (1, 1)):
+        Image.new('RGB', size).save(tmp_path / 'small.png')
+        done = run(folder, folder / 'model.onnx', tmp_path / 'small.png', '--runtime', 'onnxruntime')
+        assert done.returncode == 1 and 'with sides of 64 and more only' in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    Image.new('RGB', (64, 64)).save(tmp_path / 'small.png')
+    done = run(folder, folder / 'model.onnx', tmp_path / 'small.png', '--runtime', 'onnxruntime')
+    assert done.returncode == 0, done.stderr
+
+
 def test_errors_are_one_line_that_says_what_to_do(delivered, pictures, tmp_path):
     folder = delivered['classification'][0]
     model, text, other = folder / 'model.onnx', tmp_path / 'text.jpg', tmp_path / 'alone.onnx'
@@ -461,6 +474,8 @@ def test_a_card_says_what_a_graph_takes_and_gives(delivered):
     assert card['mask_form'] == 'box' and card['mask_threshold'] == 0.5 and card['score_thr'] == 0.05
     assert card['inside'][0] == 'Resize(scale=(192, 192), keep_ratio=True)' and len(card['outside']) == 3
     assert card['sizes']['any'] and card['sizes']['measured'][1]['size'] == [96, 112]
+    assert card['sizes']['at_least'] == min(card['sizes']['measured'][2]['size']) == 64
+    assert cards['classification']['sizes']['at_least'] == 96
     assert len(card['classes']) == len(card['palette']) == 6 and card['versions']['onnx']
     assert cards['segmentation']['outputs'][0]['type'] == 'uint8' and 'mask_form' not in cards['segmentation']
     assert cards['classification']['kind'] == 'classification' and not cards['classification']['sizes']['any']

@@ -147,6 +147,7 @@ def describe(predictor: Predictor, cfg: Config, meta: dict, graph: Path, measure
     card['check'] = check and check.content
     if check and card['check']['size'] not in [list(item['size']) for item in measured]:
         card['sizes']['measured'] = [*measured, dict(size=card['check']['size'], answers=check.answers)]
+    card['sizes']['at_least'] = min(min(item['size']) for item in card['sizes']['measured'])
     palette = meta.get('palette')
     return dict(card, classes=list(meta.get('classes') or ()) or None,
                 palette=[list(map(int, colour)) for colour in palette] if isinstance(palette, (list, tuple)) else None,

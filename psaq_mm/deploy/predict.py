@@ -42,6 +42,9 @@ def read_image(path, card):
     if pixels.shape[3] != channels or isinstance(height, int) and pixels.shape[1:3] != (height, width):
         sys.exit(f'{path} has {image.width} x {image.height} pixels and {pixels.shape[3]} channels, the model takes '
                  f'{width} x {height} and {channels} only: convert the image first')
+    if min(image.size) < card['sizes']['at_least']:
+        sys.exit(f"{path} has {image.width} x {image.height} pixels, the model was measured with sides of "
+                 f"{card['sizes']['at_least']} and more only: enlarge or pad the image first")
     return pixels
 
 
