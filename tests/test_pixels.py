@@ -171,6 +171,26 @@ def test_other_channels_stay_in_their_order(channels):
     assert x.shape == expected.shape and (x - expected).abs().max() < 0.51
 
 
+def test_images_of_more_than_8_bits_are_refused():
+    deep = ChannelPreprocessor([9000.0], [3000.0])
+    for settings, made in ((dict(color_type='unchanged'), deep), (dict(color_type='unchanged'), preprocessor()),
+                           (dict(color_type='grayscale'), deep)):
+        cfg = Config(dict(test_dataloader=dict(dataset=dict(pipeline=[dict(type='LoadImageFromFile', **settings)]))))
+        if settings['color_type'] == 'unchanged' and made is deep:
+            with pytest.raises(UserError, match="LoadImageFromFile: color_type='unchanged' with a mean of 9000"):
+                Pixels(cfg, made, 1)
+        else:
+            Pixels(cfg, made, len(made.mean))
+
+
+def test_tifffile_leaves_the_order_of_channels():
+    for backend, reversed_ in (('cv2', False), ('pillow', False), ('tifffile', True)):
+        step = dict(type='LoadImageFromFile', imdecode_backend=backend)
+        cfg = Config(dict(test_dataloader=dict(dataset=dict(pipeline=[step]))))
+        for swapped in (True, False):
+            assert Pixels(cfg, preprocessor(bgr_to_rgb=swapped)).reverse == (swapped == reversed_)
+
+
 def test_one_mean_for_three_channels():
     for swapped in (False, True):
         made = preprocessor('img', mean=[100.0], std=[50.0], bgr_to_rgb=swapped)

@@ -267,7 +267,9 @@ class Pixels(nn.Module):
         super().__init__()
         check_preprocessor(preprocessor)
         swapped = getattr(preprocessor, '_channel_conversion', getattr(preprocessor, 'channel_conversion', False))
-        self.reverse = channels == 3 and not swapped  # the pipeline loads BGR
+        check_loader(cfg, preprocessor)
+        stored = loader_of(cfg).get('imdecode_backend') == 'tifffile'  # leaves the order of channels as it is
+        self.reverse = channels == 3 and swapped == stored  # all others load BGR
         self.integers, self.colour_last = True, channels == 3 and swapped
         self.scope = cfg.get('default_scope') or 'mmdet'
         self.steps, self.done = nn.ModuleList(), []  # and these in words
@@ -340,6 +342,14 @@ def check_preprocessor(preprocessor: nn.Module) -> None:
     if type(preprocessor).forward not in [kind.forward for kind in known]:
         raise UserError(f'model.data_preprocessor of type {type(preprocessor).__name__} cannot be a part of the graph: '
                         f'only {", ".join(kind.__name__ for kind in known)} and classes with their forward can')
+
+
+def check_loader(cfg: Config, preprocessor: nn.Module) -> None:
+    """Raise a UserError if images have more than 8 bits a channel where the model reads them."""
+    mean = getattr(preprocessor, 'mean', None)
+    if loader_of(cfg).get('color_type') == 'unchanged' and mean is not None and mean.max() > 255:
+        refuse('LoadImageFromFile', f"color_type='unchanged' with a mean of {mean.max():g}: images of more than 8 bits "
+               'a channel cannot be a part of the graph')
 
 
 def make_resize(step: dict, pixels: Pixels) -> Resize:
