@@ -1,5 +1,6 @@
 """model.json, and predict.py, which runs a whole model where there is neither PyTorch nor any mm library."""
 import base64
+import importlib
 import io
 import json
 import os
@@ -536,3 +537,20 @@ def test_orientation_is_what_the_loader_makes_of_it(settings, upright):
 def test_kinds():
     assert kind_of(('boxes', 'scores', 'labels')) == 'detection' and kind_of(('depth', )) == 'depth'
     assert kind_of(('panoptic_map', 'boxes', 'scores', 'labels', 'masks')) == 'panoptic'
+
+
+def test_an_export_warns_of_what_is_missing(monkeypatch, tmp_path):
+    """Of a test pipeline, first, and of a check."""
+    export = importlib.import_module('psaq_mm.deploy.export')
+    from psaq_mm.deploy.graph import Form
+    from psaq_mm.deploy.whole import Whole
+    cfg, model = model_of('classification')
+    cfg.pop('test_dataloader')
+    (tmp_path / 'model.onnx').write_bytes(b'')
+    monkeypatch.setattr(export, 'export_whole', lambda *unused: Whole(tmp_path / 'model.onnx', None, [], [], [], None))
+    monkeypatch.setattr(export, 'describe', lambda *unused: dict(check=None, sizes=dict(at_least=64)))
+    monkeypatch.setattr(export, 'deliver', lambda *unused: None)
+    found = export.deliver_whole(model, cfg, {}, tmp_path, torch.zeros(1, 3, 96, 96), (96, 96), True, [], Form())
+    first, second = found['warnings']
+    assert 'no test_dataloader: model.onnx takes images as they are' in first and 'no check' in second
+    assert found['at_least'] == 64

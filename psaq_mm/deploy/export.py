@@ -53,6 +53,7 @@ from .graph import (
     nesting,
 )
 from .heads import export_head, head_inputs, head_names
+from .pixels import missing_pipeline
 from .predictor import predictor_of
 from .runtime import RUNTIMES, Graph, HeadGraph, host
 from .whole import MODEL, Whole, export_whole, in_pixels
@@ -502,7 +503,8 @@ def deliver_whole(model, cfg: Config, meta: dict, folder: Path, image: Tensor, s
     deliver(card, folder)
     return dict(size=found.size, at_least=card['sizes']['at_least'], reason=found.reason,
                 size_mb=round(found.file.stat().st_size / 1e6, 2), measured=measured,
-                warnings=warnings_of({MODEL: found}, runtimes, found.reason) + [UNCHECKED] * (card['check'] is None))
+                warnings=[*filter(None, [missing_pipeline(cfg)]), *warnings_of({MODEL: found}, runtimes, found.reason),
+                          *[UNCHECKED] * (card['check'] is None)])
 
 
 def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | None = None,

@@ -35,6 +35,15 @@ def pipeline_of(cfg: Config) -> list[dict]:
     return [dict(step) for step in test_dataset(cfg).get('pipeline') or ()]
 
 
+def missing_pipeline(cfg: Config) -> str | None:
+    """Say that a config has no test pipeline, and what follows; None where it has one."""
+    if pipeline_of(cfg):
+        return None
+    key = 'test_dataloader.dataset.pipeline' if cfg.get('test_dataloader') else 'test_dataloader'
+    return (f'the config has no {key}: model.onnx takes images as they are and does not resize them. If evaluations '
+            f'resize, give a config with {key} and export again')
+
+
 def kind_of(step: dict) -> str:
     """Return the name of a transform's class, without scope."""
     kind = step['type'] if isinstance(step['type'], str) else step['type'].__name__
