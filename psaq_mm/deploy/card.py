@@ -1,6 +1,7 @@
 """``model.json``, what people and programs need to know of a whole model in one file, and the script that runs both."""
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
 from collections import Counter
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 from mmengine.config import Config
+from mmengine.registry import DATASETS
 from torch import Tensor
 
 from ..engine.checkpoint import versions
@@ -19,7 +21,7 @@ from ..quantization import QuantizedLinear, quantized_layers, quantizers
 from .answers import OBJECTS
 from .check import check_of, check_sizes
 from .extras import need
-from .pixels import loader_of
+from .pixels import loader_of, pipeline_of, test_dataset
 from .predictor import Predictor, limits
 
 CARD, SCRIPTS = 'model.json', ('predict.py', 'session.py')
@@ -92,6 +94,18 @@ def quantization_of(model) -> dict | None:
                 bits_of_weights=bits(True), bits_of_activations=bits(False))
 
 
+def reduces_zero_label(cfg: Config) -> bool:
+    """Return whether label 0 of stored label maps is ignored in an evaluation, so that classes begin at 1."""
+    dataset = test_dataset(cfg)
+    kind = dataset.get('type')
+    if isinstance(kind, str):
+        with DATASETS.switch_scope_and_registry(None) as registry:
+            kind = registry.get(kind)
+    default = inspect.signature(kind).parameters.get('reduce_zero_label') if kind else None
+    given = dataset.get('reduce_zero_label', default.default if default else False)
+    return bool(given) or any(step.get('reduce_zero_label') for step in pipeline_of(cfg))
+
+
 class Loading(NamedTuple):
     """What is left to do before a graph.
 
@@ -162,6 +176,8 @@ def describe(predictor: Predictor, cfg: Config, meta: dict, graph: Path, measure
         if predictor.mask_form == 'image':
             card['mask_threshold'] = 0.5  # the graph has applied the model's own: masks are 0 or 1
         card.setdefault('mask_threshold', 0.5)
+    if 'label_map' in predictor.names:
+        card['reduce_zero_label'] = reduces_zero_label(cfg)
     if 'panoptic_map' in predictor.names:
         card['nothing'] = model.panoptic_fusion_head.num_classes
     check = check_of(predictor, graph, example, check_sizes(example, card['sizes']['any'], measured), runtimes, card)
