@@ -94,7 +94,7 @@ def accuracy_of(run, names, script, card, args):
         return dict(zip(names, run(pixels))), pixels.shape[1:3]
 
     if args.coco:
-        return strangers.average_precision(answer, script, card, args.images, args.coco)[0]
+        return strangers.average_precision(answer, script, card, args.images, args.coco)
     if args.maps:
         return strangers.mean_iou(answer, card, args.images, args.maps)
     return strangers.top_1(answer, card, args.images)

@@ -1,5 +1,6 @@
 """model.json, and predict.py, which runs a whole model where there is neither PyTorch nor any mm library."""
 import base64
+import importlib
 import io
 import json
 import os
@@ -226,9 +227,36 @@ def test_targets_are_checked_before_anything_is_read(delivered, option, target, 
     assert done.returncode == 1 and words in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+def loading(channels, **more):
+    """What a card says of the image that goes in."""
+    return dict(dict(input=dict(shape=[1, 'H', 'W', len(channels)], channels=channels), sizes=dict(at_least=1),
+                     upright=True, unchanged=False), **more)
+
+
+@pytest.mark.parametrize('backend', ('cv2', 'pillow'))
+def test_channels_are_in_the_order_of_the_library(predict, tmp_path, backend):
+    array = np.random.default_rng(0).integers(0, 256, (6, 8, 4), np.uint8)
+    Image.fromarray(array).save(tmp_path / 'four.png')
+    step = dict(type='LoadImageFromFile', color_type='unchanged', imdecode_backend=backend)
+    found = loading_of(Config(dict(test_dataloader=dict(dataset=dict(pipeline=[step])))), 4)
+    assert found.channels == 'BGRA' and found.unchanged and 'B, G, R, A' in found.steps[2]
+    card = loading(found.channels, unchanged=True, classes=['a', 'b'], palette=[[0, 0, 0]] * 2)
+    pixels = predict.read_image(tmp_path / 'four.png', card)
+    assert np.array_equal(pixels[0], mmcv.imread(str(tmp_path / 'four.png'), 'unchanged', backend=backend))
+    picture = predict.understand(dict(probabilities=np.float32([[0.5, 0.5]])), pixels, card, 0.3)[2]
+    assert np.array_equal(np.asarray(picture)[-1], array[-1, :, :3])
+    for mode in ('RGB', 'CMYK', 'L', 'P'):
+        Image.fromarray(array[..., :3]).convert(mode).save(tmp_path / 'other.tif')
+        with pytest.raises(SystemExit, match=f'pixels in {mode}, the model takes W x H in BGRA only'):
+            predict.read_image(tmp_path / 'other.tif', card)
+    Image.fromarray(np.full((6, 8), 900, np.uint16)).save(tmp_path / 'deep.png')
+    with pytest.raises(SystemExit, match='16 bits'):
+        predict.read_image(tmp_path / 'deep.png', card)
+
+
 def test_an_image_is_turned_as_the_library_turns_it(predict, tmp_path):
     array = np.random.default_rng(0).integers(0, 256, (6, 8, 3)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
-    card = dict(input=dict(shape=[1, 'H', 'W', 3]), upright=True)
+    card = loading('RGB')
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation
@@ -244,11 +272,12 @@ def test_an_image_is_turned_as_the_library_turns_it(predict, tmp_path):
             array).convert(mode)
         image.save(path)
         assert np.array_equal(predict.read_image(path, card)[0], mmcv.imread(str(path), channel_order='rgb'))
-    assert predict.read_image(path, dict(card, input=dict(shape=[1, 'H', 'W', 1]))).shape == (1, 48, 64, 1)
+    assert predict.read_image(path, loading('L')).shape == (1, 48, 64, 1)
 
 
 def test_images_that_would_become_black_are_refused(predict, tmp_path, monkeypatch, capsys):
-    card, array = dict(input=dict(shape=[1, 'H', 'W', 3]), upright=True), np.full((6, 8), 200)
+    card = loading('RGB')
+    array = np.full((6, 8), 200)
     for kind in (np.int32, np.float32):
         Image.fromarray(array.astype(kind)).save(tmp_path / 'deep.tif')
         with pytest.raises(SystemExit, match='deep.tif cannot be read as an image .its numbers have 32 bits'):
@@ -268,7 +297,7 @@ def test_images_that_would_become_black_are_refused(predict, tmp_path, monkeypat
 
 
 def test_what_a_model_finds_nowhere_is_nothing(predict):
-    card = dict(classes=['sky', 'car'], palette=None, nothing=2, mask_form=None)
+    card = dict(loading('RGB'), classes=['sky', 'car'], palette=None, nothing=2, mask_form=None)
     pixels = np.zeros((1, 2, 3, 3), np.uint8)
     found, words, _ = predict.understand(dict(panoptic_map=np.array([[[0, 1001, 2002], [2, 2, 3]]])), pixels, card, 0.3)
     assert [item['category'] for item in found['areas']] == ['sky', 'car', 'nothing', 'class 3']
@@ -404,6 +433,18 @@ def test_grey_masks_are_refused():
         predictor_of(model, cfg)
 
 
+def test_smaller_images_than_were_measured_are_refused(delivered, tmp_path):
+    folder = delivered['detection'][0]
+    for size in ((63, 200), (200, 63), (1, 1)):
+        Image.new('RGB', size).save(tmp_path / 'small.png')
+        done = run(folder, folder / 'model.onnx', tmp_path / 'small.png', '--runtime', 'onnxruntime')
+        assert done.returncode == 1 and 'with sides of 64 and more only' in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    Image.new('RGB', (64, 64)).save(tmp_path / 'small.png')
+    done = run(folder, folder / 'model.onnx', tmp_path / 'small.png', '--runtime', 'onnxruntime')
+    assert done.returncode == 0, done.stderr
+
+
 def test_errors_are_one_line_that_says_what_to_do(delivered, pictures, tmp_path):
     folder = delivered['classification'][0]
     model, text, other = folder / 'model.onnx', tmp_path / 'text.jpg', tmp_path / 'alone.onnx'
@@ -417,7 +458,7 @@ def test_errors_are_one_line_that_says_what_to_do(delivered, pictures, tmp_path)
             ((model, 'none.jpg'), 'none.jpg cannot be read as an image'), ((model, text), 'cannot be read as an image'),
             ((folder / 'none.onnx', text), 'none.onnx'), ((other, text), 'model.json in the same folder'),
             ((changed / 'model.onnx', pictures['object']), 'copy both from the same export'),
-            ((model, pictures['scene']), 'the model takes 96 x 96 and 3 only')):
+            ((model, pictures['scene']), 'the model takes 96 x 96 in RGB only')):
         done = run(folder, *arguments)
         assert done.returncode == 1 and words in done.stderr, done.stderr
         assert len(done.stderr.splitlines()) == 1
@@ -461,6 +502,8 @@ def test_a_card_says_what_a_graph_takes_and_gives(delivered):
     assert card['mask_form'] == 'box' and card['mask_threshold'] == 0.5 and card['score_thr'] == 0.05
     assert card['inside'][0] == 'Resize(scale=(192, 192), keep_ratio=True)' and len(card['outside']) == 3
     assert card['sizes']['any'] and card['sizes']['measured'][1]['size'] == [96, 112]
+    assert card['sizes']['at_least'] == min(card['sizes']['measured'][2]['size']) == 64
+    assert cards['classification']['sizes']['at_least'] == 96
     assert len(card['classes']) == len(card['palette']) == 6 and card['versions']['onnx']
     assert cards['segmentation']['outputs'][0]['type'] == 'uint8' and 'mask_form' not in cards['segmentation']
     assert cards['classification']['kind'] == 'classification' and not cards['classification']['sizes']['any']
@@ -488,9 +531,26 @@ def test_limits_are_those_of_the_second_stage():
     (dict(color_type='unchanged'), False), (dict(color_type='color_ignore_orientation'), False)])
 def test_orientation_is_what_the_loader_makes_of_it(settings, upright):
     step = dict(type='LoadImageFromFile', **settings)
-    assert loading_of(Config(dict(test_dataloader=dict(dataset=dict(pipeline=[step])))), 3)[1] == upright
+    assert loading_of(Config(dict(test_dataloader=dict(dataset=dict(pipeline=[step])))), 3).upright == upright
 
 
 def test_kinds():
     assert kind_of(('boxes', 'scores', 'labels')) == 'detection' and kind_of(('depth', )) == 'depth'
     assert kind_of(('panoptic_map', 'boxes', 'scores', 'labels', 'masks')) == 'panoptic'
+
+
+def test_an_export_warns_of_what_is_missing(monkeypatch, tmp_path):
+    """Of a test pipeline, first, and of a check."""
+    export = importlib.import_module('psaq_mm.deploy.export')
+    from psaq_mm.deploy.graph import Form
+    from psaq_mm.deploy.whole import Whole
+    cfg, model = model_of('classification')
+    cfg.pop('test_dataloader')
+    (tmp_path / 'model.onnx').write_bytes(b'')
+    monkeypatch.setattr(export, 'export_whole', lambda *unused: Whole(tmp_path / 'model.onnx', None, [], [], [], None))
+    monkeypatch.setattr(export, 'describe', lambda *unused: dict(check=None, sizes=dict(at_least=64)))
+    monkeypatch.setattr(export, 'deliver', lambda *unused: None)
+    found = export.deliver_whole(model, cfg, {}, tmp_path, torch.zeros(1, 3, 96, 96), (96, 96), True, [], Form())
+    first, second = found['warnings']
+    assert 'no test_dataloader: model.onnx takes images as they are' in first and 'no check' in second
+    assert found['at_least'] == 64

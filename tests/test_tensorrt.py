@@ -41,6 +41,9 @@ BAD = [
     ('operator', model([node('Det', 'x')])),
     ('type', model([node('Transpose', 'x')], kind=kinds.UINT8)),
     ('type', model([node('Cast', 'x', output='b', to=kinds.BOOL), node('NonZero', 'b')])),
+    ('uint8', model([node('ArgMax', 'x', output='i'), node('Cast', 'i', to=kinds.UINT8)])),
+    ('uint8', model([node('Cast', 'x', to=kinds.INT64)], kind=kinds.UINT8)),
+    ('uint8', model([node('Cast', 'x', output='b', to=kinds.UINT8), node('Cast', 'b', to=kinds.FLOAT)])),
     ('zero_point', model([node('QuantizeLinear', 'x', 's', 'z')], dict(s=ONE, z=ZERO))),
     ('zero_point', model([node('QuantizeLinear', 'x', 's', 'z')], dict(s=ONE, z=np.int8(3)))),
     ('zero_point', model([node('QuantizeLinear', 'x', 's')], dict(s=ONE))),
@@ -100,6 +103,29 @@ def test_a_number_of_the_best_that_is_limited_breaks_none():
     stored = dict(o=np.int64([1]), t=np.int64([2]), l=np.int64([1000]))
     assert not violations(model(nodes, stored, shape=(2, 'n')))
     assert violations(model(nodes, dict(stored, l=np.int64([4000])), shape=(2, 'n')))[0].what == 'K is up to 4000'
+
+
+def test_labels_become_bytes_by_way_of_floats():
+    graph = model([node('ArgMax', 'x', output='i', axis=1), node('Cast', 'i', to=kinds.UINT8)], shape=(2, 200))
+    assert [item.rule for item in violations(graph)] == ['uint8']
+    for_tensorrt(graph)
+    assert not violations(graph)
+    graph.graph.output[0].type.tensor_type.elem_type = kinds.UINT8
+    session = pytest.importorskip('onnxruntime').InferenceSession(graph.SerializeToString())
+    x = np.random.default_rng(0).random((2, 200), np.float32)
+    found, = session.run(None, dict(x=x))
+    assert found.dtype == np.uint8 and (found[:, 0] == x.argmax(1)).all()
+
+
+def test_a_graph_for_one_size_must_be_static(monkeypatch, tmp_path):
+    """And is held to that when it is written."""
+    from psaq_mm.deploy import graph as graphs
+    seen = []
+    monkeypatch.setattr(graphs, 'check_for_tensorrt', lambda model, static=False: seen.append(static))
+    for axes in (None, {'y': {1: 'n'}}, {'x': {1: 'n'}}):
+        graphs.write(nn.Linear(4, 3), (torch.zeros(2, 4), ), tmp_path / 'g.onnx', ['x'], ['y'], axes, {}, 'Linear',
+                     Form('symmetric'))
+    assert seen == [True, True, False]
 
 
 def test_sizes_are_computed_in_advance():

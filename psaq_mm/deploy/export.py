@@ -53,6 +53,7 @@ from .graph import (
     nesting,
 )
 from .heads import export_head, head_inputs, head_names
+from .pixels import missing_pipeline
 from .predictor import predictor_of
 from .runtime import RUNTIMES, Graph, HeadGraph, host
 from .whole import MODEL, Whole, export_whole, in_pixels
@@ -485,8 +486,8 @@ def deliver_whole(model, cfg: Config, meta: dict, folder: Path, image: Tensor, s
         form (Form): What the graph is to be like; ``images`` are those of the model, (1, C, H, W).
 
     Returns:
-        dict: ``size``, ``size_mb``, ``reason`` and what was ``measured``; or ``refused``, why there is no such graph.
-        With ``warnings``.
+        dict: ``size``, ``at_least``, ``size_mb``, ``reason`` and what was ``measured``; or ``refused``, why there is no
+        such graph. With ``warnings``.
     """
     try:
         predictor = predictor_of(model, cfg).eval()
@@ -500,9 +501,10 @@ def deliver_whole(model, cfg: Config, meta: dict, folder: Path, image: Tensor, s
     right = [runtime for runtime in runtimes if not found.failures(runtime)]
     card = describe(predictor, cfg, dataset_meta(cfg, meta), found.file, found.answers, right, pixels)
     deliver(card, folder)
-    return dict(size=found.size, size_mb=round(found.file.stat().st_size / 1e6, 2), reason=found.reason,
-                measured=measured, warnings=warnings_of({MODEL: found}, runtimes, found.reason) + (
-                    [] if card['check'] else [UNCHECKED]))
+    return dict(size=found.size, at_least=card['sizes']['at_least'], reason=found.reason,
+                size_mb=round(found.file.stat().st_size / 1e6, 2), measured=measured,
+                warnings=[*filter(None, [missing_pipeline(cfg)]), *warnings_of({MODEL: found}, runtimes, found.reason),
+                          *[UNCHECKED] * (card['check'] is None)])
 
 
 def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | None = None,

@@ -1,7 +1,6 @@
 """Runs the model beside this file on images: python predict.py model.onnx street.jpg [more.jpg ...] [--out street.png]
 
-Needs session.py, NumPy, Pillow, and onnxruntime or openvino. model.json says what goes in, what comes out and what it
-means.
+Needs session.py, NumPy, Pillow, and onnxruntime or openvino. model.json says what goes in and what comes out.
 """
 import argparse
 import colorsys
@@ -30,19 +29,25 @@ def read_card(model):
 
 def read_image(path, card):
     """(1, H, W, C) in 0..255, as an evaluation reads it."""
-    _, height, width, channels = card['input']['shape']
+    (_, height, width, channels), order = card['input']['shape'], card['input']['channels'] or ''
     with ending(f'{path} cannot be read as an image', 'convert or reduce it first'):
         image = Image.open(path)
         if image.mode == 'F' or image.mode == 'I' and image.format not in ('PNG', 'PPM'):
             raise ValueError('its numbers have 32 bits')
         image = ImageOps.exif_transpose(image) if card['upright'] else image
         if image.mode.startswith('I'):  # 16 bits
+            if card['unchanged']:
+                raise ValueError('its numbers have 16 bits, an evaluation would leave them')
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        pixels = np.array(image.convert({1: 'L', 3: 'RGB'}.get(channels))).reshape(1, image.height, image.width, -1)
-    if pixels.shape[3] != channels or isinstance(height, int) and pixels.shape[1:3] != (height, width):
-        sys.exit(f'{path} has {image.width} x {image.height} pixels and {pixels.shape[3]} channels, the model takes '
-                 f'{width} x {height} and {channels} only: convert the image first')
-    return pixels
+        image = image.convert(order) if order in ('L', 'RGB') else image
+        pixels = np.array(image).reshape(1, image.height, image.width, -1)
+    if set(image.mode) != set(order) or isinstance(height, int) and image.size != (width, height):
+        sys.exit(f'{path} has {image.width} x {image.height} pixels in {image.mode}, the model takes {width} x '
+                 f'{height} in {order or f"{channels} channels"} only: convert the image first')
+    if min(image.size) < card['sizes']['at_least']:
+        sys.exit(f"{path} has {image.width} x {image.height} pixels, the model was measured with sides of "
+                 f"{card['sizes']['at_least']} and more only: enlarge or pad the image first")
+    return pixels[..., [image.mode.index(channel) for channel in order]]
 
 
 def paste(mask, box, size, card):
@@ -70,7 +75,7 @@ def understand(answers, pixels, card, score):
     """What the answers say, for JSON; the same in words; and as a picture."""
     answers = {name: value[0] for name, value in answers.items()}
     found, words = dict(objects=[]) if 'boxes' in answers else {}, []
-    canvas = np.repeat(pixels[0], 3, 2) if pixels.shape[3] == 1 else pixels[0, :, :, :3].copy()
+    canvas = pixels[0][..., [card['input']['channels'].find(channel) for channel in 'RGB']]  # or thrice grey
     areas = answers.get('label_map', answers.get('panoptic_map'))  # a panoptic map counts instances in thousands
     if areas is not None:
         kinds = areas % 1000 if 'panoptic_map' in answers else areas

@@ -36,7 +36,7 @@ class Predictor(nn.Module):
         """Compute the answers.
 
         Args:
-            images (Tensor): (B, H, W, C) in 0..255, uint8 or float32, RGB.
+            images (Tensor): (B, H, W, C) uint8, three channels as RGB.
 
         Returns:
             tuple[Tensor]: As ``names`` says.

@@ -18,6 +18,8 @@ from .extras import need
 OPERATORS = 'https://github.com/onnx/onnx-tensorrt/blob/release/10.1-GA/docs/operators.md'
 IMPORTERS = 'https://github.com/onnx/onnx-tensorrt/blob/release/10.1-GA/onnxOpImporters.cpp'
 GRANULARITY = 'https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html'
+DATATYPE = ('https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/python-api/infer/FoundationalTypes/'
+            'DataType.html')
 TOPK = 'https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/operators/TopK.html'
 OPSETS, DOMAINS = range(9, 21), ('', 'ai.onnx')
 TOP = 3840  # what K of TopK must not exceed
@@ -30,6 +32,8 @@ RULES = dict(
     operator=('an operator that the parser knows, of the domain of ONNX', OPERATORS),
     type=('an operator takes tensors of certain types only; of 8-bit integers none but QuantizeLinear and '
           'DequantizeLinear, and Cast of inputs', OPERATORS),
+    # The page of the operator, operators/docs/Cast.html of TensorRT 10.6, allows all casts: the graph keeps to both.
+    uint8=('inputs and outputs alone are uint8, and such are cast to floats and from floats', DATATYPE),
     zero_point=('the zero points of QuantizeLinear and DequantizeLinear are int8, constant and 0', IMPORTERS),
     scale=('the scales of QuantizeLinear and DequantizeLinear are constant and positive', IMPORTERS),
     granularity=('what is quantized while the graph runs has one scale; stored weights may have one for each channel',
@@ -59,7 +63,7 @@ TAKES = [
      'ReduceProd ReduceSum ReduceSumSquare Relu ScatterElements ScatterND Sign SpaceToDepth Sub Sum TopK'),
     (_FLOAT | _INTEGER | _BOOL, 'Concat Constant ConstantOfShape Expand EyeLike Flatten Gather GatherElements GatherND '
      'Identity If Loop OneHot Reshape Shape Size Slice Split Squeeze Tile Transpose Trilu Unsqueeze Where'),
-    (_FLOAT | _INTEGER | _BOOL | {'uint8'}, 'Cast'),  # to all of these, too: operators/docs/Cast.html of TensorRT 10.6
+    (_FLOAT | _INTEGER | _BOOL | {'uint8'}, 'Cast'),
     (_BOOL, 'And Not Or Xor'),
     ({'int8'}, 'DequantizeLinear'),
 ]
@@ -101,7 +105,8 @@ def check_for_tensorrt(model, static: bool = False) -> None:
 
 
 def for_tensorrt(model) -> None:
-    """Bring a graph into a form that the parser takes, in place: what NonZero reads is a number, sizes are constants.
+    """Bring a graph into a form that the parser takes, in place: what NonZero reads is a number, sizes are constants,
+    and floats are what becomes uint8.
 
     Args:
         model (onnx.ModelProto): The graph.
@@ -111,7 +116,10 @@ def for_tensorrt(model) -> None:
     types = _Reader(onnx, onnx.shape_inference.infer_shapes(model).graph)
     nodes = []
     for node in model.graph.node:
-        if node.op_type == 'NonZero' and types.type(node.input[0]) == 'bool':
+        to_bytes = node.op_type == 'Cast' and onnx.TensorProto.UINT8 in [item.i for item in node.attribute
+                                                                        if item.name == 'to']
+        if node.op_type == 'NonZero' and types.type(node.input[0]) == 'bool' or to_bytes and types.type(
+                node.input[0]) not in _FLOAT:
             name = f'{node.output[0]}_number'
             nodes.append(onnx.helper.make_node('Cast', [node.input[0]], [name], name=name,
                                                to=onnx.TensorProto.FLOAT))
@@ -272,6 +280,8 @@ class _Reader:
                 yield 'type', f'{kind} of {found or "a type that cannot be inferred"}'
         if kind in ('QuantizeLinear', 'DequantizeLinear'):
             yield from self.of_pair(node, kind)
+        if kind == 'Cast':
+            yield from self.of_cast(node, attributes['to'])
         place = CONSTANT.get(kind, 1 if kind.startswith('Reduce') else None)
         if place is not None and len(node.input) > place and node.input[place] and \
                 self.value(node.input[place]) is None:
@@ -294,6 +304,15 @@ class _Reader:
             yield 'resize', f"mode is {attributes.get('mode', b'nearest').decode()}"
         if kind.startswith('Scatter') and attributes.get('reduction', b'none') != b'none':
             yield 'scatter', f"reduction is {attributes['reduction'].decode()}"
+
+    def of_cast(self, node, target):
+        """Yield how Cast breaks the rule of uint8."""
+        source, target = self.type(node.input[0]), np.dtype(
+            self.onnx.helper.tensor_dtype_to_np_dtype(target)).name
+        if 'uint8' in (source, target) and not {source, target} & (_FLOAT | {'float64'}):
+            yield 'uint8', f'Cast from {source} to {target}'
+        if target == 'uint8' and node.output[0] not in {output.name for output in self.graph.output}:
+            yield 'uint8', f'{node.output[0]} is no output'
 
     def of_pair(self, node, kind):
         """Yield which rules QuantizeLinear or DequantizeLinear breaks, and how."""
