@@ -547,6 +547,20 @@ def test_detector_by_mmdets_own_tools(quantized_run, scenes, tmp_path):
 
 
 @pytest.mark.slow
+def test_four_bits_are_four_bits_in_the_file(small_config, tmp_path):
+    """A whole graph is as large as tools/dfq.py says."""
+    run_tool(ROOT / 'tools' / 'dfq.py', small_config, '--work-dir', tmp_path, '--cfg-options',
+             'quantization.weight.bits=4', '--no-eval')
+    run_tool(ROOT / 'tools' / 'export.py', tmp_path, '--json', tmp_path / 'numbers.json', cwd=tmp_path)
+    whole, metrics = (json.loads((tmp_path / name).read_text()) for name in ('numbers.json', 'metrics.json'))
+    whole, size = whole['whole'], metrics['size_mb']
+    assert metrics['bits']['weight'] == 4 and size['quantized'] < 0.4 * size['full_precision']
+    assert whole['size_mb'] == pytest.approx(size['quantized'], rel=0.05)
+    assert whole['size_mb'] == pytest.approx((tmp_path / 'int8' / 'model.onnx').stat().st_size / 1e6, abs=0.01)
+    assert all(item['passed'] for item in whole['measured'])
+
+
+@pytest.mark.slow
 def test_segmentor_and_classifier(segmentation_run, classification_config, scenes, tmp_path):
     from mmseg.apis import inference_model, init_model
     work_dir, _ = segmentation_run
