@@ -589,7 +589,8 @@ def test_segmentor_and_classifier(segmentation_run, classification_config, scene
              '--repeats', '1', '--out', tmp_path)
     table = json.loads((tmp_path / 'tradeoff.json').read_text())
     full = json.loads((tmp_path / 'cls' / 'metrics.json').read_text())['full_precision']['accuracy/top1']
-    plain, ours = ([table[f'{name}{kind}'] for name in ('ONNX Runtime', 'OpenVINO')]
+    titles = dict(onnxruntime='ONNX Runtime', openvino='OpenVINO')
+    plain, ours = ([table[f'{titles[name]}{kind}'] for name in RUNTIMES]
                    for kind in (' float', ', psaq_mm, W8A8'))
     assert [item['top1'] for item in plain] == pytest.approx([full] * 2, abs=0.1)
     assert [item['top1'] for item in ours] == pytest.approx([item['top1'] for item in found], abs=0.01)
