@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 from psaq_mm.engine import CheckpointError, StartDataset, evaluation_gap, quantize, read_checkpoint
 from psaq_mm.engine.checkpoint import float_checkpoint, load_float
 from psaq_mm.engine.config import default_scope, without_pretrained
-from psaq_mm.engine.pipeline import RUN
+from psaq_mm.engine.pipeline import RUN, build_float, check
 from psaq_mm.errors import UserError
 from psaq_mm.models import quantize_model
 from psaq_mm.quantization import (
@@ -775,24 +775,13 @@ def smaller(path):
     return twin if twin != path and twin.exists() else None
 
 
-@pytest.mark.parametrize('path', [p for p in CONFIGS if '_w4' in p.stem and smaller(p)], ids=lambda p: p.stem)
-def test_paper_configs_below_8_bits_are_those_at_8_bits_with_the_stanza_of_the_smaller_model(path):
-    """Both of which the next test runs."""
-    files = path, path.with_name(path.name.replace('_w4', '_w8')), smaller(path)
-    config, same_model, same_bits = (Config.fromfile(file).to_dict() for file in files)
-    stanza = config.pop('quantization')
-    assert stanza == same_bits['quantization'] != same_model.pop('quantization')
-    assert {**config, 'work_dir': ''} == {**same_model, 'work_dir': ''}
+def runs(path):
+    """Whether a test runs the config: one of each kind of model, below 8 bits one of each task."""
+    return not smaller(path) and ('_w8' in path.stem or path.stem.startswith(('mask', 'upernet_swin', 'deit')))
 
 
-@pytest.mark.parametrize('path', [
-    pytest.param(p, marks=[] if p.stem in FAST else [pytest.mark.slow]) for p in CONFIGS
-    if '_w8' in p.stem or not smaller(p)
-], ids=lambda p: p.stem)
-def test_paper_configs_build_and_run_complete_steps_at_full_size(path, tmp_path):
-    """The full model, its weights from a file of the official layout; a small image, two steps of synthesis, one for
-    each side of the game."""
-    cfg = Config.fromfile(path)
+def official(cfg, path, folder):
+    """Write weights as they are published for a config's model, ``full.pth``, and return the size of a small image."""
     default_scope(cfg)
     model = MODELS.build(without_pretrained(copy.deepcopy(cfg.model)))
     state = model.state_dict()
@@ -811,8 +800,45 @@ def test_paper_configs_build_and_run_complete_steps_at_full_size(path, tmp_path)
         state = old_layout(state)
     else:
         assert cfg.load_from.startswith('https://download.openmmlab.com/mm')
-    torch.save(dict(state_dict=state), tmp_path / 'full.pth')
-    del model, state
+    torch.save(dict(state_dict=state), folder / 'full.pth')
+    return size
+
+
+@pytest.mark.parametrize('path', [p for p in CONFIGS if '_w4' in p.stem and not runs(p)], ids=lambda p: p.stem)
+def test_paper_configs_below_8_bits_are_those_at_8_bits_with_a_stanza_that_runs(path):
+    config, same_model = (Config.fromfile(file).to_dict() for file in (
+        path, path.with_name(path.name.replace('_w4', '_w8'))))
+    stanza = config.pop('quantization')
+    assert stanza in [Config.fromfile(p).to_dict()['quantization'] for p in CONFIGS if '_w4' in p.stem and runs(p)]
+    assert stanza != same_model.pop('quantization')
+    assert {**config, 'work_dir': ''} == {**same_model, 'work_dir': ''}
+
+
+def weights_quantized(path):
+    depth = next(d for name, d in DEPTH.items() if name in path.stem)
+    return depth * 4 + starting_with(BESIDE, path.stem)
+
+
+@pytest.mark.parametrize('path', [p for p in CONFIGS if '_w8' in p.stem and not runs(p)], ids=lambda p: p.stem)
+def test_paper_configs_of_larger_models_take_published_weights_and_are_converted(path, tmp_path):
+    cfg = Config.fromfile(path)
+    official(cfg, path, tmp_path)
+    quantization, content, full, quantized, gap = check(cfg, str(tmp_path / 'full.pth'))
+    assert f'{starting_with(MISSING, path.stem)} does not exist' in gap and quantized < full
+    model = quantize_model(build_float(cfg), quantization)
+    load_float(model, content, quantization.targets, cfg.model)
+    found = [name for name, _ in model.named_modules() if name.endswith('weight_quantizer')]
+    assert len(found) == weights_quantized(path)
+
+
+@pytest.mark.parametrize('path', [
+    pytest.param(p, marks=[] if p.stem in FAST else [pytest.mark.slow]) for p in CONFIGS if runs(p)
+], ids=lambda p: p.stem)
+def test_paper_configs_build_and_run_complete_steps_at_full_size(path, tmp_path):
+    """The full model, its weights from a file of the official layout; a small image, two steps of synthesis, one for
+    each side of the game."""
+    cfg = Config.fromfile(path)
+    size = official(cfg, path, tmp_path)
     cfg.quantization.merge(dict(synthesis=dict(num_images=2, batch_size=1, size=size, steps=2), report=dict(images=0),
                                 game=dict(steps=2, evaluate_every=1, student_patience=1, image_patience=1)))
     if cfg.quantization.weight.bits < 8:
@@ -824,9 +850,8 @@ def test_paper_configs_build_and_run_complete_steps_at_full_size(path, tmp_path)
     bits = int(path.stem.split('_w')[-1][0])
     assert result['bits'] == dict(weight=bits, activation=8) and result['recipe'] == ('paper', 'low_bit')[bits < 8]
     assert f'{starting_with(MISSING, path.stem)} does not exist' in result['not_evaluated']
-    depth = next(d for name, d in DEPTH.items() if name in path.stem)
     scales = [k for k in weights(tmp_path / 'run') if k.endswith('weight_quantizer.scale')]
-    assert len(scales) == depth * 4 + starting_with(BESIDE, path.stem)
+    assert len(scales) == weights_quantized(path)
     assert result['size_mb']['quantized'] < result['size_mb']['full_precision']
     assert result['scope'] == dict(upernet_swin=['backbone'], swin=['backbone', 'head'], deit=['backbone', 'head']).get(
         re.match('upernet_swin|swin|deit|', path.stem)[0], ['backbone', 'neck'])
