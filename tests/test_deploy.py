@@ -525,7 +525,7 @@ def test_detector_by_mmdets_own_tools(quantized_run, scenes, tmp_path):
     assert whole['size_mb'] == pytest.approx(claimed, rel=0.05)
     batches = [(item['graph'], item['runtime']) for item in whole['measured'] if item['place'].startswith('3 images')]
     assert set(itertools.product(('float', 'int8'), RUNTIMES)) == set(batches)
-    assert all((tmp_path / 'int8' / name).is_file() for name in ('model.onnx', 'model.json', 'predict.py'))
+    assert all((tmp_path / 'int8' / name).is_file() for name in ('model.onnx', 'model.json', 'predict.py', 'check.npy'))
     graph, images = Graph(tmp_path / 'int8' / 'features.onnx'), torch.randn(3, 3, 96, 128)
     for together, *alone in zip(graph.run(images), *(graph.run(image[None]) for image in images)):
         assert sqnr(torch.cat(alone), together) > 20

@@ -26,6 +26,20 @@ def single(names, answers) -> list[list[np.ndarray]]:
     return found
 
 
+def anything(names, answers) -> bool:
+    """Whether answers to images tell of any object; in a panoptic map, of more than one area. Other answers always do.
+
+    Args:
+        names (Sequence[str]): What the answers are.
+        answers (Sequence[np.ndarray]): (B, ...) each.
+    """
+    values = dict(zip(names, answers))
+    found = [(values['labels'] >= 0).any()] if 'labels' in values else []
+    if 'panoptic_map' in values:
+        found.append(values['panoptic_map'].min() < values['panoptic_map'].max())
+    return bool(np.any(found)) if found else True
+
+
 def overlaps(boxes, others):
     """Return the intersection over union of each pair of boxes, (N, M); 1 where they lie in one place, area or not.
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS
@@ -54,14 +55,15 @@ from .graph import (
 from .heads import export_head, head_inputs, head_names
 from .predictor import predictor_of
 from .runtime import RUNTIMES, Graph, HeadGraph, host
-from .whole import MODEL, Whole, export_whole, in_pixels
+from .whole import CHECK, MODEL, Whole, export_whole, in_pixels
 
 QUANTIZED = 'psaq_mm.QuantizedModel'
 FOLDER = '<folder of this file>'
 # And a graph for each quantized head.
-RESULTS = ('features.onnx', 'int8_config.py', 'int8.pth', 'export.json', MODEL, CARD, SCRIPT)
+RESULTS = ('features.onnx', 'int8_config.py', 'int8.pth', 'export.json', MODEL, CARD, SCRIPT, CHECK)
 PROPOSALS = 16  # that a head's graph keeps to check itself with
 CHECK_SIDE = 256  # the check image is stored in this size at most, and enlarged
+TRIED = 16  # images, of which the first with an object checks the whole graph
 
 
 def quantized_config(cfg: Config) -> Config:
@@ -195,15 +197,15 @@ def synthetic_images(folder: Path, channels: int) -> list[Tensor]:
     return [image.float() for batch in batches if batch.shape[1] == channels for image in batch.split(1)]
 
 
-def check_image(images: list[Tensor], channels: int, size: tuple[int, int]) -> Tensor:
-    """Return the first image, or noise where there are none, (1, C, H, W), on an 8-bit grid."""
-    image = images[0] if images else None
-    if image is None:
-        image = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0))
-    scale = CHECK_SIDE / max(image.shape[-2:])
-    if scale < 1:
-        image = resized(image, [max(round(side * scale), 1) for side in image.shape[-2:]])
-    return eight_bits(image)
+def check_images(images: list[Tensor], channels: int, size: tuple[int, int]) -> list[Tensor]:
+    """Return the first of some images, or noise where there are none, (1, C, H, W) each, on 8-bit grids."""
+    found = []
+    for image in images[:TRIED] or [torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0))]:
+        scale = CHECK_SIDE / max(image.shape[-2:])
+        if scale < 1:
+            image = resized(image, [max(round(side * scale), 1) for side in image.shape[-2:]])
+        found.append(eight_bits(image))
+    return found
 
 
 def resized(image: Tensor, size) -> Tensor:
@@ -469,16 +471,16 @@ def check_delivery(model, folder: Path, image: Tensor, marks: list[float], runti
                         f'model: {finding}. Please report it')
 
 
-def deliver_whole(model, cfg: Config, meta: dict, folder: Path, image: Tensor, size: tuple[int, int], fixed: bool,
-                  runtimes: list[str], form: Form) -> dict:
-    """Write ``model.onnx``, ``model.json`` and ``predict.py``.
+def deliver_whole(model, cfg: Config, meta: dict, folder: Path, images: list[Tensor], size: tuple[int, int],
+                  fixed: bool, runtimes: list[str], form: Form) -> dict:
+    """Write ``model.onnx``, ``model.json``, ``predict.py`` and the image that all was checked with.
 
     Args:
         model (nn.Module): Quantized.
         cfg (Config): Its config.
         meta (dict): Of the checkpoint.
         folder (Path): Where to.
-        image (Tensor): To check with, (1, C, H, W).
+        images (list[Tensor]): To check with, as :func:`export_whole` chooses, (1, C, H, W) each.
         size (tuple[int, int]): (H, W) of the trace.
         fixed, runtimes: As of :func:`export_whole`.
         form (Form): What the graph is to be like; ``images`` are those of the model, (1, C, H, W).
@@ -490,15 +492,20 @@ def deliver_whole(model, cfg: Config, meta: dict, folder: Path, image: Tensor, s
     try:
         predictor = predictor_of(model, cfg).eval()
         form = form._replace(images=tuple(in_pixels(predictor, item) for item in form.images))
-        found = export_whole(predictor, folder, in_pixels(predictor, resized(image, size)), fixed, runtimes, form)
+        checks = torch.cat([in_pixels(predictor, resized(image, size)) for image in images])
+        found = export_whole(predictor, folder, checks, fixed, runtimes, form)
     except UserError as error:
         (folder / MODEL).unlink(missing_ok=True)
         return dict(refused=str(error), warnings=[])
     measured = [dict(item._asdict(), passed=item.passed) for item in (*found.differences, *found.findings)]
     right = [runtime for runtime in runtimes if not found.failures(runtime)]
     deliver(describe(predictor, cfg, dataset_meta(cfg, meta), found.file, found.answers, right), folder)
+    np.save(folder / CHECK, found.image.numpy())
+    warnings = warnings_of({MODEL: found}, runtimes, found.reason)
+    if not found.anything:
+        warnings.append(f'{MODEL}: no object was found on the check images: the answers were compared on none')
     return dict(size=found.size, size_mb=round(found.file.stat().st_size / 1e6, 2), reason=found.reason,
-                measured=measured, warnings=warnings_of({MODEL: found}, runtimes, found.reason))
+                measured=measured, warnings=warnings)
 
 
 def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | None = None,
@@ -555,7 +562,8 @@ def _export(cfg, checkpoint, target, size, runtimes, preset, whole, batch):
                         f"themselves can be exported: quantize and export with the config of the model in '{owner}'")
     used = resolved(QuantizationConfig.parse(cfg.model.quantization), model).synthesis.size[0]
     synthetic = synthetic_images(Path(checkpoint).parent, image_channels(model))
-    image = check_image(synthetic, image_channels(model), used)
+    checks = check_images(synthetic, image_channels(model), used)
+    image = checks[0]
     own = own_size(model)
     traced = size or (own if own and refusal(model, resized(image, used)) else tuple(used))
     form = Form(preset, batch, tuple(resized(item, traced) for item in synthetic[:IMAGES])
@@ -601,11 +609,11 @@ def _export(cfg, checkpoint, target, size, runtimes, preset, whole, batch):
             int8=sum(products.values()), float=[name for name, integer in products.items() if not integer],
             kept_float=float_layers(model))
         if whole:
-            result['whole'] = deliver_whole(model, cfg, content.get('meta', {}), work, image, traced, bool(size),
+            result['whole'] = deliver_whole(model, cfg, content.get('meta', {}), work, checks, traced, bool(size),
                                             runtimes, form)
             result['warnings'] += result['whole'].pop('warnings')
         write_json(result, work / 'export.json')
-        for name in (MODEL, CARD, SCRIPT):  # of an earlier export
+        for name in (MODEL, CARD, SCRIPT, CHECK):  # of an earlier export
             target.remove(name)
         target.write_all(work)
     return result

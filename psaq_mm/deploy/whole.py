@@ -24,7 +24,7 @@ from ..models.features import tensors
 from ..quantization import Mode, quantizer_mode
 from .adapters import traceable
 from .agreement import LIMIT_DB, SAME_DB, Finding, compare, disturbed, first_line, marks
-from .answers import agreement, single
+from .answers import agreement, anything, single
 from .batches import loop_over_images
 from .compact import compact
 from .extras import need
@@ -36,6 +36,7 @@ from .runtime import SESSIONS
 from .tensorrt import check_for_tensorrt
 
 MODEL, INPUT = 'model.onnx', 'images'
+CHECK = 'check.npy'  # the image that a graph was checked with, (1, H, W, C) uint8
 PYTORCH = 'PyTorch'
 SAME = 0.98  # agreement of answers that only rounding tells apart: two equal scores may swap at the limit
 MARGIN = 0.1  # by which an int8 graph may agree less with the fake-quantized model than that does with the float one
@@ -220,6 +221,8 @@ class Whole(NamedTuple):
         differences (list[Difference]): Of answers.
         findings (list[Finding]): Of feature maps.
         answers (list[dict]): ``size`` of each image that was measured, and the shapes of its ``answers`` by name.
+        image (Tensor): The first of them, (1, H, W, C) uint8.
+        anything (bool): Whether the model finds an object in any of them. Otherwise answers were compared on none.
         reason (str | None): Why it takes one size though every size was wanted.
     """
     file: Path
@@ -227,6 +230,8 @@ class Whole(NamedTuple):
     differences: list[Difference]
     findings: list[Finding]
     answers: list[dict]
+    image: Tensor
+    anything: bool
     reason: str | None
 
     def failures(self, runtime: str) -> list:
@@ -252,6 +257,20 @@ def enlarged(images: Tensor, size) -> Tensor:
     return found.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
+@torch.no_grad()
+def with_objects(predictor: Predictor, images: Tensor) -> Tensor:
+    """Return the first image in which a model finds an object, (1, H, W, C) uint8, otherwise the first of all.
+
+    Args:
+        predictor (Predictor): Of the model.
+        images (Tensor): (N, H, W, C) uint8.
+    """
+    for image in images.split(1):
+        if anything(predictor.names, [value.numpy() for value in predictor(image)]):
+            return image
+    return images[:1]
+
+
 def sizes_of(size: tuple[int, int]) -> list[tuple[int, int]]:
     """Return sizes that stand for all: the one of the trace, a flat one, a tall one, of odd sides."""
     height, width = size
@@ -266,7 +285,8 @@ def export_whole(predictor: Predictor, folder: Path, images: Tensor, fixed: bool
     Args:
         predictor (Predictor): Of a quantized model, on CPU.
         folder (Path): Where to.
-        images (Tensor): To check with, (1, H, W, C) uint8; its size is that of the trace.
+        images (Tensor): To check with the first in which the model finds an object, (N, H, W, C) uint8; their size is
+            that of the trace.
         fixed (bool): Whether a graph for this one size is wanted.
         runtimes (list[str]): To measure in, the chosen one first.
         form (Form): What the graph is to be like.
@@ -277,8 +297,9 @@ def export_whole(predictor: Predictor, folder: Path, images: Tensor, fixed: bool
     reason = None
     for dynamic in (False, ) if fixed else (True, False):
         sizes = sizes_of(tuple(images.shape[1:3])) if dynamic else [tuple(images.shape[1:3])]
-        examples = {f'{h} x {w}': enlarged(images, (h, w)) for h, w in sizes}
         try:
+            image = with_objects(predictor, images)
+            examples = {f'{h} x {w}': enlarged(image, (h, w)) for h, w in sizes}
             found = Trial(predictor, examples, dynamic, form, runtimes).run(Path(folder) / MODEL)
         except Exception as error:  # the model's own at a size that it does not take, or the exporter's
             if isinstance(error, UserError) and not dynamic:
@@ -333,7 +354,9 @@ class Trial:
                 target.unlink()
         measured = [dict(size=list(image.shape[1:3]), answers={name: list(value.shape) for name, value in zip(
             self.names, self.quantized[place].answers)}) for place, image in self.examples.items()]
-        return Whole(path, None if self.dynamic else tuple(first.shape[1:3]), differences, findings, measured, None)
+        found = any(anything(self.names, item.answers) for item in self.quantized.values())
+        return Whole(path, None if self.dynamic else tuple(first.shape[1:3]), differences, findings, measured, first,
+                     found, None)
 
     def replaced(self) -> list[Difference]:
         """Hold the answers with the library's functions replaced against the library's own."""
