@@ -1,4 +1,5 @@
 """Whole graphs are held against models that find something, and whoever was measured on nothing is told so."""
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from psaq_mm.deploy.answers import anything
-from psaq_mm.deploy.export import TRIED, check_images, deliver_whole
+from psaq_mm.deploy.export import TRIED, check_images, deliver_whole, whole_predictor
 from psaq_mm.deploy.graph import ASYMMETRIC
 from psaq_mm.deploy.predictor import predictor_of
 from psaq_mm.deploy.whole import CHECK, Whole, with_objects
@@ -56,7 +57,7 @@ def test_check_images_are_small_and_of_8_bits():
 @pytest.mark.parametrize('found', [False, True])
 def test_an_export_that_was_measured_on_nothing_says_so(found, tmp_path, monkeypatch):
     cfg, model = small_model('FCOS')
-    given = []
+    given, predictor = [], whole_predictor(model, cfg, False)
 
     def export_whole(predictor, folder, images, fixed, runtimes, form):
         given.append(images)
@@ -66,7 +67,7 @@ def test_an_export_that_was_measured_on_nothing_says_so(found, tmp_path, monkeyp
     module = sys.modules[deliver_whole.__module__]
     monkeypatch.setattr(module, 'export_whole', export_whole)
     monkeypatch.setattr(module, 'describe', lambda *args: {})
-    result = deliver_whole(model, cfg, {}, tmp_path, [torch.randn(1, 3, 32, 32) for _ in range(3)], (64, 96), False,
+    result = deliver_whole(predictor, cfg, {}, tmp_path, [torch.randn(1, 3, 32, 32) for _ in range(3)], (64, 96), False,
                            ['openvino'], ASYMMETRIC)
     assert ['no object was found' in text for text in result['warnings']] == [True] * (not found)
     assert given[0].shape == (3, 64, 96, 3) and np.array_equal(np.load(tmp_path / CHECK), given[0][1:2])
@@ -107,3 +108,20 @@ def test_a_config_that_finds_nothing_is_no_success(found, tmp_path, monkeypatch)
     result = check.check_export(model, cfg, tmp_path)
     assert result['export'] == ('any size' if found else 'failed')
     assert found or 'no object was found' in result['export_reason']
+
+
+@pytest.mark.parametrize('pipeline, test_cfg, words', [
+    ([dict(type='Mosaic')], {}, 'Mosaic: only Resize'),
+    ([dict(type='Resize', scale=object(), keep_ratio=True)], {}, "Resize: its settings are not .* object is not iter"),
+    ([lambda results: results], {}, "settings that a graph does not know .TypeError: 'function' object"),
+    ([], dict(nms=dict(type='soft_nms')), "nms of type 'soft_nms' has no ONNX operator"),
+    ([], dict(max_per_img=-1), 'model.test_cfg sets no max_per_img')])
+def test_a_whole_graph_is_refused_with_its_reason_and_the_log_says_it(pipeline, test_cfg, words, monkeypatch):
+    cfg, model = small_model('FCOS')
+    model.test_cfg.update(test_cfg)
+    cfg._cfg_dict.test_dataloader = dict(dataset=dict(pipeline=pipeline))
+    said = []
+    monkeypatch.setattr(sys.modules[whole_predictor.__module__], 'print_log', lambda text, *args: said.append(text))
+    why = whole_predictor(model, cfg, True)
+    assert isinstance(why, str) and re.search(words, why) and '\n' not in why
+    assert said == [f'there will be no model.onnx, only the parts: {why}']

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
@@ -53,7 +55,7 @@ from .graph import (
     nesting,
 )
 from .heads import export_head, head_inputs, head_names
-from .predictor import predictor_of
+from .predictor import Predictor, predictor_of
 from .runtime import RUNTIMES, Graph, HeadGraph, host
 from .whole import CHECK, MODEL, Whole, export_whole, in_pixels
 
@@ -471,13 +473,35 @@ def check_delivery(model, folder: Path, image: Tensor, marks: list[float], runti
                         f'model: {finding}. Please report it')
 
 
-def deliver_whole(model, cfg: Config, meta: dict, folder: Path, images: list[Tensor], size: tuple[int, int],
-                  fixed: bool, runtimes: list[str], form: Form) -> dict:
-    """Write ``model.onnx``, ``model.json``, ``predict.py`` and the image that all was checked with.
+def whole_predictor(model, cfg: Config, batch: bool) -> Predictor | str:
+    """Return the predictor of a model, or say at once why there will be no graph of the whole model.
 
     Args:
         model (nn.Module): Quantized.
         cfg (Config): Its config.
+        batch (bool): Whether the graph shall take any number of images at once.
+    """
+    try:
+        predictor = predictor_of(model, cfg).eval()
+        if batch and predictor.one_by_one:
+            predictor.limit()
+        return predictor
+    except UserError as error:
+        why = str(error)
+    except Exception as error:  # of what only the user's own code understands
+        why = ('test_dataloader.dataset.pipeline or model.test_cfg has settings that a graph does not know '
+               f'({first_line(error)})')
+    print_log(f'there will be no {MODEL}, only the parts: {why}', 'current', logging.WARNING)
+    return why
+
+
+def deliver_whole(predictor: Predictor, cfg: Config, meta: dict, folder: Path, images: list[Tensor],
+                  size: tuple[int, int], fixed: bool, runtimes: list[str], form: Form) -> dict:
+    """Write ``model.onnx``, ``model.json``, ``predict.py`` and the image that all was checked with.
+
+    Args:
+        predictor (Predictor): Of a quantized model.
+        cfg (Config): The model's config.
         meta (dict): Of the checkpoint.
         folder (Path): Where to.
         images (list[Tensor]): To check with, as :func:`export_whole` chooses, (1, C, H, W) each.
@@ -489,10 +513,9 @@ def deliver_whole(model, cfg: Config, meta: dict, folder: Path, images: list[Ten
         dict: ``size``, ``size_mb``, ``reason`` and what was ``measured``; or ``refused``, why there is no such graph.
         With ``warnings``.
     """
+    form = form._replace(images=tuple(in_pixels(predictor, item) for item in form.images))
+    checks = torch.cat([in_pixels(predictor, resized(image, size)) for image in images])
     try:
-        predictor = predictor_of(model, cfg).eval()
-        form = form._replace(images=tuple(in_pixels(predictor, item) for item in form.images))
-        checks = torch.cat([in_pixels(predictor, resized(image, size)) for image in images])
         found = export_whole(predictor, folder, checks, fixed, runtimes, form)
     except UserError as error:
         (folder / MODEL).unlink(missing_ok=True)
@@ -560,6 +583,7 @@ def _export(cfg, checkpoint, target, size, runtimes, preset, whole, batch):
     if owner:
         raise UserError(f"{type(model).__name__} holds its backbone in '{owner}', and only models that hold it "
                         f"themselves can be exported: quantize and export with the config of the model in '{owner}'")
+    predictor = whole_predictor(model, cfg, batch) if whole else None
     used = resolved(QuantizationConfig.parse(cfg.model.quantization), model).synthesis.size[0]
     synthetic = synthetic_images(Path(checkpoint).parent, image_channels(model))
     checks = check_images(synthetic, image_channels(model), used)
@@ -609,8 +633,8 @@ def _export(cfg, checkpoint, target, size, runtimes, preset, whole, batch):
             int8=sum(products.values()), float=[name for name, integer in products.items() if not integer],
             kept_float=float_layers(model))
         if whole:
-            result['whole'] = deliver_whole(model, cfg, content.get('meta', {}), work, checks, traced, bool(size),
-                                            runtimes, form)
+            result['whole'] = dict(refused=predictor, warnings=[]) if isinstance(predictor, str) else deliver_whole(
+                predictor, cfg, content.get('meta', {}), work, checks, traced, bool(size), runtimes, form)
             result['warnings'] += result['whole'].pop('warnings')
         write_json(result, work / 'export.json')
         for name in (MODEL, CARD, SCRIPT, CHECK):  # of an earlier export

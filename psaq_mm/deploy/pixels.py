@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .adapters import pad_to
+from .agreement import first_line
 
 LOADERS = 'LoadImageFromFile', 'LoadImageFromNDArray', 'InferencerLoader'
 FILTERS = 'bilinear', 'bicubic'  # of Pillow
@@ -294,7 +295,12 @@ class Pixels(nn.Module):
                 kind == 'RandomFlip' and not step.get('prob'):
             return
         elif kind in MAKERS:
-            made = MAKERS[kind](step, self)
+            try:
+                made = MAKERS[kind](step, self)
+            except UserError:
+                raise
+            except Exception as error:  # it may be a user's own of the same name
+                refuse(kind, f'its settings are not those that a graph knows ({first_line(error)})')
             self.done.append(f'{kind}({", ".join(f"{k}={v!r}" for k, v in step.items() if k != "type")})')
             self.steps.append(made)
         else:
