@@ -31,7 +31,7 @@ from .standins import without_language
 ZOOS = ('mmdet', 'mmseg')
 SIZE = 64  # pixels of a side: enough for every stage of every backbone
 QUERIES = 30  # at most, of a DETR
-LIKELY = 2.0  # deviation of the class logits of a model whose graph is checked: of random weights they hardly differ
+LIKELY = 1.0  # deviation of the class logits of a model whose graph is checked: of random weights they hardly differ
 CLASSES = re.compile(r'cls\w*(\.\d+)*$')  # layers that put out logits of classes
 THRESHOLDS = 'score_thr', 'object_mask_thr'  # in test settings: below which there are no objects
 # Types of which a config has one if its backbone, neck or encoder is a transformer.
@@ -93,8 +93,9 @@ def shrink(model: dict, size: int = SIZE) -> dict:
             part['depths'] = [2] + [1] * (len(depths) - 1)  # one stage with shifted windows
         if isinstance(layers, (list, tuple)):
             part['num_layers'] = [1] * len(layers)
-        if isinstance(part.get('max_per_img'), int):
-            part['max_per_img'] = min(part['max_per_img'], QUERIES)
+        for key in ('max_per_img', 'num_proposals'):  # of QueryInst as many of one as of the other
+            if isinstance(part.get(key), int):
+                part[key] = min(part[key], QUERIES)
         if 'panoptic_on' in part and importlib.util.find_spec('panopticapi') is None:  # their masks need it
             part['panoptic_on'], part['instance_on'] = False, True
         part.pop('num_cp', None)  # layers that compute their activations again: needs fairscale, and there is no need
