@@ -42,6 +42,11 @@ def kind_of(step: dict) -> str:
     return kind.rpartition('.')[2]
 
 
+def is_for_annotations(step: dict) -> bool:
+    """Whether a transform loads what is known of an image, not the image."""
+    return kind_of(step).startswith('Load') and 'Annotation' in kind_of(step)
+
+
 def loader_of(cfg: Config) -> dict:
     """Return the transform that loads an image, without ``type``; empty where there is none."""
     found = [step for step in pipeline_of(cfg) if kind_of(step) in LOADERS]
@@ -291,7 +296,7 @@ class Pixels(nn.Module):
         kind = kind_of(step)
         if kind in LOADERS:
             self.integers = not step.get('to_float32', False)
-        elif kind.startswith('Load') and 'Annotation' in kind or kind.startswith('Pack') and 'Track' not in kind or \
+        elif is_for_annotations(step) or kind.startswith('Pack') and 'Track' not in kind or \
                 kind == 'RandomFlip' and not step.get('prob'):
             return
         elif kind in MAKERS:

@@ -1,7 +1,8 @@
 """A whole model as one graph: written, and held against the model before it is delivered.
 
-Three comparisons, in every runtime that is installed and at sizes that stand for all:
+Four comparisons, in every runtime that is installed and at sizes that stand for all:
 
+- the library's own test step behind the config's own pipeline, once: the same as :class:`Predictor` computes;
 - what the library predicts and what :class:`Predictor` computes with the library's functions replaced: the same;
 - a float graph from the same trace: the same feature maps within rounding, and the same answers;
 - the int8 graph: feature maps as close to the fake-quantized model's as :mod:`psaq_mm.deploy.agreement` demands of a
@@ -24,8 +25,9 @@ from ..models.features import tensors
 from ..quantization import Mode, quantizer_mode
 from .adapters import traceable
 from .agreement import LIMIT_DB, SAME_DB, Finding, compare, disturbed, first_line, marks
-from .answers import agreement, anything, single
+from .answers import agreement, agreements, anything, single
 from .batches import loop_over_images
+from .by_library import library_answers
 from .compact import compact
 from .extras import need
 from .graph import ASYMMETRIC, Form, exportable, write
@@ -107,11 +109,13 @@ class Difference(NamedTuple):
 
     Args:
         place (str): Size of the image, e.g. '480 x 640'.
-        graph (str): 'int8', 'float' or 'replaced' (no graph yet).
+        graph (str): 'int8', 'float', 'replaced' (no graph yet) or 'library' (neither that: the library's own test step
+            behind the config's pipeline).
         runtime (str): The runtime, or 'PyTorch'.
         agreement (float): From 0 to 1, see :func:`psaq_mm.deploy.answers.agreement`.
         required (float): What it must reach.
         error (str): Why there is nothing to compare, or ''.
+        answer (str): Which answer agrees worst, or ''.
     """
     place: str
     graph: str
@@ -119,6 +123,7 @@ class Difference(NamedTuple):
     agreement: float
     required: float
     error: str = ''
+    answer: str = ''
 
     @property
     def passed(self) -> bool:
@@ -126,11 +131,16 @@ class Difference(NamedTuple):
         return not self.error and self.agreement >= self.required
 
     def __str__(self):
+        if self.graph == 'library' and self.error:
+            return f"the library's own test step does not run for {self.place} ({self.error})"
         if self.error:
             return f'{self.runtime} does not compute the {self.graph} graph for {self.place} ({self.error})'
+        if self.graph == 'library':
+            return (f"the library's own test step, behind the config's pipeline, gives other {self.answer} than the "
+                    f'predictor for {self.place}: they agree by {self.agreement:.3f}, and need {self.required:.3f}')
         other = 'fake-quantized' if self.graph == 'int8' else 'float'
         return (f'in {self.runtime} the answers of the {self.graph} graph agree with those of the {other} model by '
-                f'{self.agreement:.3f} for {self.place}, and need {self.required:.3f}')
+                f'{self.agreement:.3f} for {self.place}, and need {self.required:.3f}: {self.answer} the least')
 
 
 @torch.no_grad()
@@ -206,10 +216,22 @@ def hold(run, images: Tensor, aims, names, **where) -> Difference:
     """
     try:
         aims = aims() if callable(aims) else aims
-        found = [agreement(names, aim, answers) for aim, answers in zip(aims, run(images), strict=True)]
+        pairs = list(zip(aims, run(images), strict=True))
+        return differing(names, pairs, **where)
     except Exception as error:  # whatever a runtime raises
         return Difference(agreement=0.0, error=first_line(error), **where)
-    return Difference(agreement=min(found), **where)
+
+
+def differing(names, pairs, **where) -> Difference:
+    """Return the difference of two sets of answers to each of some images.
+
+    Args:
+        names (Sequence[str]): Of the answers.
+        pairs (list[tuple]): Two sets of answers each.
+        **where: As of :func:`hold`.
+    """
+    value, answer = min((value, name) for pair in pairs for name, value in agreements(names, *pair).items())
+    return Difference(agreement=value, answer=answer, **where)
 
 
 class Whole(NamedTuple):
@@ -359,12 +381,21 @@ class Trial:
                      found, None)
 
     def replaced(self) -> list[Difference]:
-        """Hold the answers with the library's functions replaced against the library's own."""
+        """Hold the answers with the library's functions replaced against the library's own, and once these against
+        those of its own test step.
+        """
         chosen = [i for i, name in enumerate(self.names) if name not in self.predictor.unlike_the_library]
-        names = [self.names[i] for i in chosen]
-        return [Difference(place, 'replaced', PYTORCH, agreement(
-            names, [self.library[place].answers[i] for i in chosen], [self.full[place].answers[i] for i in chosen]),
-            SAME) for place in self.examples]
+        found = [differing([self.names[i] for i in chosen], [tuple(
+            [side[place].answers[i] for i in chosen] for side in (self.library, self.full))], place=place,
+            graph='replaced', runtime=PYTORCH, required=SAME) for place in self.examples]
+        place, image = next(iter(self.examples.items()))
+
+        def test_step(image):
+            with quantizer_mode(self.predictor.model, Mode.FLOAT):
+                return [library_answers(self.predictor, image)]
+
+        return [hold(test_step, image, [self.library[place].answers], self.names, place=place, graph='library',
+                     runtime=PYTORCH, required=SAME), *found]
 
     def aims(self, graph: str) -> dict[str, Expected]:
         """Return what a graph shall compute, by place."""
