@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from agreement import closeness
-from int8_speed import nncf_static, openvino_network, ort_session, ort_static, take_turns
+from runtimes import SESSIONS, by_others, take_turns
 
 OURS = 'W8A8_psaq_v2'
 
@@ -92,17 +92,14 @@ def main():
         export(Config.fromfile(args.grid / OURS / 'test_config.py'), str(args.grid / OURS / 'quantized.pth'), str(ours),
                whole=False)
         runs['full precision', 'PyTorch', ''] = lambda array: [model.logits(torch.from_numpy(array)).numpy()]
-        runs['full precision', 'ONNX Runtime', ''] = ort_session(plain, args.threads)
-        runs['full precision', 'OpenVINO', ''] = openvino_network(str(plain), args.threads)
-        runs['psaq_mm', 'ONNX Runtime', OURS] = ort_session(ours / 'features.onnx', args.threads)
-        runs['psaq_mm', 'OpenVINO', OURS] = openvino_network(str(ours / 'features.onnx'), args.threads)
+        for runtime, session in SESSIONS.items():
+            runs['full precision', runtime, ''] = session(plain, args.threads)
+            runs['psaq_mm', runtime, OURS] = session(ours / 'features.onnx', args.threads)
         for name, images in arrays.items():
-            images = [image[None] for image in images]
-            ort_static(plain, folder / f'{name}.onnx', images)
-            runs['ONNX Runtime PTQ', 'ONNX Runtime', name] = ort_session(folder / f'{name}.onnx', args.threads)
-            network = nncf_static(plain, images)
-            if network is not None:
-                runs['NNCF', 'OpenVINO', name] = openvino_network(network, args.threads)
+            (folder / name).mkdir()
+            for title, run, _ in by_others(plain, [image[None] for image in images], folder / name, args.threads):
+                tool, runtime = ('NNCF', 'OpenVINO') if 'NNCF' in title else ('ONNX Runtime PTQ', 'ONNX Runtime')
+                runs[tool, runtime, name] = run
         first = photographs[:1]
         times = take_turns({key: lambda run=run: run(first) for key, run in runs.items()}, args.repeats)
         full, results, rows = None, {}, []

@@ -5,11 +5,14 @@
 
 All models take turns in one process; times are medians, ratios are to eager float. Weights are random and images noise:
 latency does not depend on them. ONNX Runtime's own static quantization and, where nncf is installed, NNCF's are applied
-to the same float graph. Whole-detector and whole-segmentor rows (--predict) time mm*'s ``predict`` with the graph
-inside, and with graphs of the quantized heads, too. --complete compares whole models as one graph each, from pixels to
-answers, with the library's own test_step in eager float. It makes some classes likely, so that the second stage of a
-detector has as much to do as in a trained one. Peak memory (--peak, Linux) is what a process of its own needs beyond
-its imports to load a model and to run it three times.
+to the same float graph. They calibrate on one image of noise: what they calibrate on decides how accurate a graph is,
+not which kernels run. tradeoff.py measures accuracy, too, and gives them the synthetic images of the run.
+
+Whole-detector and whole-segmentor rows (--predict) time mm*'s ``predict`` with the graph inside, and with graphs of the
+quantized heads, too. --complete compares whole models as one graph each, from pixels to answers, with the library's own
+test_step in eager float. It makes some classes likely, so that the second stage of a detector has as much to do as in a
+trained one. The library's step pastes masks into the image, the graphs leave that to predict.py. Peak memory (--peak,
+Linux) is what a process of its own needs beyond its imports to load a model and to run it three times.
 """
 import argparse
 import copy

@@ -27,6 +27,7 @@ SMALLER = {  # what is left out of recipe 'low_bit' besides whole parts
     'error of the final features': dict(reconstruction=dict(final=0.0)),
     'full-precision inputs': dict(reconstruction=dict(mix=0.0)),
     'rounding (weights are free)': dict(reconstruction=dict(weights='free')),
+    'search of ranges': dict(reconstruction=dict(search=False)),
     'ranges of weights': dict(reconstruction=dict(weight_ranges='calibrated')),
     'ranges that learn': dict(reconstruction=dict(range_lr=0.0)),
 }
@@ -47,7 +48,8 @@ def only(settings, path):
 
 def variants():
     """Yield label, method, and changes of the stanza."""
-    from psaq_mm.stanza import RECIPES, QuantizationConfig
+    from psaq_mm.recipes import RECIPES
+    from psaq_mm.stanza import QuantizationConfig
     ours = RECIPES['low_bit']
     others = common_defaults(ours, QuantizationConfig().to_dict())
     yield 'paper, psaq_v2', 'psaq_v2', dict(recipe='paper')

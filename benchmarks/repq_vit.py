@@ -188,7 +188,7 @@ def main():
 
     from psaq_mm.engine import compare, markdown, with_stanza, write_json
     from psaq_mm.engine.config import default_scope
-    from psaq_mm.engine.loop import read_images
+    from psaq_mm.engine.images import read_images
     cfg = Config.fromfile(deit_tiny.write_config(args.bench, args.out)[0])
     cfg.randomness = dict(seed=args.seed)
     rows, results = [], {}

@@ -1,4 +1,5 @@
 """What the benchmarks of latency share: graphs in both runtimes, other people's quantizers, turns, and peak memory."""
+import argparse
 import statistics
 import subprocess
 import sys
@@ -132,13 +133,18 @@ def peak_of(name, file, array, threads):
 
 
 def main():
+    parser = argparse.ArgumentParser(description='Print the MB that a graph needs in a process of its own.')
+    parser.add_argument('runtime', choices=SESSIONS)
+    parser.add_argument('file', help='the graph')
+    parser.add_argument('input', help='its input (.npy)')
+    parser.add_argument('threads', type=int)
+    args = parser.parse_args()
     import numpy as np
-    runtime, file, array, threads = sys.argv[1:]
-    array, session = np.load(array), SESSIONS[runtime]
-    __import__(runtime.replace(' ', '').lower())
+    __import__(args.runtime.replace(' ', '').lower())
+    array, session = np.load(args.input), SESSIONS[args.runtime]
 
     def load():
-        run = session(file, int(threads))
+        run = session(args.file, args.threads)
         return lambda: run(array)
 
     print(peak_here(load))

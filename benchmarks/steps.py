@@ -34,8 +34,8 @@ def entropy(run):
 
 def remaining(run):
     """Discrepancy on held-back images after the game, as a share of that before."""
-    game = run['stages'].get('game')
-    return game['best'] / game['initial'] if game else 1.0
+    game = run['stages'].get('game', {})
+    return game['best'] / game['initial'] if 'best' in game else 1.0
 
 
 def configs(tasks, bench, out):

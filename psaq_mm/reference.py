@@ -7,7 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from .stanza import RECIPES, ROOT, QuantizationConfig, flat
+from .recipes import RECIPES
+from .stanza import ROOT, QuantizationConfig, flat
 
 
 def _kind(annotation) -> str:

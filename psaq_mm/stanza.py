@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import typing
 from collections.abc import Iterator
 from typing import Literal
@@ -12,18 +11,15 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from .errors import UserError
 from .quantization import ActivationConfig, FrozenConfig, LayerConfig, WeightConfig
 from .quantization.conversion import match
+from .recipes import RECIPES
 from .reconstruction import ReconstructionConfig
 from .synthesis import GameConfig, SynthesisConfig
 
 ROOT = 'quantization'
-RECIPES = {
-    'paper': {},
-    'low_bit': dict(
-        reparameterize=True, activation=dict(observer='mse', softmax='per_head'),
-        synthesis=dict(start='dead_leaves', entropy=0.0, diversity=3.0, lr=0.05, num_images=96, steps=16),
-        reconstruction=dict(steps=300), game=dict(holdout=0.11, gain=0.1)),
-}
-"""What a stanza that does not say otherwise gets from each recipe; our choice, by trials on DeiT-Tiny."""
+# What a recipe answers for: settings of the method, less bits, files, and what goes by the model or the memory at hand.
+METHOD = dict(include={'reparameterize', 'weight', 'activation', 'synthesis', 'reconstruction', 'game'},
+              exclude=dict(weight={'bits'}, activation={'bits'},
+                           synthesis={'reuse', 'size', 'batch_size', 'checkpointing'}))
 
 
 class StanzaError(UserError):
@@ -64,7 +60,7 @@ class QuantizationConfig(FrozenConfig):
     load_weights: Literal['ema', 'plain'] | None = Field(
         None, description="of a checkpoint that holds two sets: 'ema', averaged over training, or 'plain'. None: what "
         "the library's own test tool loads")
-    recipe: Literal['paper', 'low_bit'] | None = Field(
+    recipe: Literal[tuple(RECIPES)] | None = Field(
         None, description="defaults that belong together: 'paper', those of PSAQ-ViT V2; 'low_bit', ours for fewer "
         "than 8 bits: images from dead leaves, norms reparameterised, a range for each attention head, every block "
         "reconstructed, then the game. What you set yourself wins. None: 'paper' where all weights and activations "
@@ -136,13 +132,16 @@ class QuantizationConfig(FrozenConfig):
 
     @property
     def departures(self) -> list[str]:
-        """What the stanza itself says otherwise than its recipe, as 'synthesis.num_images=24'."""
+        """What the stanza says otherwise than its recipe does by itself, as 'synthesis.num_images=24'.
+
+        A method that is not the recipe's, as 'noise', is named, and with it what is set otherwise than it has alone.
+        """
         settled = self.settled()
-        wanted = RECIPES[settled.recipe]
-        if not settled.synthesis.method.startswith('psaq'):
-            wanted = {name: value for name, value in wanted.items() if name != 'synthesis'}
-        return [f'{name}={value!r}' for name, usual in flat(wanted)
-                if (value := functools.reduce(getattr, name.split('.'), settled)) != usual]
+        bare = {side: dict(bits=getattr(self, side).bits) for side in ('weight', 'activation')}
+        bare.update(recipe=settled.recipe, synthesis=dict(method=settled.synthesis.method))
+        usual = dict(flat(QuantizationConfig.parse(bare).model_dump(**METHOD)))
+        usual['synthesis.method'] = SynthesisConfig().method
+        return [f'{name}={value!r}' for name, value in flat(settled.model_dump(**METHOD)) if value != usual[name]]
 
     @property
     def least_bits(self) -> int:

@@ -115,6 +115,18 @@ def test_a_run_by_it_logs_it(small_config, tmp_path):
     result = quantize(config(small_config, tmp_path, **stanza), eval_float=False, eval_quantized=False, quiet=True)
     assert 0 < result['stages']['synthesis']['agreement'] < 1
     assert ' agreement: ' in ''.join(path.read_text() for path in tmp_path.rglob('*.log'))
+    text = (tmp_path / 'report.html').read_text()
+    assert 'Synthesis raises the entropy of the similarities between patches, and the agreement of attention' in text
+    assert 'Drawn is the entropy' in text
+
+
+def test_a_report_of_agreement_alone_draws_it(small_config, tmp_path):
+    stanza = {'synthesis.method': 'psaq_v1', 'synthesis.agreement': 1.0, 'synthesis.entropy': 0.0,
+              'synthesis.steps': 2, 'report.images': 0}
+    quantize(config(small_config, tmp_path, **stanza), eval_float=False, eval_quantized=False, quiet=True)
+    text = (tmp_path / 'report.html').read_text()
+    assert 'Synthesis raises the agreement of attention heads' in text and '>agreement</text>' in text
+    assert 'diversity of the images' not in text and 'Drawn is' not in text
 
 
 @pytest.mark.parametrize('key, what', [('synthesis.agreement', 'no attention of several heads'),

@@ -423,7 +423,7 @@ def test_tools_hide_no_module_of_the_users_and_help_is_quick(tmp_path, monkeypat
               'except SystemExit: pass\n'
               'assert "torch" not in sys.modules\n'
               'import common, export; assert common.mine and export.mine').format([str(ROOT / 'tools'), str(tmp_path)])
-    for tool in ('dfq', 'grid'):
+    for tool in ('dfq', 'grid', 'coverage'):
         assert 'usage' in run_tool('-c', script, f'tools/{tool}.py', '--help').stdout
 
 

@@ -520,12 +520,12 @@ def test_detector_by_mmdets_own_tools(quantized_run, scenes, tmp_path):
     assert min(result['sqnr_db'].values()) > 20 and f"{result['int8']} of" in done.stdout
     whole = result['whole']
     assert whole['size'] is None and all(item['passed'] for item in whole['measured'])
-    assert {item['graph'] for item in whole['measured']} == {'replaced', 'float', 'int8'}
+    assert {item['graph'] for item in whole['measured']} == {'library', 'replaced', 'float', 'int8'}
     claimed = json.loads((work_dir / 'metrics.json').read_text())['size_mb']['quantized']
     assert whole['size_mb'] == pytest.approx(claimed, rel=0.05)
     batches = [(item['graph'], item['runtime']) for item in whole['measured'] if item['place'].startswith('3 images')]
     assert set(itertools.product(('float', 'int8'), RUNTIMES)) == set(batches)
-    assert all((tmp_path / 'int8' / name).is_file() for name in ('model.onnx', 'model.json', 'predict.py', 'check.npy'))
+    assert all((tmp_path / 'int8' / name).is_file() for name in ('model.onnx', 'model.json', 'predict.py'))
     graph, images = Graph(tmp_path / 'int8' / 'features.onnx'), torch.randn(3, 3, 96, 128)
     for together, *alone in zip(graph.run(images), *(graph.run(image[None]) for image in images)):
         assert sqnr(torch.cat(alone), together) > 20
@@ -535,6 +535,7 @@ def test_detector_by_mmdets_own_tools(quantized_run, scenes, tmp_path):
     assert ap_of(tested.stdout + tested.stderr) == pytest.approx(quantized, abs=0.03)  # of six images
     found, library = by_strangers(tmp_path / 'int8', work_dir, '--images', scenes / 'val', '--coco',
                                   scenes / 'val.json')
+    assert json.loads((tmp_path / 'int8' / 'strangers.json').read_text())['matched'] > 0.7
     for name, key in (('box', 'coco/bbox_mAP'), ('mask', 'coco/segm_mAP')):
         assert [item[name] for item in found] == pytest.approx([100 * library[key]] * 2, abs=3)
     from mmdet.apis import DetInferencer, inference_detector, init_detector
@@ -543,6 +544,20 @@ def test_detector_by_mmdets_own_tools(quantized_run, scenes, tmp_path):
     found = inference_detector(init_detector(*files, device='cpu'), image).pred_instances
     inferred = DetInferencer(*files, device='cpu')(image)['predictions'][0]
     assert inferred['scores'] == pytest.approx(found.scores.tolist())
+
+
+@pytest.mark.slow
+def test_four_bits_are_four_bits_in_the_file(small_config, tmp_path):
+    """A whole graph is as large as tools/dfq.py says."""
+    run_tool(ROOT / 'tools' / 'dfq.py', small_config, '--work-dir', tmp_path, '--cfg-options',
+             'quantization.weight.bits=4', '--no-eval')
+    run_tool(ROOT / 'tools' / 'export.py', tmp_path, '--json', tmp_path / 'numbers.json', cwd=tmp_path)
+    whole, metrics = (json.loads((tmp_path / name).read_text()) for name in ('numbers.json', 'metrics.json'))
+    whole, size = whole['whole'], metrics['size_mb']
+    assert metrics['bits']['weight'] == 4 and size['quantized'] < 0.4 * size['full_precision']
+    assert whole['size_mb'] == pytest.approx(size['quantized'], rel=0.05)
+    assert whole['size_mb'] == pytest.approx((tmp_path / 'int8' / 'model.onnx').stat().st_size / 1e6, abs=0.01)
+    assert all(item['passed'] for item in whole['measured'])
 
 
 @pytest.mark.slow
@@ -574,7 +589,8 @@ def test_segmentor_and_classifier(segmentation_run, classification_config, scene
              '--repeats', '1', '--out', tmp_path)
     table = json.loads((tmp_path / 'tradeoff.json').read_text())
     full = json.loads((tmp_path / 'cls' / 'metrics.json').read_text())['full_precision']['accuracy/top1']
-    plain, ours = ([table[f'{name}{kind}'] for name in ('ONNX Runtime', 'OpenVINO')]
+    titles = dict(onnxruntime='ONNX Runtime', openvino='OpenVINO')
+    plain, ours = ([table[f'{titles[name]}{kind}'] for name in RUNTIMES]
                    for kind in (' float', ', psaq_mm, W8A8'))
     assert [item['top1'] for item in plain] == pytest.approx([full] * 2, abs=0.1)
     assert [item['top1'] for item in ours] == pytest.approx([item['top1'] for item in found], abs=0.01)

@@ -8,6 +8,7 @@ import socket
 import numpy as np
 import pytest
 import torch
+from mmdet.models import SwinTransformer
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import MODELS, TRANSFORMS
@@ -19,10 +20,18 @@ from psaq_mm.engine.config import default_scope, without_pretrained
 from psaq_mm.engine.pipeline import RUN
 from psaq_mm.errors import UserError
 from psaq_mm.models import quantize_model
-from psaq_mm.quantization import QuantizerMismatchError, quantizers, search_weight_ranges
+from psaq_mm.quantization import (
+    Mode,
+    QuantizerMismatchError,
+    hooked,
+    quantizer_mode,
+    quantizers,
+    search_weight_ranges,
+)
 from psaq_mm.registry import HOOKS
 from psaq_mm.stanza import StanzaError
 from psaq_mm.synthesis import Game, valid_range
+from psaq_mm.version import __version__
 
 from .conftest import DEMO_CHECKPOINT, DEMO_CONFIG, ROOT, run_tool
 from .test_converters import old_layout
@@ -506,6 +515,55 @@ def test_resume_in_another_precision_is_refused(small_config, tmp_path, killed_a
         run(config(small_config, tmp_path))
     with pytest.raises(UserError, match='--resume.*amp was False, is True'):
         run(config(small_config, tmp_path), resume=True, amp=True)
+
+
+def test_resume_of_what_another_version_began_says_so(small_config, tmp_path, killed_at):
+    killed_at(2)
+    with pytest.raises(KeyboardInterrupt):
+        run(config(small_config, tmp_path))
+    killed_at(None)
+    path = tmp_path / RUN / 'iter_2.pth'
+    content = torch.load(path, weights_only=True)
+
+    def resumed(change, words):
+        spoiled = copy.deepcopy(content)
+        change(spoiled['data_free'][0])
+        torch.save(spoiled, path)
+        with pytest.raises(UserError, match=f'--resume: psaq_mm {words}.*Finish the run with the psaq_mm that began'):
+            run(config(small_config, tmp_path), resume=True)
+
+    resumed(lambda state: state.update(version='0.0.9'), rf'0.0.9 began .*, this is psaq_mm {__version__}\. ')
+    resumed(lambda state: state.pop('version'), 'of an earlier version began')
+    resumed(lambda state: state['settings']['game'].pop('gain'), rf'{__version__} began .* with other settings\. ')
+
+
+def test_a_size_that_the_model_cannot_take_is_explained(small_config, tmp_path, monkeypatch):
+    original = SwinTransformer.forward
+
+    def refuses(self, x):
+        if x.shape[-1] == 96:
+            raise ValueError('no 96')
+        return original(self, x)
+
+    monkeypatch.setattr(SwinTransformer, 'forward', refuses)
+    with pytest.raises(UserError, match=r'an image of 64 x 96 \(ValueError: no 96\).*set quantization.synthesis.size'):
+        run(config(small_config, tmp_path, **{'synthesis.method': 'noise'}))
+
+
+def test_an_error_of_ours_is_not_taken_for_one_of_the_model(small_config, tmp_path, monkeypatch):
+    """Whatever probe it comes from: of the first one, or of one that looks for what a stage works on."""
+    def broken(module, *unused):
+        raise RuntimeError('a mistake of ours')
+
+    def probe(model, run):
+        with hooked([model.backbone.register_forward_hook(broken)]), quantizer_mode(model, Mode.FLOAT):
+            return run()
+
+    for place, more in (('psaq_mm.engine.loop.unused_quantizers', {}),
+                        ('psaq_mm.quantization.reparameterization.find_sites', {'reparameterize': True})):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='^a mistake of ours$'):
+            patch.setattr(place, probe)
+            run(config(small_config, tmp_path, **{'synthesis.method': 'noise', **more}))
 
 
 def test_placement_all_goes_all_the_way(small_config, tmp_path, uninterrupted):

@@ -19,6 +19,7 @@ from psaq_mm.engine import CheckpointError
 from psaq_mm.engine import checkpoint as checkpoint_module
 from psaq_mm.engine.checkpoint import interrupted_run
 from psaq_mm.engine.pipeline import RUN, explained_failures
+from psaq_mm.engine.stages import CalibrationStage
 from psaq_mm.errors import UserError
 from psaq_mm.stanza import QuantizationConfig
 
@@ -192,6 +193,21 @@ def test_a_teacher_that_overflows_is_named(small_config, tmp_path):
         run(config(small_config, tmp_path / 'out'), checkpoint=str(tmp_path / 'c.pth'))
 
 
+def test_a_block_without_finite_numbers_ends_the_reconstruction(small_config, tmp_path, monkeypatch):
+    original = CalibrationStage.start
+
+    def broken(stage):
+        original(stage)
+        stage.loop.student.get_submodule('backbone.stages.0.blocks.1.norm1').bias.data[0] = float('nan')
+
+    monkeypatch.setattr(CalibrationStage, 'start', broken)
+    with pytest.raises(UserError, match="'backbone.stages.0.blocks.1' puts out numbers that are not finite.*--amp"):
+        run(config(small_config, tmp_path, **{
+            'synthesis.method': 'noise', 'synthesis.num_images': 2, 'reconstruction.steps': 1,
+            'reconstruction.views': 1}))
+    assert not (tmp_path / 'quantized.pth').exists()
+
+
 @pytest.mark.parametrize('at', [1, 6])
 def test_a_game_that_breaks_keeps_the_best_student(small_config, tmp_path, monkeypatch, at, capfd):
     from psaq_mm.synthesis import Game
@@ -273,6 +289,7 @@ def test_an_evaluation_that_fails_loses_nothing(small_config, tmp_path, scenes):
 DYING = """
 import os, runpy, sys
 from psaq_mm.engine.pipeline import RUN, explained_failures
+from psaq_mm.engine.stages import CalibrationStage
 from psaq_mm.errors import UserError
 from psaq_mm.engine.stages import {stage}
 from psaq_mm.stanza import QuantizationConfig
@@ -317,3 +334,42 @@ def test_two_processes_resume(small_config, tmp_path):
     assert 'error: --resume: the interrupted run had 2 processes, this one has 1' in refused.stderr
     torchrun(small_config, tmp_path / 'killed', '--resume', *options)
     assert same(weights(tmp_path / 'killed'), weights(tmp_path / 'whole'))
+
+
+ODD = """
+import os
+from psaq_mm.engine.stages import reconstruction
+from psaq_mm.reconstruction.nested import floats
+unrelated = reconstruction.unrelated
+if os.environ['RANK'] == '1':
+    reconstruction.unrelated = lambda exact, found: floats(exact)[0].shape[-1] == 64 or unrelated(exact, found)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_resume_within_a_block(small_config, tmp_path):
+    """The same checkpoint in the end. What one of them finds of the inputs of a block is so for both."""
+    script = tmp_path / 'dying.py'
+
+    def started(folder, at, *options, **kwargs):
+        script.write_text(ODD + DYING.format(stage='ReconstructionStage', at=at, death="raise UserError('enough')"))
+        return torchrun(
+            small_config, folder, *options, '--no-eval', '--cfg-options', *EVERY[:1],
+            'default_hooks.checkpoint.interval=3', 'quantization.recipe=low_bit', 'quantization.weight.bits=4',
+            'quantization.activation.bits=4', 'quantization.reconstruction.steps=3',
+            'quantization.reconstruction.views=1', 'quantization.game.steps=0', 'quantization.report.images=0',
+            'quantization.keep_float=[backbone.stages.2.*,backbone.stages.3.*]',
+            script=(script, TOOL), **kwargs)
+
+    started(tmp_path / 'whole', 10**9)
+    killed = tmp_path / 'killed'
+    done = started(killed, 11, check=False)
+    assert done.returncode and 'error: enough' in done.stderr and not (killed / 'quantized.pth').exists()
+    states = torch.load(saved(killed)[-1], weights_only=True)['data_free']
+    assert [state['stage'] for state in states] == ['reconstruction'] * 2
+    assert all(state['state']['current'] is not None for state in states)
+    started(killed, 10**9, '--resume')
+    assert same(weights(killed), weights(tmp_path / 'whole'))
+    log = ''.join(path.read_text() for path in (tmp_path / 'whole').rglob('*.log'))
+    assert 'backbone.stages.1.blocks.0 learns from full-precision inputs alone' in log
+    assert 'backbone.stages.0.blocks.0 learns from full-precision inputs alone' not in log

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from psaq_mm.classification.classifier import ChannelPreprocessor
-from psaq_mm.deploy.pixels import LARGEST, Pixels, by_shortest_edge, within, within_cut
+from psaq_mm.deploy.pixels import LARGEST, Pixels, by_shortest_edge, missing_pipeline, within, within_cut
 from psaq_mm.errors import UserError
 
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
@@ -169,6 +169,33 @@ def test_other_channels_stay_in_their_order(channels):
     expected = by_library(steps, made, image(SIZES[0], channels))[0]
     x, _ = pixels(steps, made, channels)(image(SIZES[0], channels)[None])
     assert x.shape == expected.shape and (x - expected).abs().max() < 0.51
+
+
+def test_a_config_without_test_data_is_told_of():
+    for cfg, key in ((dict(), 'test_dataloader'), (dict(test_dataloader=None), 'test_dataloader'),
+                     (dict(test_dataloader=dict(dataset=dict())), 'test_dataloader.dataset.pipeline')):
+        assert f'the config has no {key}: model.onnx takes images as they are' in missing_pipeline(Config(cfg))
+    assert missing_pipeline(Config(dict(test_dataloader=dict(dataset=dict(pipeline=[LOAD]))))) is None
+
+
+def test_images_of_more_than_8_bits_are_refused():
+    deep = ChannelPreprocessor([9000.0], [3000.0])
+    for settings, made in ((dict(color_type='unchanged'), deep), (dict(color_type='unchanged'), preprocessor()),
+                           (dict(color_type='grayscale'), deep)):
+        cfg = Config(dict(test_dataloader=dict(dataset=dict(pipeline=[dict(type='LoadImageFromFile', **settings)]))))
+        if settings['color_type'] == 'unchanged' and made is deep:
+            with pytest.raises(UserError, match="LoadImageFromFile: color_type='unchanged' with a mean of 9000"):
+                Pixels(cfg, made, 1)
+        else:
+            Pixels(cfg, made, len(made.mean))
+
+
+def test_tifffile_leaves_the_order_of_channels():
+    for backend, reversed_ in (('cv2', False), ('pillow', False), ('tifffile', True)):
+        step = dict(type='LoadImageFromFile', imdecode_backend=backend)
+        cfg = Config(dict(test_dataloader=dict(dataset=dict(pipeline=[step]))))
+        for swapped in (True, False):
+            assert Pixels(cfg, preprocessor(bgr_to_rgb=swapped)).reverse == (swapped == reversed_)
 
 
 def test_one_mean_for_three_channels():

@@ -37,6 +37,7 @@ def test_one_scale_serves_where_heads_have_no_axis_of_their_own():
     flat.observe(heads.flatten(0, 1))
     assert own.calibrate() and flat.calibrate()
     assert len(own.scale) == 3 and own.scale[0] > 5 * own.scale[1] > 25 * own.scale[2]
+    assert flat.merged and not own.merged
     assert len(flat.scale) == 1 and flat(heads.flatten(0, 1)).unique().numel() <= 16
     for source in (own, flat):
         loaded = FakeQuantizer(config, 3, -3, optional=True)

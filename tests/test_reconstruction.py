@@ -1,15 +1,20 @@
 """Block by block reconstruction: which blocks, what they learn from, and that they get better or stay."""
 import copy
+import io
 import random
+import re
 from dataclasses import dataclass
 
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
+from rich.console import Console
 from torch import nn
 
 from psaq_mm.engine import quantize
+from psaq_mm.engine.display import Display
+from psaq_mm.engine.stages import reconstruction as stage_module
 from psaq_mm.engine.stages.reconstruction import ReconstructionStage
 from psaq_mm.models import attention_blocks, backbone_of, copy_model, extract_features, quantize_model
 from psaq_mm.quantization import (
@@ -17,6 +22,7 @@ from psaq_mm.quantization import (
     LayerConfig,
     Mode,
     QuantizedConv2d,
+    QuantizedLinear,
     WeightConfig,
     calibrate,
     hooked,
@@ -37,6 +43,7 @@ from psaq_mm.reconstruction import (
     record,
     settled_share,
     unrelated,
+    without_unit,
 )
 from psaq_mm.reconstruction.reconstruct import of_images
 from psaq_mm.synthesis import Game
@@ -121,11 +128,14 @@ class Chain(nn.Module):
         return self.third(late + early if self.skips else late)
 
 
+UNITS = [Unit(name, 1) for name in ('first', 'second', 'third')]
+
+
 def recorded(model, batches, counted=None):
     """What a recorder finds of each unit on each batch; ``counted`` gets a 1 for each real output of the first unit
     during the passes for the third.
     """
-    recorder = Recorder(model, [Unit(name, 1) for name in ('first', 'second', 'third')], model, batches)
+    recorder = Recorder(model, UNITS, model, batches)
     found = [list(recorder.record(number)) for number in (0, 1)]
     with hooked([model.first.register_forward_hook(lambda module, args, output: counted.append(bool(output.any())))]
                 if counted is not None else []):
@@ -190,6 +200,38 @@ def test_a_recorder_notices_what_comes_from_earlier_units_by_other_ways(way):
         assert torch.equal(x, y)
 
 
+class Stubborn(Chain):
+    """Fails where its first layer puts out zeros alone."""
+
+    def __init__(self, error):
+        super().__init__(False)
+        self.error = error
+
+    def forward(self, batch):
+        early = self.first(batch)
+        if not early.any():
+            raise self.error
+        return self.third(self.second(early))
+
+
+def test_a_recorder_says_that_a_model_fails_without_earlier_units():
+    model, batches, told = Stubborn(ValueError('no tokens\nat all')), [torch.randn(6, 4) for _ in range(3)], []
+    recorder = Recorder(model, UNITS, model, batches, tell=told.append)
+    assert len(list(recorder.record(2))) == 3
+    assert told == ['third: what it gets is computed from the pixels on, which takes longer (ValueError: no tokens)']
+
+
+@pytest.mark.parametrize('error', [MemoryError(), torch.OutOfMemoryError('CUDA out of memory.'),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=repr)
+def test_memory_that_ends_is_no_reason_to_go_another_way(error):
+    model, batches = Stubborn(error), [torch.randn(6, 4) for _ in range(3)]
+    with pytest.raises(type(error)):
+        list(Recorder(model, UNITS, model, batches).record(2))
+    unit, arguments = needs_images(2, error)
+    with pytest.raises(type(error)):
+        enough_images(unit, arguments, torch.ones(8, 4, 64, 64))
+
+
 def test_a_recorder_starts_behind_the_unit_before_in_a_quantized_swin():
     """What was recorded in half precision rounds to other integers here and there, and that is no reason not to."""
     torch.manual_seed(0)
@@ -214,7 +256,7 @@ def test_a_recorder_starts_behind_the_unit_before_in_a_quantized_swin():
 @pytest.mark.parametrize('skips', [False, True])
 def test_a_recorder_that_starts_late_finds_the_same(skips):
     model, batches = Chain(skips), [torch.randn(6, 4) for _ in range(3)]
-    late = Recorder(model, [Unit(name, 1) for name in ('first', 'second', 'third')], model, batches)
+    late = Recorder(model, UNITS, model, batches)
     for one, other in zip(late.record(2), recorded(model, batches)[2]):
         assert torch.equal(one[0][0][0][0], other[0][0][0][0]) and torch.equal(one[0][1], other[0][1])
 
@@ -240,9 +282,36 @@ def test_units_that_features_depend_on():
     assert [unit.name for unit in units if not unit.felt] == ['roi_head.bbox_head']
 
 
-def test_targets_without_a_unit_have_none():
-    model = nn.Sequential(nn.Linear(3, 3))
-    assert find_units(model, ['0'], [], lambda: [model(torch.randn(2, 3))]) == []
+class Applying(nn.Module):
+    """Applies the weight of a layer that it does not call."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, batch):
+        return nn.functional.linear(batch, self.layer.weight)
+
+
+@pytest.mark.parametrize('targets, expected', [
+    (['0'], ['0']), (['0.layer'], []), (['1'], ['1']), (['2'], []), (['3'], []), (['0.layer', '1', '2', '3'], ['1'])])
+def test_units_are_what_runs_and_has_something_quantized(targets, expected):
+    """Not a layer that is never called, or one that stays in float."""
+    def quantized():
+        return QuantizedLinear.from_float(nn.Linear(3, 3), LayerConfig(weight=WeightConfig(),
+                                                                       activation=ActivationConfig()))
+
+    model = nn.Sequential(Applying(quantized()), quantized(), nn.LayerNorm(3), nn.Linear(3, 3))
+    found = find_units(model, targets, [], lambda: [model(torch.randn(2, 3))])
+    assert [unit.name for unit in found] == expected and all(unit.felt for unit in found)
+
+
+def test_layers_without_a_unit_are_named(players):
+    units = [Unit('backbone.patch_embed', 1), Unit('backbone.blocks.1', 1)]
+    left = without_unit(players[0], ['backbone'], units)
+    assert 'backbone.blocks.0.mlp.fc1' in left and not any(
+        name.startswith(('backbone.patch_embed', 'backbone.blocks.1.')) for name in left)
+    assert without_unit(players[0], ['neck'], units) == []
 
 
 def test_inputs_of_other_things_are_unrelated():
@@ -315,6 +384,26 @@ def test_an_update_takes_all_images_where_they_are_not_apart():
     set_mode(unit, Mode.FLOAT)
     images = torch.randn(8, 3, 64, 64)
     assert enough_images(unit, ((images, ), {}), unit(images).detach()) == 8
+
+
+def needs_images(count, error):
+    """A unit that fails with so few images, and arguments of which it would need fewer."""
+    class Few(Pooled):
+        def forward(self, image):
+            if len(image) <= count:
+                raise error
+            return super().forward(image)
+
+    unit = Few(False)
+    unit.conv = QuantizedConv2d.from_float(unit.conv, LayerConfig(weight=WeightConfig(), activation=ActivationConfig()))
+    set_mode(unit, Mode.FLOAT)
+    return unit, ((torch.randn(8, 3, 64, 64), ), {})
+
+
+def test_an_update_takes_all_images_where_a_unit_fails_with_fewer():
+    (unit, arguments), told = needs_images(2, ValueError('one image is no batch')), []
+    assert enough_images(unit, arguments, torch.ones(8, 4, 64, 64), told.append) == 8
+    assert told == ['each update takes all images of a batch (ValueError: one image is no batch)']
 
 
 def learn(current, steps=40):
@@ -431,11 +520,41 @@ QUICK = stanza() | {'synthesis.num_images': 2, 'synthesis.batch_size': 1, 'recon
 
 
 @pytest.fixture(scope='module')
-def quick(small_config, tmp_path_factory):
-    """Where the whole recipe has run with few images and updates."""
+def watched(small_config, tmp_path_factory):
+    """Where the whole recipe has run with few images and updates, and what showed it in a terminal."""
     folder = tmp_path_factory.mktemp('quick')
-    run(config(small_config, folder, **QUICK))
-    return folder
+    display = Display(console=Console(force_terminal=True, file=io.StringIO()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('psaq_mm.engine.pipeline.Display', lambda quiet: display)
+        run(config(small_config, folder, **QUICK))
+    return folder, display
+
+
+@pytest.fixture(scope='module')
+def quick(watched):
+    """Where the whole recipe has run with few images and updates."""
+    return watched[0]
+
+
+def test_one_bar_goes_on_from_block_to_block(watched):
+    assert [task.description for task in watched[1].progress.tasks] == [
+        'synthesis', 'calibration', 'recording', 'reconstruction']
+    assert all(task.finished for task in watched[1].progress.tasks)
+
+
+def test_a_run_resumes_within_a_block_and_between_two(small_config, tmp_path, quick, killed_at):  # noqa: F811
+    for at in (11, 14):  # of 8 updates of images, then 2 for each block: in the second one, behind the third
+        killed_at(at)
+        with pytest.raises(KeyboardInterrupt):
+            run(config(small_config, tmp_path, **QUICK), resume=True)
+        content = torch.load(tmp_path / RUN / f'iter_{at}.pth', weights_only=True)['data_free'][0]
+        assert content['stage'] == 'reconstruction' and (content['state']['current'] is None) == (at == 14)
+    killed_at(None)
+    run(config(small_config, tmp_path, **QUICK), resume=True)
+    assert same(weights(tmp_path), weights(quick))
+    ours, theirs = (torch.load(folder / 'quantized.pth', weights_only=True)['meta']['reconstruction']
+                    for folder in (tmp_path, quick))
+    assert ours == theirs
 
 
 @pytest.mark.slow
@@ -447,22 +566,6 @@ def test_the_whole_recipe_resumes(small_config, tmp_path, killed_at, whole, at):
     killed_at(None)
     run(config(small_config, tmp_path, **stanza()), resume=True)
     assert same(weights(tmp_path), weights(whole))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('more', [
-    {'reconstruction.weights': 'free'}, {'reparameterize': False}, {'reconstruction.final': 0.0},
-    {'reconstruction.weight_ranges': 'calibrated'}, {'reconstruction.range_lr': 0.0}, {'reconstruction.mix': 0.0},
-    {'activation.softmax': 'per_tensor'}, {'activation.observer': 'minmax'},
-    {'synthesis.start': 'noise', 'synthesis.entropy': 1.0}, {'synthesis.size': ((64, 96), (96, 64))},
-    {'synthesis.diversity': 0.0, 'synthesis.entropy': 0.0}])
-def test_every_part_of_the_recipe_can_be_switched_off(small_config, tmp_path, quick, more):
-    result = quantize(config(small_config, tmp_path, **QUICK | more), eval_float=False, eval_quantized=False)
-    assert not same(weights(tmp_path), weights(quick))
-    content = torch.load(result['checkpoint'], weights_only=True)
-    assert result['recipe'] == content['meta']['quantization']['recipe'] == 'low_bit'
-    assert 'reconstruction' in content['meta']
-    assert all(torch.isfinite(value).all() for value in content['state_dict'].values())
 
 
 @pytest.mark.slow
@@ -544,6 +647,23 @@ def test_the_game_leaves_the_ranges_of_reconstructed_weights(small_config, tmp_p
     more = {'synthesis.num_images': 2, 'synthesis.batch_size': 1, 'reconstruction.steps': 1, 'game.steps': 2}
     game = run(config(small_config, tmp_path, **QUICK | more))['stages']['game']
     assert game['student'] and game['searched'] is None
+
+
+def test_what_goes_otherwise_than_asked_for_is_told(small_config, tmp_path, monkeypatch):
+    """Blocks and layers that stay as calibrated, inputs that are not mixed, heads that share a range."""
+    monkeypatch.setattr(stage_module, 'find_units', lambda *args: find_units(*args)[:-1])  # without the neck
+    monkeypatch.setattr(stage_module, 'unrelated', lambda exact, found: exact[0][0][0].shape[-1] == 64)
+    monkeypatch.setattr('psaq_mm.quantization.layers.head_count', lambda attention: 7)
+    cfg = config(small_config, tmp_path, **QUICK | {'synthesis.method': 'noise', 'reconstruction.steps': 1})
+    cfg.model.backbone.frozen_stages = 1
+    errors = run(cfg)['stages']['reconstruction']['errors']
+    log = ''.join(path.read_text() for path in tmp_path.rglob('*.log'))
+    assert 'backbone.patch_embed' not in errors and 'neck' not in errors
+    for words in (r'1 block not reconstructed, since nothing in it may change: backbone\.patch_embed\n',
+                  r'8 layers not reconstructed, since the model calls neither .*: neck\.lateral_convs\.0\.conv, ',
+                  r'backbone\.stages\.1\.blocks\.0 learns from full-precision inputs alone: ',
+                  r'4 attentions with one range for the weights of all heads, .*: backbone\.stages\.0\.blocks\.0\.'):
+        assert len(re.findall(words, log)) == 1, words
 
 
 def test_without_a_game_and_on_images_of_ones_own(small_config, tmp_path):

@@ -1,5 +1,6 @@
 """What a run says about itself: the page, its numbers, and what is shown while it works."""
 import argparse
+import io
 import json
 import math
 import os
@@ -15,10 +16,12 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS, VISBACKENDS
 from mmengine.structures import InstanceData, PixelData
 from mmengine.visualization.vis_backend import BaseVisBackend, force_init_env
+from rich.console import Console
 from torch import nn
 
 from psaq_mm.engine.checkpoint import load_safely, read_checkpoint
 from psaq_mm.engine.config import evaluation_config
+from psaq_mm.engine.display import Display, DisplayHook
 from psaq_mm.engine.runner import WITHOUT
 from psaq_mm.errors import UserError
 from psaq_mm.quantization import LayerConfig, calibrate, convert, layer_errors, quantizable
@@ -283,8 +286,8 @@ def test_figures_take_the_colours_of_the_page():
     history = [dict(stage='synthesis', index=i, entropy=i / 10) for i in range(8)] + [
         dict(stage='game', index=i, ratio=1 - i / 20, turn='images' if i in (3, 4) else 'student',
              **(dict(holdout=0.1) if i % 2 else {})) for i in range(8)]
-    drawn = [figures.synthesis_curve(history, 4), figures.game_curve(history, 0.1),
-             figures.synthesis_curve([dict(stage='synthesis', index=i, diversity=-1 / (i + 1)) for i in range(4)], 4),
+    drawn = [figures.synthesis_curve(history, 4, 'entropy'), figures.game_curve(history, 0.1),
+             figures.stage_curve(history, 'game', 'holdout'),
              figures.block_errors({'backbone.blocks.0': [0.3, 0.1], 'neck': [0.2, 0.2]}),
              figures.layer_bars([layer(), layer('b', 30.0)]), figures.range_bars([layer()], 'weight')]
     for figure in drawn:
@@ -292,7 +295,8 @@ def test_figures_take_the_colours_of_the_page():
         assert text.startswith('<svg') and 'var(--ink)' in text and '#010203' not in text
         image = figures.pixels(figure)
         assert image.dtype == np.uint8 and image.shape[2] == 3 and image.std() > 5
-    assert figures.synthesis_curve([], 4) is None and figures.game_curve([], None) is None
+    assert figures.synthesis_curve(history, 4, 'diversity') is None and figures.game_curve([], None) is None
+    assert figures.stage_curve(history, 'game', 'entropy') is None
     assert figures.block_errors({}) is None
 
 
@@ -354,6 +358,47 @@ def test_a_terminal_shows_a_bar_with_entropy_and_discrepancy(small_config, tmp_p
         assert re.search(rf'{stage} +━+ *\d+/\d+ +[\d:]+ eta [\d:]+ +{number}', shown), stage
     assert 'Iter(train)' not in shown and 'Stage 1/3' in shown
     assert any('Iter(train)' in path.read_text() for path in tmp_path.rglob('*.log'))
+
+
+def test_what_stands_between_backticks_is_code():
+    assert page.marked('`a<b` & `c`') == '<code>a&lt;b</code> &amp; <code>c</code>'
+
+
+def bars(display):
+    """Names of the bars in a terminal, and how far each is."""
+    return [(task.description, task.completed, task.total) for task in display.progress.tasks if task.visible]
+
+
+def test_a_stage_has_one_bar_whatever_lies_between_its_updates():
+    """All bars stay within the terminal, and the present one says how long the stage takes with what lies between."""
+    console, clock = Console(force_terminal=True, file=io.StringIO(), height=24, width=120), [0.0]
+    with Display(console=console) as display:
+        display.progress.get_time = lambda: clock[0]
+        for unit in range(40):
+            for done in (1, 2):
+                clock[0] += 60
+                display.show('recording', done, 2)
+            for done in range(5):
+                clock[0] += 1
+                display.show('reconstruction', 5 * unit + done + 1, 200)
+            assert bars(display) == [('recording', 2, 2), ('reconstruction', 5 * unit + 5, 200)]
+            if unit == 19:
+                left = display.progress.tasks[1].time_remaining
+        display.show('game', 1, 9)
+    assert left == pytest.approx(20 * 125, rel=0.1)
+    last = console.file.getvalue().rpartition('recording')[2]
+    assert 'reconstruction' in last and 'game' in last
+
+
+def test_each_evaluation_has_a_bar():
+    runner = argparse.Namespace(test_dataloader=[0] * 3)
+    with Display(console=Console(force_terminal=True, file=io.StringIO())) as display:
+        hook = DisplayHook(display)
+        for _ in range(2):
+            for batch in range(3):
+                hook.after_test_iter(runner, batch)
+            hook.after_test_epoch(runner)
+    assert bars(display) == [('evaluation', 3, 3)] * 2
 
 
 def test_a_report_that_fails_loses_nothing(small_config, tmp_path, monkeypatch):
@@ -494,7 +539,7 @@ def test_a_run_that_was_interrupted_reports_all_of_itself(small_config, tmp_path
             raise KeyboardInterrupt
         return play(self, rng)
 
-    monkeypatch.setattr(reporting.figures, 'synthesis_curve', lambda history, steps: histories.append(history))
+    monkeypatch.setattr(reporting.figures, 'synthesis_curve', lambda history, *args: histories.append(history))
     with monkeypatch.context() as context:
         context.setattr(GameStage, 'step', stops)
         with pytest.raises(KeyboardInterrupt):

@@ -134,13 +134,31 @@ def test_the_game_wants_two_images_where_it_is_played():
     QuantizationConfig.parse(dict(synthesis=dict(num_images=1), game=dict(steps=0)))
 
 
-def test_what_a_stanza_says_otherwise_than_its_recipe():
-    assert QuantizationConfig.parse(dict(weight=dict(bits=4))).departures == []
-    assert QuantizationConfig.parse(dict(game=dict(steps=9))).departures == []  # the paper's recipe names nothing
-    stanza = dict(weight=dict(bits=4), synthesis=dict(steps=100, start='dead_leaves'), reconstruction=dict(steps=9))
-    assert QuantizationConfig.parse(stanza).departures == ['synthesis.steps=100', 'reconstruction.steps=9']
-    stanza['synthesis'] = dict(method='noise')  # makes no images by any recipe
-    assert QuantizationConfig.parse(stanza).departures == ['reconstruction.steps=9']
+FOUR = dict(weight=dict(bits=4), activation=dict(bits=4))
+
+
+@pytest.mark.parametrize('stanza, expected', [
+    ({}, []), (FOUR, []), (dict(FOUR, recipe='paper'), []), (dict(recipe='low_bit'), []),
+    (dict(game=dict(steps=9)), ['game.steps=9']),
+    (dict(FOUR, reconstruction=dict(final=0.0, mix=0.0, weights='free', weight_ranges='calibrated', range_lr=0.0),
+          game=dict(steps=0)),
+     ['reconstruction.range_lr=0.0', "reconstruction.weights='free'", "reconstruction.weight_ranges='calibrated'",
+      'reconstruction.mix=0.0', 'reconstruction.final=0.0', 'game.steps=0']),
+    (dict(recipe='paper', reparameterize=True, reconstruction=dict(steps=300)),
+     ['reparameterize=True', 'reconstruction.steps=300']),
+    (dict(weight=dict(bits=4, observer='mse'), activation=dict(bits=4, symmetric_products=True, softmax='per_tensor')),
+     ["weight.observer='mse'", 'activation.symmetric_products=True', "activation.softmax='per_tensor'"]),
+    (dict(FOUR, synthesis=dict(steps=100, start='dead_leaves')), ['synthesis.steps=100']),
+    (dict(FOUR, synthesis=dict(method='noise'), reconstruction=dict(steps=9)),
+     ["synthesis.method='noise'", 'reconstruction.steps=9']),
+    (dict(FOUR, synthesis=dict(method='real', num_images=24)), ["synthesis.method='real'", 'synthesis.num_images=24']),
+    # What goes by the model, the machine or the task is no matter of the recipe.
+    (dict(FOUR, targets=['head'], patch_embed_bits=4, keep_float=['a'], report=dict(images=0), overrides=[
+        dict(pattern='*', weight=dict(bits=3))], synthesis=dict(size=(64, 64), batch_size=2, checkpointing=True)), [])])
+def test_what_a_stanza_says_otherwise_than_its_recipe(stanza, expected):
+    found = QuantizationConfig.parse(stanza)
+    assert found.departures == expected
+    assert QuantizationConfig.parse(found.to_dict()).departures == expected  # with all defaults spelled out
 
 
 @pytest.mark.parametrize('key', ['final', 'range_lr', 'rounding_lr'])

@@ -1,9 +1,12 @@
 """Graphs that TensorRT's parser takes: the rules, what breaks them, and engines, as far as they go without a GPU."""
+import json
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from psaq_mm.deploy.check import packed
 from psaq_mm.deploy.engine import build_engine, compared
 from psaq_mm.deploy.graph import Features, Form, export_graph
 from psaq_mm.deploy.predictor import predictor_of
@@ -41,6 +44,9 @@ BAD = [
     ('operator', model([node('Det', 'x')])),
     ('type', model([node('Transpose', 'x')], kind=kinds.UINT8)),
     ('type', model([node('Cast', 'x', output='b', to=kinds.BOOL), node('NonZero', 'b')])),
+    ('uint8', model([node('ArgMax', 'x', output='i'), node('Cast', 'i', to=kinds.UINT8)])),
+    ('uint8', model([node('Cast', 'x', to=kinds.INT64)], kind=kinds.UINT8)),
+    ('uint8', model([node('Cast', 'x', output='b', to=kinds.UINT8), node('Cast', 'b', to=kinds.FLOAT)])),
     ('zero_point', model([node('QuantizeLinear', 'x', 's', 'z')], dict(s=ONE, z=ZERO))),
     ('zero_point', model([node('QuantizeLinear', 'x', 's', 'z')], dict(s=ONE, z=np.int8(3)))),
     ('zero_point', model([node('QuantizeLinear', 'x', 's')], dict(s=ONE))),
@@ -50,6 +56,11 @@ BAD = [
     ('pair', model([node('DequantizeLinear', 'w', 's', 'z')], dict(w=np.int32([3]), s=ONE, z=np.int32(0)))),
     ('constant', model([node('Shape', 'x', output='s'), node('Unsqueeze', 'x', 's')], shape=('a', 'b'))),
     ('top_k', model([helper.make_node('TopK', ['x', 'k'], ['y', 'i'])], dict(k=np.int64([4000])))),
+    ('top_k', model([node('Shape', 'x', output='s'), node('Slice', 's', 'o', 't', output='k'),
+                     helper.make_node('TopK', ['x', 'k'], ['y', 'i'])], dict(o=np.int64([1]), t=np.int64([2])),
+                    shape=(2, 'n'))),
+    ('granularity', model([node('QuantizeLinear', 'x', 's', 'z')], dict(s=np.float32([0.1, 0.2, 0.3]),
+                                                                        z=np.int8([0, 0, 0])))),
     ('top_k', model([helper.make_node('TopK', ['x', 'k'], ['y', 'i'], sorted=0)], dict(k=np.int64([2])))),
     ('resize', model([node('Resize', 'x', '', 's', mode='cubic')], dict(s=np.float32([1, 2])))),
     ('scatter', model([node('ScatterND', 'x', 'i', 'u', reduction='add')],
@@ -86,6 +97,38 @@ def test_pairs_of_signed_integers_break_none():
                    node('DequantizeLinear', 'w', 's', 'z', output='b'), node('MatMul', 'a', 'b')],
                   dict(s=ONE, z=SIGNED, w=np.ones((3, 4), np.int8)))
     assert not violations(graph, static=True)
+
+
+def test_a_number_of_the_best_that_is_limited_breaks_none():
+    nodes = [node('Shape', 'x', output='s'), node('Slice', 's', 'o', 't', output='n'),
+             node('Min', 'n', 'l', output='m'), node('Cast', 'm', output='k', to=kinds.INT64),
+             helper.make_node('TopK', ['x', 'k'], ['y', 'i'])]
+    stored = dict(o=np.int64([1]), t=np.int64([2]), l=np.int64([1000]))
+    assert not violations(model(nodes, stored, shape=(2, 'n')))
+    assert violations(model(nodes, dict(stored, l=np.int64([4000])), shape=(2, 'n')))[0].what == 'K is up to 4000'
+
+
+def test_labels_become_bytes_by_way_of_floats():
+    graph = model([node('ArgMax', 'x', output='i', axis=1), node('Cast', 'i', to=kinds.UINT8)], shape=(2, 200))
+    assert [item.rule for item in violations(graph)] == ['uint8']
+    for_tensorrt(graph)
+    assert not violations(graph)
+    graph.graph.output[0].type.tensor_type.elem_type = kinds.UINT8
+    session = pytest.importorskip('onnxruntime').InferenceSession(graph.SerializeToString())
+    x = np.random.default_rng(0).random((2, 200), np.float32)
+    found, = session.run(None, dict(x=x))
+    assert found.dtype == np.uint8 and (found[:, 0] == x.argmax(1)).all()
+
+
+def test_a_graph_for_one_size_must_be_static(monkeypatch, tmp_path):
+    """And is held to that when it is written."""
+    from psaq_mm.deploy import graph as graphs
+    seen = []
+    monkeypatch.setattr(graphs, 'check_for_tensorrt', lambda model, static=False: seen.append(static))
+    for axes in (None, {'y': {1: 'n'}}, {'x': {1: 'n'}}):
+        graphs.write(nn.Linear(4, 3), (torch.zeros(2, 4), ), tmp_path / 'g.onnx', ['x'], ['y'], axes, {}, 'Linear',
+                     Form('symmetric'))
+    assert seen == [True, True, False]
 
 
 def test_sizes_are_computed_in_advance():
@@ -192,11 +235,12 @@ def test_an_engine_is_compared_on_what_the_export_was_checked_with(exported, tmp
 
     path = tmp_path / 'model.onnx'
     path.write_bytes(graph.read_bytes())
-    assert 'to noise (check.npy is not beside the graph) agree' in compared(run, path)[0]
+    assert 'to noise (model.json has no check image) agree' in compared(run, path)[0]
     image = torch.randint(0, 255, (1, *shape[1:]), dtype=torch.uint8).numpy()
-    np.save(tmp_path / 'check.npy', image)
+    check = dict(size=shape[1:3], content=packed(dict(image=image[0])))
+    (tmp_path / 'model.json').write_text(json.dumps(dict(check=check)))
     text, good = compared(run, path)
-    assert good and 'to check.npy' in text and np.array_equal(given[1], image)
+    assert good and 'to the image of model.json' in text and np.array_equal(given[1], image)
     monkeypatch.setattr('psaq_mm.deploy.engine.anything', lambda *args: False)
     assert 'in which there is no object' in compared(run, path)[0]
 
@@ -215,3 +259,11 @@ def test_errors_are_one_line(exported, tmp_path):
     done = run_tool(ROOT / 'tools' / 'tensorrt_engine.py', tmp_path / 'open.onnx', check=False)
     assert done.returncode == 2 and '--preset symmetric --size H W' in done.stderr
     assert not list(tmp_path.glob('*.engine'))
+
+
+def test_batches_are_refused_early(tmp_path):
+    from mmengine.config import Config
+
+    from psaq_mm.deploy import export
+    with pytest.raises(UserError, match="preset 'symmetric': TensorRT gets graphs for one image.*leave --batch out"):
+        export(Config(dict()), 'quantized.pth', str(tmp_path), preset='symmetric', batch=True)

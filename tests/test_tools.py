@@ -1,9 +1,12 @@
 """The tools as a user runs them, and the ecosystem's own tools on what they write."""
+import html
 import json
 import pickle
 import re
+import runpy
 import shutil
 import sys
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +47,19 @@ def test_what_is_written(quantized_run):
     for word in ('Stage 1/3', 'Stage 2/3', 'Stage 3/3', 'eta:', 'entropy:', 'discrepancy:', 'The game is over'):
         assert word in log
     assert list(work_dir.rglob('vis_data/vis_image/synthetic_*.png'))  # through the Visualizer
+
+
+def test_every_result_names_the_recipe_and_what_is_set_otherwise(quantized_run):
+    work_dir, _ = quantized_run
+    expected = ['synthesis.num_images=6', 'synthesis.steps=4', 'game.steps=8', 'game.student_patience=3',
+                'game.image_patience=2', 'game.evaluate_every=2']
+    metrics = json.loads((work_dir / 'metrics.json').read_text())
+    meta = torch.load(work_dir / 'quantized.pth', weights_only=True)['meta']
+    assert metrics['recipe'] == meta['quantization']['recipe'] == 'paper'
+    assert metrics['departures'] == meta['departures'] == expected
+    said = f"recipe 'paper', but for {', '.join(expected)}"
+    assert any(said in path.read_text() for path in work_dir.rglob('*.log'))
+    assert f'{said}; quantized: backbone, neck' in html.unescape((work_dir / 'report.html').read_text())
 
 
 @pytest.fixture(scope='module')
@@ -203,6 +219,15 @@ def test_demo_and_benchmark_are_commands(tmp_path):
     assert 'choose from detection' in run_tool('demo/run.py', 'tracking', check=False).stderr
 
 
+def test_tools_take_the_recipes_that_the_stanza_knows():
+    from psaq_mm.stanza import QuantizationConfig
+    names = typing.get_args(typing.get_args(QuantizationConfig.model_fields['recipe'].annotation)[0])
+    coverage = runpy.run_path(str(ROOT / 'tools' / 'coverage.py'))
+    assert names == coverage['common'].RECIPES == tuple(coverage['WORK'])
+    done = run_tool('tools/grid.py', 'none.py', '--recipes', 'best', check=False)
+    assert done.returncode == 2 and all(name in done.stderr for name in names)
+
+
 @pytest.mark.slow
 def test_memory_of_a_step_is_near_that_of_a_bare_one(tmp_path):
     """Times are for people to look at; allocations are the same every time."""
@@ -281,7 +306,55 @@ def test_end_to_end_benchmark_runs_every_variant(small_config, tmp_path):
              '--json', tmp_path / 'j.json')
     found = json.loads((tmp_path / 'j.json').read_text())
     assert len(found) == 2 and [key.endswith('--amp') for key in found] == [False, True]
-    assert all(run['minutes'] > 0 and run['peak_gb'] > 0.1 and run['quantized'] for run in found.values())
+    assert all(run['minutes'] > run['quantization_minutes'] > 0 and run['peak_gb'] > 0.1 and run['quantized']
+               for run in found.values())
+
+
+def load_end_to_end(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'benchmarks'))
+    import end_to_end
+    return end_to_end
+
+
+def test_end_to_end_benchmark_gives_recipes_their_own_defaults(small_config, tmp_path, monkeypatch):
+    from mmengine.config import Config
+
+    from psaq_mm.stanza import QuantizationConfig
+    benchmark = load_end_to_end(monkeypatch)
+    for recipe, images in (('paper', 32), ('low_bit', 96)):
+        path = benchmark.recipe_config(small_config, recipe, (4, 6), tmp_path / f'{recipe}.py')
+        cfg = Config.fromfile(path)
+        found = QuantizationConfig.parse(cfg.quantization)
+        assert (found.recipe, found.departures, found.synthesis.num_images) == (recipe, [], images)
+        assert (found.weight.bits, found.activation.bits, found.report.images) == (4, 6, 0)
+        assert (found.synthesis.size, found.synthesis.batch_size) == (((64, 96), ), 3)  # the config's
+        assert cfg.model == Config.fromfile(small_config).model
+
+
+def test_end_to_end_benchmark_runs_both_recipes_and_shows_ratios(small_config, tmp_path, monkeypatch, capsys):
+    benchmark = load_end_to_end(monkeypatch)
+    cost = dict(paper=(2.0, 0.5), low_bit=(5.0, 0.7))
+
+    def timed(command, repo, log):
+        recipe = re.search(r"'recipe': '(\w+)'", Path(command[2]).read_text())[1]
+        minutes, peak = cost[recipe]
+        Path(command[command.index('--json') + 1]).write_text(json.dumps(dict(
+            minutes=minutes - 1, full_precision={'coco/bbox_mAP': 0.6}, quantized={'coco/bbox_mAP': 0.5})))
+        return minutes, peak
+
+    monkeypatch.setattr(benchmark, 'timed', timed)
+    monkeypatch.setattr(sys, 'argv', ['end_to_end.py', '--tasks', '--configs', str(small_config), '--json',
+                                      str(tmp_path / 'j.json')])
+    assert benchmark.main() == 0
+    paper, low_bit, ratios = json.loads((tmp_path / 'j.json').read_text()).values()
+    assert (paper['minutes'], low_bit['minutes'], low_bit['peak_gb']) == (2.0, 5.0, 0.7)
+    assert list(ratios.values()) == [dict(time=2.5, quantization=4.0, memory=pytest.approx(1.4))]
+    printed = capsys.readouterr().out
+    assert 'low_bit / paper: 2.50 times the minutes, 4.00 times those of quantization, 1.40 times the peak' in printed
+    monkeypatch.setattr(sys, 'argv', ['end_to_end.py', '--variant=--amp', '--bits', 'W4A8'])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert '--bits are those of --recipes' in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ The tools load it by its path: nothing here can be taken for a module of the use
 import argparse
 import datetime
 import os
+import runpy
 import sys
 import tempfile
 import time
@@ -15,6 +16,7 @@ FOLDER = Path(__file__).resolve().parent
 # Python puts a script's folder first; a user's package of the same name as a tool would not be found.
 sys.path[:] = [entry for entry in sys.path if not entry or Path(entry).resolve() != FOLDER]
 STARTED = time.time()
+RECIPES = tuple(runpy.run_path(str(FOLDER.parent / 'psaq_mm' / 'recipes.py'))['RECIPES'])  # psaq_mm is heavy to import
 OURS = 'psaq_mm, '  # what error.log begins with
 
 

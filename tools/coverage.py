@@ -29,7 +29,7 @@ def parse_args():
                         'name; * stands for anything')
     parser.add_argument('--all', action='store_true', help='convolutional configs, too')
     parser.add_argument('--timeout', type=float, default=300, help='seconds for one config (default: 300)')
-    parser.add_argument('--recipe', choices=('paper', 'low_bit'), default='paper', help='of the quantization (default: '
+    parser.add_argument('--recipe', choices=common.RECIPES, default='paper', help='of the quantization (default: '
                         'paper); low_bit reparameterises norms and reconstructs each block before the game')
     parser.add_argument('--export', action='store_true', help='go on to one graph of the whole model, held against '
                         'it in OpenVINO and ONNX Runtime')

@@ -105,7 +105,8 @@ def export(args):
             table.add_row(title, '\n'.join(names[:5]) + more)
     whole = result.get('whole')
     if whole:
-        sizes = f"images of {' x '.join(map(str, whole['size']))}" if whole.get('size') else 'images of any size'
+        sizes = f"images of {' x '.join(map(str, whole['size']))}" if whole.get('size') else (
+            f"images of any size from {whole.get('at_least')} pixels a side")
         table.add_row('whole model', f"none: {whole['refused']}" if 'refused' in whole else
                       f"model.onnx, {whole['size_mb']} MB, for {sizes}; try python predict.py model.onnx IMAGE there")
     Console().print(table)

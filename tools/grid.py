@@ -15,7 +15,7 @@ from types import SimpleNamespace
 # By path: as a module of this name it would hide one of the user's.
 common = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name('common.py'))))
 
-RECIPES = ('paper', 'low_bit')
+RECIPES = common.RECIPES
 METHODS = ('noise', 'psaq_v1', 'psaq_v2', 'real')
 
 

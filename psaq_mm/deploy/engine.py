@@ -1,6 +1,7 @@
 """Builds TensorRT engines from exported graphs, and holds them against the graphs. Never run here: it needs a GPU."""
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from .agreement import first_line, unpacked
 from .answers import agreement, anything, single
 from .extras import need
 from .runtime import SESSIONS
+from .session import unpacked as check_of
 from .tensorrt import check_for_tensorrt
-from .whole import CHECK, GOOD, INPUT, MARGIN, enlarged
+from .whole import GOOD, INPUT, MARGIN, enlarged
 
 RUNTIME = 'tensorrt'
 
@@ -54,8 +56,8 @@ def compared(run: Callable, path: Path) -> tuple[str, bool]:
 
     Args:
         run (Callable): From inputs by name to outputs by name.
-        path (Path): The graph: of features with the probes that it holds, of a whole model against ONNX Runtime, with
-            the image that the export checked it with, beside it.
+        path (Path): The graph. A graph of features holds probes, which the engine must compute. A graph of a whole
+            model is compared with ONNX Runtime, on the image of the check in the ``model.json`` beside it.
 
     Returns:
         tuple[str, bool]: What was found, and whether that is good.
@@ -68,17 +70,15 @@ def compared(run: Callable, path: Path) -> tuple[str, bool]:
                  for probe in unpacked(notes['probes'])]
         return '; '.join(map(str, found)), all(item.passed for item in found)
     shape = [axis.dim_value or 1 for axis in graph.input[0].type.tensor_type.shape.dim]
-    image = path.with_name(CHECK)
-    if image.is_file():
-        images = np.load(image)
-    else:
-        images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    card = path.with_suffix('.json')
+    check = json.loads(card.read_text(encoding='utf-8')).get('check') if card.is_file() else None
+    images = check_of(check)[1] if check else np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     images = enlarged(torch.from_numpy(images), shape[1:3]).expand(shape[0], -1, -1, -1).numpy()
     expected = SESSIONS['onnxruntime'](str(path)).run({INPUT: images})
     found = run({INPUT: images})
     value = min(agreement(names, *pair) for pair in zip(single(names, expected), single(
         names, [found[name] for name in names])))
-    said = CHECK if image.is_file() else f'noise ({CHECK} is not beside the graph)'
+    said = f'the image of {card.name}' if check else f'noise ({card.name} has no check image)'
     nothing = '' if anything(names, expected) else ', in which there is no object, so that little is known'
     return (f'the answers to {said}{nothing} agree with those in ONNX Runtime by {value:.3f}, and need '
             f'{GOOD - MARGIN:.2f}', value >= GOOD - MARGIN)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
@@ -22,7 +21,7 @@ from ..classification import Classifier
 from ..engine.checkpoint import read_checkpoint
 from ..engine.config import dataset_meta, default_scope, test_config
 from ..engine.config_file import config_text as plain_text
-from ..engine.loop import read_images
+from ..engine.images import read_images
 from ..errors import UserError
 from ..files import OwnedFolder, write_atomically, write_json
 from ..models import BACKBONES, backbone_name, backbone_of, image_channels, own_size, quantize_model_config, resolved
@@ -40,7 +39,8 @@ from .agreement import (
     probes,
     reference,
 )
-from .card import CARD, SCRIPT, deliver, describe
+from .card import CARD, SCRIPTS, deliver, describe
+from .check import UNCHECKED
 from .convolutions import IMAGES
 from .extras import need
 from .graph import (
@@ -55,14 +55,15 @@ from .graph import (
     nesting,
 )
 from .heads import export_head, head_inputs, head_names
+from .pixels import missing_pipeline
 from .predictor import Predictor, predictor_of
 from .runtime import RUNTIMES, Graph, HeadGraph, host
-from .whole import CHECK, MODEL, Whole, export_whole, in_pixels
+from .whole import MODEL, Whole, export_whole, in_pixels
 
 QUANTIZED = 'psaq_mm.QuantizedModel'
 FOLDER = '<folder of this file>'
 # And a graph for each quantized head.
-RESULTS = ('features.onnx', 'int8_config.py', 'int8.pth', 'export.json', MODEL, CARD, SCRIPT, CHECK)
+RESULTS = ('features.onnx', 'int8_config.py', 'int8.pth', 'export.json', MODEL, CARD, *SCRIPTS)
 PROPOSALS = 16  # that a head's graph keeps to check itself with
 CHECK_SIDE = 256  # the check image is stored in this size at most, and enlarged
 TRIED = 16  # images, of which the first with an object checks the whole graph
@@ -497,7 +498,7 @@ def whole_predictor(model, cfg: Config, batch: bool) -> Predictor | str:
 
 def deliver_whole(predictor: Predictor, cfg: Config, meta: dict, folder: Path, images: list[Tensor],
                   size: tuple[int, int], fixed: bool, runtimes: list[str], form: Form) -> dict:
-    """Write ``model.onnx``, ``model.json``, ``predict.py`` and the image that all was checked with.
+    """Write ``model.onnx``, ``model.json`` and ``predict.py``.
 
     Args:
         predictor (Predictor): Of a quantized model.
@@ -510,8 +511,8 @@ def deliver_whole(predictor: Predictor, cfg: Config, meta: dict, folder: Path, i
         form (Form): What the graph is to be like; ``images`` are those of the model, (1, C, H, W).
 
     Returns:
-        dict: ``size``, ``size_mb``, ``reason`` and what was ``measured``; or ``refused``, why there is no such graph.
-        With ``warnings``.
+        dict: ``size``, ``at_least``, ``size_mb``, ``reason`` and what was ``measured``; or ``refused``, why there is no
+        such graph. With ``warnings``.
     """
     form = form._replace(images=tuple(in_pixels(predictor, item) for item in form.images))
     checks = torch.cat([in_pixels(predictor, resized(image, size)) for image in images])
@@ -522,13 +523,16 @@ def deliver_whole(predictor: Predictor, cfg: Config, meta: dict, folder: Path, i
         return dict(refused=str(error), warnings=[])
     measured = [dict(item._asdict(), passed=item.passed) for item in (*found.differences, *found.findings)]
     right = [runtime for runtime in runtimes if not found.failures(runtime)]
-    deliver(describe(predictor, cfg, dataset_meta(cfg, meta), found.file, found.answers, right), folder)
-    np.save(folder / CHECK, found.image.numpy())
-    warnings = warnings_of({MODEL: found}, runtimes, found.reason)
+    card = describe(predictor, cfg, dataset_meta(cfg, meta), found.file, found.answers, right, found.image)
+    deliver(card, folder)
+    warnings = [*filter(None, [missing_pipeline(cfg)]), *warnings_of({MODEL: found}, runtimes, found.reason)]
     if not found.anything:
-        warnings.append(f'{MODEL}: no object was found on the check images: the answers were compared on none')
-    return dict(size=found.size, size_mb=round(found.file.stat().st_size / 1e6, 2), reason=found.reason,
-                measured=measured, warnings=warnings)
+        warnings.append(f'{MODEL}: the model finds no object in the images that check the graph, so answers were '
+                        'compared on none')
+    elif card['check'] is None:
+        warnings.append(UNCHECKED)
+    return dict(size=found.size, at_least=card['sizes']['at_least'], reason=found.reason,
+                size_mb=round(found.file.stat().st_size / 1e6, 2), measured=measured, warnings=warnings)
 
 
 def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | None = None,
@@ -566,6 +570,9 @@ def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | 
         raise UserError(f"--runtime {runtime}: must be one of {', '.join(RUNTIMES)}")
     if own and runtime != own:
         raise UserError(f"--runtime {runtime}: preset '{preset}' is for {own} alone; leave one of the two out")
+    if batch and preset == 'symmetric':
+        raise UserError("preset 'symmetric': TensorRT gets graphs for one image, as tools/tensorrt_engine.py builds "
+                        'engines without profiles of shapes; leave --batch out')
     target = OwnedFolder(work_dir)
     need('onnx')
     runtimes = installed(runtime)[:1 if own else None]
@@ -637,7 +644,7 @@ def _export(cfg, checkpoint, target, size, runtimes, preset, whole, batch):
                 predictor, cfg, content.get('meta', {}), work, checks, traced, bool(size), runtimes, form)
             result['warnings'] += result['whole'].pop('warnings')
         write_json(result, work / 'export.json')
-        for name in (MODEL, CARD, SCRIPT, CHECK):  # of an earlier export
+        for name in (MODEL, CARD, *SCRIPTS):  # of an earlier export
             target.remove(name)
         target.write_all(work)
     return result

@@ -270,7 +270,7 @@ def write(network: nn.Module, inputs: tuple, path, input_names, output_names, ax
         separate_readers(graph)
     if form.preset == 'symmetric':
         for_tensorrt(graph)
-        check_for_tensorrt(graph)
+        check_for_tensorrt(graph, static=not set(input_names) & set(axes or ()))
     onnx.checker.check_model(graph)
     write_atomically(graph.SerializeToString(), Path(path))
 

@@ -36,6 +36,15 @@ def pipeline_of(cfg: Config) -> list[dict]:
     return [dict(step) for step in test_dataset(cfg).get('pipeline') or ()]
 
 
+def missing_pipeline(cfg: Config) -> str | None:
+    """Say that a config has no test pipeline, and what follows; None where it has one."""
+    if pipeline_of(cfg):
+        return None
+    key = 'test_dataloader.dataset.pipeline' if cfg.get('test_dataloader') else 'test_dataloader'
+    return (f'the config has no {key}: model.onnx takes images as they are and does not resize them. If evaluations '
+            f'resize, give a config with {key} and export again')
+
+
 def kind_of(step: dict) -> str:
     """Return the name of a transform's class, without scope."""
     kind = step['type'] if isinstance(step['type'], str) else step['type'].__name__
@@ -273,7 +282,9 @@ class Pixels(nn.Module):
         super().__init__()
         check_preprocessor(preprocessor)
         swapped = getattr(preprocessor, '_channel_conversion', getattr(preprocessor, 'channel_conversion', False))
-        self.reverse = channels == 3 and not swapped  # the pipeline loads BGR
+        check_loader(cfg, preprocessor)
+        stored = loader_of(cfg).get('imdecode_backend') == 'tifffile'  # leaves the order of channels as it is
+        self.reverse = channels == 3 and swapped == stored  # all others load BGR
         self.integers, self.colour_last = True, channels == 3 and swapped
         self.scope = cfg.get('default_scope') or 'mmdet'
         self.steps, self.done = nn.ModuleList(), []  # and these in words
@@ -351,6 +362,14 @@ def check_preprocessor(preprocessor: nn.Module) -> None:
     if type(preprocessor).forward not in [kind.forward for kind in known]:
         raise UserError(f'model.data_preprocessor of type {type(preprocessor).__name__} cannot be a part of the graph: '
                         f'only {", ".join(kind.__name__ for kind in known)} and classes with their forward can')
+
+
+def check_loader(cfg: Config, preprocessor: nn.Module) -> None:
+    """Raise a UserError if images have more than 8 bits a channel where the model reads them."""
+    mean = getattr(preprocessor, 'mean', None)
+    if loader_of(cfg).get('color_type') == 'unchanged' and mean is not None and mean.max() > 255:
+        refuse('LoadImageFromFile', f"color_type='unchanged' with a mean of {mean.max():g}: images of more than 8 bits "
+               'a channel cannot be a part of the graph')
 
 
 def make_resize(step: dict, pixels: Pixels) -> Resize:

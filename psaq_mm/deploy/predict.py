@@ -1,92 +1,81 @@
 """Runs the model beside this file on images: python predict.py model.onnx street.jpg [more.jpg ...] [--out street.png]
 
-Needs NumPy, Pillow, and onnxruntime or openvino. model.json says what goes in, what comes out and what it means.
+Needs session.py, NumPy, Pillow, and onnxruntime or openvino. model.json says what goes in and what comes out.
 """
 import argparse
 import colorsys
 import hashlib
-import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
-
-def package(name):
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        sys.exit(f'{name} cannot be imported ({error}): pip install {"Pillow" if name.startswith("PIL") else name}')
+try:
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageOps
+    from session import ending, runner  # beside this file
+except ImportError as error:
+    sys.exit(f'{error}: pip install Pillow numpy, and copy session.py from where predict.py comes from')
 
 
 def read_card(model):
-    try:
-        card, content = json.loads(model.with_name('model.json').read_text(encoding='utf-8')), model.read_bytes()
-    except (OSError, ValueError) as error:
-        sys.exit(f'{error}: give the .onnx file, with model.json in the same folder')
-    if hashlib.sha256(content).hexdigest() != card['sha256']:
+    with ending(f'{model} cannot be read', 'give the .onnx file of an export, with its model.json in the same folder'):
+        card = json.loads(model.with_name('model.json').read_text(encoding='utf-8'))
+        digest, right = hashlib.sha256(model.read_bytes()).hexdigest(), card['sha256']
+    if digest != right:
         sys.exit(f'{model} is not the file that its model.json describes: copy both from the same export')
     return card
 
 
-def runner(model, name, right):
-    """A function from an array to a dict of arrays."""
-    name = name or next((known for known in right if importlib.util.find_spec(known)), right[0])
-    if name not in right:
-        sys.exit(f'{name} was not found to compute this graph rightly: take {" or ".join(right)}')
-    module = package(name)
-    if name == 'onnxruntime':
-        session = module.InferenceSession(model.read_bytes(), providers=['CPUExecutionProvider'])
-        return lambda images: dict(zip([o.name for o in session.get_outputs()], session.run(None, dict(images=images))))
-    network = module.Core().compile_model(str(model), 'CPU', dict(INFERENCE_PRECISION_HINT='f32'))
-    return lambda images: {key.any_name: value for key, value in network(dict(images=images)).items()}
-
-
 def read_image(path, card):
     """(1, H, W, C) in 0..255, as an evaluation reads it."""
-    _, height, width, channels = card['input']['shape']
-    try:
+    (_, height, width, channels), order = card['input']['shape'], card['input']['channels'] or ''
+    with ending(f'{path} cannot be read as an image', 'convert or reduce it first'):
         image = Image.open(path)
+        if image.mode == 'F' or image.mode == 'I' and image.format not in ('PNG', 'PPM'):
+            raise ValueError('its numbers have 32 bits')
         image = ImageOps.exif_transpose(image) if card['upright'] else image
         if image.mode.startswith('I'):  # 16 bits
+            if card['unchanged']:
+                raise ValueError('its numbers have 16 bits, an evaluation would leave them')
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        pixels = np.array(image.convert({1: 'L', 3: 'RGB'}.get(channels))).reshape(1, image.height, image.width, -1)
-    except OSError as error:
-        sys.exit(f'{path} cannot be read as an image ({error})')
-    if pixels.shape[3] != channels or isinstance(height, int) and pixels.shape[1:3] != (height, width):
-        sys.exit(f'{path} has {image.width} x {image.height} pixels and {pixels.shape[3]} channels, the model takes '
-                 f'{width} x {height} and {channels} only: convert the image first')
-    return pixels
+        image = image.convert(order) if order in ('L', 'RGB') else image
+        pixels = np.array(image).reshape(1, image.height, image.width, -1)
+    if set(image.mode) != set(order) or isinstance(height, int) and image.size != (width, height):
+        sys.exit(f'{path} has {image.width} x {image.height} pixels in {image.mode}, the model takes {width} x '
+                 f'{height} in {order or f"{channels} channels"} only: convert the image first')
+    if min(image.size) < card['sizes']['at_least']:
+        sys.exit(f"{path} has {image.width} x {image.height} pixels, the model was measured with sides of "
+                 f"{card['sizes']['at_least']} and more only: enlarge or pad the image first")
+    return pixels[..., [image.mode.index(channel) for channel in order]]
 
 
 def paste(mask, box, size, card):
     """Where an object is, (H, W): mask_meaning in model.json says how."""
     if card['mask_form'] == 'image':
         return mask >= card['mask_threshold']
-    found, values, area = np.zeros(size, bool), np.pad(mask, 1), []
+    found, area, shares = np.zeros(size, bool), [], []
     for low, high, side, count in zip(box[1::-1], box[:1:-1], size, mask.shape):
-        area.append(slice(max(int(low) - 1, 0), min(int(high) + 2, side)))
-        centres = np.arange(area[-1].start, area[-1].stop) + 0.5
-        places = ((centres - low) / max(high - low, 1e-6) * count + 0.5).clip(0, count + 1)
-        first = np.minimum(places.astype(int), count)
-        share = (places - first)[:, None]
-        values = (values[first] * (1 - share) + values[first + 1] * share).T  # the columns come next
-    found[tuple(area)] = values >= card['mask_threshold']
+        area.append(slice(*np.clip((int(low) - 1, int(high) + 2), 0, side)))
+        places = (np.arange(side)[area[-1]] + 0.5 - low) / max(high - low, 1e-6) * count - 0.5
+        shares.append((1 - abs(places[:, None] - np.arange(count))).clip(0))  # of each value, linear between two
+    found[tuple(area)] = shares[0] @ mask @ shares[1].T >= card['mask_threshold']
     return found
 
 
 def named(card, index):
     """A class for JSON, and its colour."""
     index, names, colours = int(index), card['classes'] or (), card['palette'] or ()
+    name = names[index] if index < len(names) else 'nothing' if index == card.get('nothing') else f'class {index}'
     own = [255 * part for part in colorsys.hsv_to_rgb(index * 0.618 % 1, 0.8, 0.9)]
-    return dict(category_id=index, category=names[index] if index < len(names) else f'class {index}'), tuple(
-        map(int, colours[index] if index < len(colours) else own))
+    return dict(category_id=index, category=name), tuple(map(int, colours[index] if index < len(colours) else own))
 
 
 def understand(answers, pixels, card, score):
     """What the answers say, for JSON; the same in words; and as a picture."""
     answers = {name: value[0] for name, value in answers.items()}
     found, words = dict(objects=[]) if 'boxes' in answers else {}, []
-    canvas = np.repeat(pixels[0], 3, 2) if pixels.shape[3] == 1 else pixels[0, :, :, :3].copy()
+    canvas = pixels[0][..., [card['input']['channels'].find(channel) for channel in 'RGB']]  # or thrice grey
     areas = answers.get('label_map', answers.get('panoptic_map'))  # a panoptic map counts instances in thousands
     if areas is not None:
         kinds = areas % 1000 if 'panoptic_map' in answers else areas
@@ -118,32 +107,43 @@ def understand(answers, pixels, card, score):
     return found, words or [f'nothing with a score of {score} or more'], picture
 
 
+def check_targets(out, answers):
+    for path in filter(None, (out, answers)):
+        if not os.access(path if path.exists() else path.parent, os.W_OK) or path.is_dir():
+            sys.exit(f'{path} cannot be written: name a file in a folder that exists')
+    if out and Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
+        sys.exit(f'{out} is no picture that Pillow writes: let its name end in .png or .jpg')
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('model', type=Path, help='the .onnx file, with model.json beside it')
-    parser.add_argument('images', nargs='+', type=Path)
+    parser.add_argument('images', nargs='*', type=Path)
     parser.add_argument('--out', type=Path, help='a picture of the answers; of several images, names are added')
     parser.add_argument('--json', type=Path, help='the answers; bbox is x, y, width, height, as COCO has it')
     parser.add_argument('--runtime', choices=('onnxruntime', 'openvino'), help='default: one that is right')
     parser.add_argument('--score', type=float, default=0.3, help='leave out objects below; default 0.3')
+    parser.add_argument('--check', action='store_true', help='hold the runtime against the check in model.json')
     args = parser.parse_args()
+    if not args.images and not args.check:
+        parser.error('give an image, or --check')
+    check_targets(args.out, args.json)
     card, results = read_card(args.model), []
-    run = runner(args.model, args.runtime, card['runtimes'])
-    for path in args.images:
+    run, stems = runner(args.model, args.runtime, card, args.check), [f'_{path.stem}' for path in args.images]
+    if len(set(stems)) < len(stems):  # of images in several folders
+        stems = [f'_{i}{stem}' for i, stem in enumerate(stems, 1)]
+    for path, stem in zip(args.images, stems):
         pixels = read_image(path, card)
-        try:
-            answers = run(pixels)
-        except Exception as error:  # the runtime's own, of many kinds
-            sys.exit(f'{path}: the model takes no image of this size, resize it ({" ".join(str(error).split())[:200]})')
-        found, words, picture = understand(answers, pixels, card, args.score)
+        with ending(f'{path} could not be computed', "give one of a size that model.json has under 'measured'"):
+            found, words, picture = understand(run(pixels), pixels, card, args.score)
         results.append(dict(file=str(path), height=pixels.shape[1], width=pixels.shape[2], **found))
         print(path, *words, sep='\n  ')
-        if args.out:
-            picture.save(args.out.with_stem(f'{args.out.stem}_{path.stem}') if len(args.images) > 1 else args.out)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
+        with ending(f'the answers to {path} cannot be written', 'make room for them, or name other files'):
+            if args.out:
+                picture.save(args.out.with_stem(args.out.stem + stem) if len(stems) > 1 else args.out)
+            if args.json:  # again after each image, so that one that fails costs no answers
+                args.json.write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
 
 
-np, Image, ImageDraw, ImageOps = map(package, ('numpy', 'PIL.Image', 'PIL.ImageDraw', 'PIL.ImageOps'))
 if __name__ == '__main__':
     main()

@@ -42,7 +42,7 @@ class Predictor(nn.Module):
         """Compute the answers.
 
         Args:
-            images (Tensor): (B, H, W, C) in 0..255, uint8 or float32, RGB.
+            images (Tensor): (B, H, W, C) uint8, three channels as RGB.
 
         Returns:
             tuple[Tensor]: As ``names`` says.
@@ -95,6 +95,10 @@ class DetectionPredictor(Predictor):
         self.mask_form = None
         if getattr(model, 'with_mask', False) or dense:
             self.mask_form = 'box' if hasattr(model, 'roi_head') else 'image'
+            threshold = (model.test_cfg.get('rcnn') or model.test_cfg).get('mask_thr_binary', 0)
+            if threshold < 0:
+                raise UserError(f'model.test_cfg: mask_thr_binary={threshold} makes grey masks, which cannot be '
+                                'exported. Set it to a number from 0 to 1, as an evaluation needs it')
         self.prompt = prompt_of(cfg) if hasattr(model, 'language_model') else {}
 
     @property

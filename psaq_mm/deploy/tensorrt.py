@@ -6,6 +6,7 @@ refuses a node. Nothing here was tried in TensorRT itself: that needs a GPU.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,9 +17,14 @@ from .extras import need
 
 OPERATORS = 'https://github.com/onnx/onnx-tensorrt/blob/release/10.1-GA/docs/operators.md'
 IMPORTERS = 'https://github.com/onnx/onnx-tensorrt/blob/release/10.1-GA/onnxOpImporters.cpp'
+GRANULARITY = 'https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html'
+DATATYPE = ('https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/python-api/infer/FoundationalTypes/'
+            'DataType.html')
+TOPK = 'https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/operators/TopK.html'
 OPSETS, DOMAINS = range(9, 21), ('', 'ai.onnx')
-TOP = 3840  # what K of TopK must be below
+TOP = 3840  # what K of TopK must not exceed
 SMALL = 64  # values that a constant may have to be computed in advance: more than an image has sides
+PASSING = 'Cast', 'Reshape', 'Squeeze', 'Unsqueeze', 'Identity'  # of one number, which stays what it is
 KEPT = 'Constant', 'QuantizeLinear', 'DequantizeLinear', 'If', 'Loop', 'RandomNormalLike'  # that are not
 
 RULES = dict(
@@ -26,12 +32,16 @@ RULES = dict(
     operator=('an operator that the parser knows, of the domain of ONNX', OPERATORS),
     type=('an operator takes tensors of certain types only; of 8-bit integers none but QuantizeLinear and '
           'DequantizeLinear, and Cast of inputs', OPERATORS),
+    # The page of the operator, operators/docs/Cast.html of TensorRT 10.6, allows all casts: the graph keeps to both.
+    uint8=('inputs and outputs alone are uint8, and such are cast to floats and from floats', DATATYPE),
     zero_point=('the zero points of QuantizeLinear and DequantizeLinear are int8, constant and 0', IMPORTERS),
     scale=('the scales of QuantizeLinear and DequantizeLinear are constant and positive', IMPORTERS),
+    granularity=('what is quantized while the graph runs has one scale; stored weights may have one for each channel',
+                 GRANULARITY),
     pair=('integers come from QuantizeLinear or are stored, and DequantizeLinear alone reads them', OPERATORS),
     constant=('axes of Squeeze, Unsqueeze, Slice, Pad and Reduce*, the axis of CumSum and the depth of OneHot are '
               'constant', OPERATORS),
-    top_k=(f'TopK sorts, and its K is below {TOP}', OPERATORS),
+    top_k=(f'TopK sorts, and its K is not above {TOP}, whatever it is computed from', TOPK),
     loop=('what a Loop collects has a fixed length', OPERATORS),
     resize=('Resize is nearest or linear, without antialiasing', OPERATORS),
     scatter=('ScatterND and ScatterElements do not add up', OPERATORS),
@@ -95,7 +105,8 @@ def check_for_tensorrt(model, static: bool = False) -> None:
 
 
 def for_tensorrt(model) -> None:
-    """Bring a graph into a form that the parser takes, in place: what NonZero reads is a number, sizes are constants.
+    """Bring a graph into a form that the parser takes, in place: what NonZero reads is a number, sizes are constants,
+    and floats are what becomes uint8.
 
     Args:
         model (onnx.ModelProto): The graph.
@@ -105,7 +116,10 @@ def for_tensorrt(model) -> None:
     types = _Reader(onnx, onnx.shape_inference.infer_shapes(model).graph)
     nodes = []
     for node in model.graph.node:
-        if node.op_type == 'NonZero' and types.type(node.input[0]) == 'bool':
+        to_bytes = node.op_type == 'Cast' and onnx.TensorProto.UINT8 in [item.i for item in node.attribute
+                                                                        if item.name == 'to']
+        if node.op_type == 'NonZero' and types.type(node.input[0]) == 'bool' or to_bytes and types.type(
+                node.input[0]) not in _FLOAT:
             name = f'{node.output[0]}_number'
             nodes.append(onnx.helper.make_node('Cast', [node.input[0]], [name], name=name,
                                                to=onnx.TensorProto.FLOAT))
@@ -224,6 +238,25 @@ class _Reader:
             return self.onnx.numpy_helper.to_array(maker.attribute[0].t)
         return self.outer.value(name) if maker is None and self.outer else None
 
+    def limit(self, name):
+        """The largest number that a scalar can be, None where nothing in the graph says so."""
+        value = self.value(name)
+        if value is not None:
+            return value.max().item()
+        maker = self.makers.get(name)
+        if maker is None:
+            return None
+        if maker.op_type in PASSING:
+            return self.limit(maker.input[0])
+        if maker.op_type == 'Min':
+            return min((found for found in map(self.limit, maker.input) if found is not None), default=None)
+        return None
+
+    def length(self, node):
+        """The length of the axis that TopK sorts, infinite where it is not known."""
+        axis = next((item.i for item in node.attribute if item.name == 'axis'), -1)
+        return (self.shapes.get(node.input[0]) or {axis: math.inf})[axis]
+
     def violations(self) -> Iterator[Violation]:
         """Yield what breaks a rule."""
         for node in self.graph.node:
@@ -243,20 +276,23 @@ class _Reader:
             first = node.input[1 if kind == 'Where' else 0]
             found = self.type(first)
             found = 'float32' if found == 'float64' else found  # the parser makes it that
-            if found is not None and found not in TYPES[kind] and kind != 'DequantizeLinear':
-                yield 'type', f'{kind} of {found}'
+            if kind != 'DequantizeLinear' and found not in TYPES[kind]:
+                yield 'type', f'{kind} of {found or "a type that cannot be inferred"}'
         if kind in ('QuantizeLinear', 'DequantizeLinear'):
             yield from self.of_pair(node, kind)
+        if kind == 'Cast':
+            yield from self.of_cast(node, attributes['to'])
         place = CONSTANT.get(kind, 1 if kind.startswith('Reduce') else None)
         if place is not None and len(node.input) > place and node.input[place] and \
                 self.value(node.input[place]) is None:
             yield 'constant', f'{kind} computes it'
         if kind == 'TopK':
-            count = self.value(node.input[1])
             if not attributes.get('sorted', 1):
                 yield 'top_k', 'sorted is 0'
-            if count is not None and count.item() >= TOP:
-                yield 'top_k', f'K is {count.item()}'
+            if self.limit(node.input[1]) is None and self.length(node) > TOP:
+                yield 'top_k', 'K is computed, and nothing limits it'
+            elif (self.limit(node.input[1]) or 0) > TOP:
+                yield 'top_k', f'K is up to {self.limit(node.input[1])}'
         if kind == 'Loop':
             body = attributes['body']
             carried = len(node.input) - 2
@@ -269,6 +305,15 @@ class _Reader:
         if kind.startswith('Scatter') and attributes.get('reduction', b'none') != b'none':
             yield 'scatter', f"reduction is {attributes['reduction'].decode()}"
 
+    def of_cast(self, node, target):
+        """Yield how Cast breaks the rule of uint8."""
+        source, target = self.type(node.input[0]), np.dtype(
+            self.onnx.helper.tensor_dtype_to_np_dtype(target)).name
+        if 'uint8' in (source, target) and not {source, target} & (_FLOAT | {'float64'}):
+            yield 'uint8', f'Cast from {source} to {target}'
+        if target == 'uint8' and node.output[0] not in {output.name for output in self.graph.output}:
+            yield 'uint8', f'{node.output[0]} is no output'
+
     def of_pair(self, node, kind):
         """Yield which rules QuantizeLinear or DequantizeLinear breaks, and how."""
         zero = self.value(node.input[2]) if len(node.input) > 2 else None
@@ -277,6 +322,8 @@ class _Reader:
         scale = self.value(node.input[1])
         if scale is None or not (scale > 0).all():
             yield 'scale', 'it is computed' if scale is None else 'it is 0 or less'
+        if kind == 'QuantizeLinear' and scale is not None and scale.size > 1 and self.value(node.input[0]) is None:
+            yield 'granularity', f'there are {scale.size} scales'
         if kind == 'DequantizeLinear':
             maker = self.makers.get(node.input[0])
             stored = self.value(node.input[0])

@@ -38,7 +38,6 @@ from .runtime import SESSIONS
 from .tensorrt import check_for_tensorrt
 
 MODEL, INPUT = 'model.onnx', 'images'
-CHECK = 'check.npy'  # the image that a graph was checked with, (1, H, W, C) uint8
 PYTORCH = 'PyTorch'
 SAME = 0.98  # agreement of answers that only rounding tells apart: two equal scores may swap at the limit
 MARGIN = 0.1  # by which an int8 graph may agree less with the fake-quantized model than that does with the float one

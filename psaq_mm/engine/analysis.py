@@ -35,7 +35,7 @@ from ..quantization import (
 from ..stanza import QuantizationConfig, reads_pixels
 from .checkpoint import load_float
 from .display import Display
-from .loop import read_images
+from .images import read_images
 from .pipeline import MEGABYTE, build_float, check, quantize, was_interrupted, with_stanza
 
 IMAGES = 8  # that sensitivities are measured on, at most: each part of each layer is a pass of all. Our choice

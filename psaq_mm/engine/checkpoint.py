@@ -359,7 +359,7 @@ class AtomicBackend(LocalBackend):
 
 
 def save_quantized(model: nn.Module, folder: OwnedFolder, quantization, dataset_meta: dict, **meta) -> Path:
-    """Write the quantized checkpoint: weights, scales, zero points, the stanza and versions.
+    """Write the quantized checkpoint: weights, scales, zero points, stanza, departures from its recipe, versions.
 
     Args:
         model (nn.Module): Converted and calibrated.
@@ -371,7 +371,7 @@ def save_quantized(model: nn.Module, folder: OwnedFolder, quantization, dataset_
     Returns:
         Path: The file.
     """
-    meta = dict(quantization=quantization.to_dict(), versions=versions(), dataset_meta=dataset_meta,
-                mmengine_version=versions()['mmengine'], **meta)
+    meta = dict(quantization=quantization.to_dict(), departures=quantization.departures, versions=versions(),
+                dataset_meta=dataset_meta, mmengine_version=versions()['mmengine'], **meta)
     state = {k: v.detach().cpu() for k, v in model.state_dict().items()}
     return folder.write(QUANTIZED, dict(meta=plain(meta), state_dict=state))

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 from contextlib import ExitStack, redirect_stdout
@@ -18,7 +19,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-SHOWN = ('entropy', 'diversity', 'error', 'discrepancy', 'ratio')  # numbers of an update that stand beside the bar
 LINES = ('Iter(', 'Exp name:')  # log lines that the bar stands in for; the log file has them
 
 
@@ -36,13 +36,15 @@ class Display:
     """
 
     def __init__(self, quiet: bool = False, console: Console | None = None):
-        self.quiet, self.progress, self.task, self.stage = quiet, None, None, None
+        self.quiet, self.progress = quiet, None
+        self.tasks = {}  # bars by name
         self.stack = ExitStack()
         console = console or Console()
         if not quiet and console.is_terminal and is_main_process():
             self.progress = Progress(
-                TextColumn('{task.description:<11}'), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(),
-                TextColumn('eta'), TimeRemainingColumn(), TextColumn('{task.fields[numbers]}'), console=console)
+                TextColumn('{task.description:<14}'), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn('eta'), TimeRemainingColumn(), TextColumn('{task.fields[numbers]}'), console=console,
+                speed_estimate_period=math.inf)  # what lies between updates, as recording, is part of their speed
 
     def __enter__(self):
         if self.quiet:
@@ -72,14 +74,27 @@ class Display:
         if self.progress is not None:
             runner.register_hook(DisplayHook(self), 'VERY_LOW')
 
-    def show(self, stage: str, done: int, total: int, numbers: dict | None = None) -> None:
-        """Moves the bar; one of its own for each stage."""
+    def show(self, name: str, done: int, total: int, numbers: dict | None = None) -> None:
+        """Move the bar of a name, which has one of its own; one that begins again is filled anew.
+
+        Args:
+            name (str): What stands before the bar.
+            done, total (int): Steps.
+            numbers (dict[str, float], optional): What stands beside the bar. Default: what stood there before.
+        """
         if self.progress is None:
             return
-        if stage != self.stage:
-            self.stage, self.task = stage, self.progress.add_task(stage, total=total, completed=done - 1, numbers='')
-        text = '  '.join(f'{key} {value:.4g}' for key, value in (numbers or {}).items() if key in SHOWN)
-        self.progress.update(self.task, completed=done, total=total, **(dict(numbers=text) if text else {}))
+        task = self.tasks.get(name)
+        if task is None:
+            task = self.tasks[name] = self.progress.add_task(name, total=total, completed=done - 1, numbers='')
+        elif done < self.progress.tasks[task].completed:
+            self.progress.reset(task, total=total)
+        text = '  '.join(f'{key} {value:.4g}' for key, value in (numbers or {}).items())
+        self.progress.update(task, completed=done, total=total, **(dict(numbers=text) if text else {}))
+
+    def another(self, name: str) -> None:
+        """Leave the bar of a name as it is: what comes next by this name gets a bar of its own."""
+        self.tasks.pop(name, None)
 
 
 class DisplayHook(Hook):
@@ -90,13 +105,14 @@ class DisplayHook(Hook):
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         stage = runner.train_loop.stage
-        self.display.show(stage.name, stage.index + 1, stage.updates, outputs)
+        self.display.show(stage.name, stage.index + 1, stage.updates,
+                          {name: outputs[name] for name in stage.shown if name in outputs})
 
     def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         self.display.show('evaluation', batch_idx + 1, len(runner.test_dataloader))
 
     def after_test_epoch(self, runner, metrics=None):
-        self.display.stage = None  # another evaluation is another bar
+        self.display.another('evaluation')
 
     def after_stage_step(self, runner, stage, done, total):
         """See :meth:`psaq_mm.engine.DataFreeLoop.progress`."""

@@ -9,15 +9,13 @@ import random
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import torch
-from mmengine import dist
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop
 
 from ..compat import keep_freed_memory
-from ..errors import UserError
+from ..errors import UserError, is_out_of_memory
 from ..models import (
     backbone_of,
     beyond_features,
@@ -35,31 +33,13 @@ from ..quantization import Mode, quantizers, set_mode, unused_quantizers
 from ..registry import LOOPS
 from ..stanza import ROOT, QuantizationConfig, flat
 from ..synthesis import PatchSimilarityTap, listening, valid_range
-from .checkpoint import load_float, load_safely, read_checkpoint
+from ..version import __version__
+from .checkpoint import load_float, read_checkpoint
+from .images import real_images, reused_images
 from .stages import STAGES, Stage
 
 QUANTIZER_STATE = ('_quantizer.scale', '_quantizer.zero_point')  # ends of names
 SILENCE = 30  # seconds after which a line says how far a stage without iterations is; our choice
-
-
-def read_images(path: str, key: str = f'{ROOT}.synthesis.reuse', name: str = 'synthetic.pt') -> list[torch.Tensor]:
-    """Image batches of an earlier run, (B, 3, H, W) each.
-
-    Args:
-        path (str): The file.
-        key, name (str): For errors: where the path was given, and what such a file is called.
-
-    Raises:
-        UserError: If the file is not there or is none of ours.
-    """
-    try:
-        images = load_safely(Path(path))['images']
-        if all(torch.is_tensor(b) and b.dim() == 4 and torch.isfinite(b).all() for b in images) and images:
-            return images
-    except Exception as error:
-        raise UserError(f'{key} = {path!r} cannot be read ({type(error).__name__}: {error}): it must be the '
-                        f'{name!r} of an earlier run') from None
-    raise UserError(f"{key} = {path!r} holds no images: it must be an earlier run's {name!r}")
 
 
 @LOOPS.register_module()
@@ -172,14 +152,16 @@ class DataFreeLoop(BaseLoop):
         yield
         self.minutes[self.stage.name] += (time.perf_counter() - started) / 60
 
-    def progress(self, stage: str, total: int) -> Callable[[], None]:
+    def progress(self, stage: str, total: int, part: str = '') -> Callable[[], None]:
         """Return a function to call after each of so many steps that are no iterations.
 
         It moves the bar, and where there is none a line with the time left appears in the log every half a minute.
 
         Args:
-            stage (str): What the bar and the line say.
+            stage (str): What the bar and the line say. What is done again and again, as for each block, has one name
+                and so one bar.
             total (int): Steps.
+            part (str): What the line says besides.
         """
         done, started = 0, time.monotonic()
         said = started
@@ -192,7 +174,7 @@ class DataFreeLoop(BaseLoop):
             if now - said > SILENCE:
                 said = now
                 left = datetime.timedelta(seconds=round((now - started) / done * (total - done)))
-                self.runner.logger.info(f'{stage}: {done} of {total}, eta: {left}')
+                self.runner.logger.info(f'{stage}{part and f" {part}"}: {done} of {total}, eta: {left}')
 
         return step
 
@@ -221,7 +203,11 @@ class DataFreeLoop(BaseLoop):
         self.low, self.high = (v.to(self.device) for v in valid_range(*pixel_statistics(self.student)))
         self.load_images()
         self.heads = beyond_features(self.targets)
-        unused = unused_quantizers(self.student, self.first_features)
+        try:
+            unused = unused_quantizers(self.student, self.first_features)
+        except Exception as error:
+            self.explain(error)
+            raise
         if unused:
             raise UserError(f"'{unused[0]}' (and {len(unused) - 1} more) never runs when features are computed, so it "
                             f'cannot be calibrated: keep it in float ({ROOT}.keep_float) or take it out of the targets')
@@ -267,49 +253,39 @@ class DataFreeLoop(BaseLoop):
         return PatchSimilarityTap(sources, readers, model, heads)
 
     def first_features(self):
-        """Features of one image: whatever a model cannot do with images of this size shows here.
+        """Return what the student makes of one image: what shows which of its modules run."""
+        return extract_features(self.student, self.images[0][:1], self.heads)
+
+    def explain(self, error):
+        """Say what to do about an error of :meth:`first_features`, if the full-precision model by itself has one, too.
 
         Raises:
-            UserError: Instead of what the model raises.
+            UserError: Instead of what the model raised.
         """
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            return
         image = self.images[0][:1]
         try:
-            return extract_features(self.student, image, self.heads)
-        except UserError:
-            raise
-        except Exception as error:
+            extract_features(self.teacher, image, self.heads)
+        except Exception as found:
             size = ' x '.join(map(str, image.shape[-2:]))
             mend = f'set {ROOT}.synthesis.size'
             if self.quantization.synthesis.reuse:
                 mend = f'{ROOT}.synthesis.reuse is of another model: leave it out, or give that of a run on this one'
             raise UserError(f'{type(self.student).__name__} cannot compute features of an image of {size} '
-                            f'({type(error).__name__}: {error}). Where the size is wrong, {mend}') from error
+                            f'({type(found).__name__}: {found}). Where the size is wrong, {mend}') from found
 
     def load_images(self):
-        """Take starts from the data set, or with method 'real' the images of the calibration data loader."""
-        if self.quantization.synthesis.method == 'real':
-            for data in self.dataloader:
-                left = self.quantization.synthesis.num_images - sum(map(len, self.images))
-                if left <= 0:
-                    break
-                self.images.append(self.student.data_preprocessor(data, False)['inputs'][:left])
-                if not torch.isfinite(self.images[-1]).all():
-                    raise UserError(f'batch {len(self.images)} of calib_dataloader holds pixels that are no finite '
-                                    'numbers: check its images and pipeline')
+        """Take starts from the data set, images of an earlier run, or with method 'real' those of the data loader."""
+        config = self.quantization.synthesis
+        if config.method == 'real':
+            self.images = real_images(self.dataloader, self.student, config.num_images)
             return
         self.dataloader.dataset.valid_range = self.low.cpu(), self.high.cpu()
-        for data in self.dataloader:
-            self.images.append(data['inputs'].to(self.device))
+        self.images = [data['inputs'].to(self.device) for data in self.dataloader]
         self.starts = [batch.clone() for batch in self.images]
-        if self.quantization.synthesis.reuse:
-            shard = read_images(self.quantization.synthesis.reuse)[dist.get_rank()::dist.get_world_size()]
-            if not shard:
-                raise UserError(f'{ROOT}.synthesis.reuse holds fewer batches than there are processes '
-                                f'({dist.get_world_size()}): start fewer')
-            wrong = {batch.shape[1] for batch in shard} - {self.low.shape[1]}
-            if wrong:
-                raise UserError(f'{ROOT}.synthesis.reuse holds images of {wrong.pop()} channels, the model takes '
-                                f'{self.low.shape[1]}: give the synthetic.pt of a run on the same model')
+        if config.reuse:
+            shard = reused_images(config.reuse, self.low.shape[1])
             self.images, self.starts = [batch.to(self.device) for batch in shard], []
 
     def precision(self):
@@ -345,6 +321,7 @@ class DataFreeLoop(BaseLoop):
     def state_dict(self):
         """Return all that the model's and the optimiser's state don't hold."""
         return dict(
+            version=__version__,
             images=[batch.detach().cpu() for batch in self.images],
             stage=self.stage.name,
             state=self.stage.state_dict(),
@@ -367,11 +344,12 @@ class DataFreeLoop(BaseLoop):
         Raises:
             UserError: If the interrupted run had other settings, or another version of psaq_mm.
         """
-        if 'stage' not in state:
-            raise UserError('--resume: an earlier version of psaq_mm began the run in this work dir. Finish it with '
-                            'that version, or start afresh without --resume')
-        theirs, ours = state['settings'], self.settings()
-        theirs, ours = dict(flat(theirs)), dict(flat(ours))
+        theirs, ours = dict(flat(state.get('settings', {}))), dict(flat(self.settings()))
+        began = state.get('version', 'of an earlier version')
+        if began != __version__ or theirs.keys() != ours.keys():  # of one number while it is developed
+            raise UserError(f'--resume: psaq_mm {began} began the run in this work dir, this is psaq_mm {__version__}'
+                            f'{" with other settings" * (began == __version__)}. Finish the run with the psaq_mm that '
+                            'began it, or start afresh without --resume or with another --work-dir')
         changed = sorted(key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key))
         if changed:
             raise UserError('--resume: the interrupted run in this work dir had other settings ('

@@ -15,7 +15,7 @@ from mmengine.dist import barrier, init_dist, is_distributed, is_main_process
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
-from ..errors import UserError, doing
+from ..errors import UserError, doing, is_out_of_memory
 from ..files import OwnedFolder
 from ..models import (
     class_counts,
@@ -51,7 +51,7 @@ from .config import (
 )
 from .config_file import config_text, one_line
 from .display import Display
-from .loop import read_images
+from .images import read_images
 from .rehearsal import rehearse_calibration, rehearse_evaluation
 from .reporting import draw_figures, measure, show_report, write_report
 from .runner import DataFreeRunner
@@ -244,7 +244,6 @@ def about_resumption(runner: Runner, folder: OwnedFolder, resume: bool, resume_f
                               f'command goes on from {left[0].name}')
 
 
-OUT_OF_MEMORY = ('out of memory', "can't allocate memory", 'not enough memory', 'failed to allocate')
 PROCESS_LOST = ('closed by peer', 'reset by peer', 'broken pipe', 'remote process exited')
 
 
@@ -263,7 +262,7 @@ def explained_failures(cfg: Config, quantization: QuantizationConfig) -> Iterato
     except (MemoryError, RuntimeError) as error:
         if is_distributed() and any(words in str(error).lower() for words in PROCESS_LOST):
             raise UserError(f'another process of the job has ended, look for its error ({error}). {resume}') from error
-        if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in OUT_OF_MEMORY):
+        if not is_out_of_memory(error):
             raise
         synthesis = quantization.synthesis
         sizes = ', '.join(f'{height} x {width}' for height, width in synthesis.size)
@@ -299,8 +298,9 @@ def quantize(cfg: Config,
 
     Returns:
         dict: What ``metrics.json`` holds: ``full_precision`` and ``quantized`` metrics, ``size_mb``, ``minutes``,
-        ``stages`` (what each stage says of itself), ``scope``, ``versions``, paths, and ``not_evaluated`` with the
-        reason where evaluation was impossible.
+        ``recipe`` and ``departures`` (what the stanza says otherwise than its recipe), ``stages`` (``minutes`` of each,
+        and what it says of itself), ``scope``, ``versions``, paths, and ``not_evaluated`` with the reason where
+        evaluation was impossible.
 
     Raises:
         StanzaError, PatternError, CheckpointError: Before any work.
@@ -349,12 +349,14 @@ def _quantize(cfg, folder, checkpoint, resume, amp, eval_float, eval_quantized, 
     result = dict(
         full_precision={}, quantized={}, size_mb=dict(full_precision=round(float_size, 2),
                                                       quantized=round(quantized_size, 2)),
-        minutes=round(sum(minutes.values()), 2), synthesis_minutes=round(minutes['synthesis'], 2),
+        minutes=round(sum(minutes.values()), 2), synthesis_minutes=round(minutes.get('synthesis', 0.0), 2),
         scope=scope(runner.train_loop.student, quantization), placement=quantization.placement,
         bits=dict(weight=quantization.weight.bits, activation=quantization.activation.bits),
         mixed=any('bits' in (side or {}) for o in quantization.overrides for side in (o.weight, o.activation)),
-        method=quantization.synthesis.method, recipe=quantization.recipe, seed=runner.seed,
-        stages=runner.train_loop.summaries,
+        method=quantization.synthesis.method, recipe=quantization.recipe, departures=quantization.departures,
+        seed=runner.seed,
+        stages={stage.name: dict(runner.train_loop.summaries.get(stage.name, {}), minutes=round(minutes[stage.name], 2))
+                for stage in runner.train_loop.stages},
         checkpoint=str(folder.path / QUANTIZED), test_config=str(test_path), versions=versions())
     if is_main_process():  # an earlier result stays whole until this one is; nothing of both is mixed from here on
         with explained_failures(cfg, quantization):
@@ -397,7 +399,7 @@ def report(runner: Runner, cfg: Config, folder: OwnedFolder, result: dict) -> No
         measured = measure(runner, folder)
         result['fidelity'] = measured['fidelity']
         result['report_minutes'] = round((time.perf_counter() - started) / 60, 2)
-        figures = draw_figures(runner, measured)
+        figures = draw_figures(measured)
         result['report'] = str(write_report(runner, cfg, folder, result, measured, figures))
     except Exception:
         runner.logger.warning('The report could not be made:', exc_info=True)

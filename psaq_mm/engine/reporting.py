@@ -15,21 +15,21 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import OwnedFolder
-from ..models import backbone_of, extract_features
+from ..models import extract_features
 from ..quantization import layer_errors
 from ..report import figures, page
 from ..report.fidelity import fidelity
 from ..stanza import ROOT
-from ..synthesis import GameConfig, lesson_view, similarity_density, synthesize
+from ..synthesis import GameConfig, lesson_view, synthesize
 from .hooks import SyntheticImageHook
-from .loop import DataFreeLoop, read_images
+from .images import read_images
+from .loop import DataFreeLoop
 from .start_dataset import start_image
 
 FRESH = 500_000  # number of the first fresh image: no run synthesises so many before
 SHOWN = 8  # pairs of start and image in the gallery
 MEASURED = 8  # images of the calibration that layers are measured on where there are no fresh ones. Our choice
 VIEWS = 4  # of each fresh image; our choice
-DENSITIES = 3  # blocks whose densities are drawn: the first, one in the middle, the last
 
 
 def fresh_images(loop: DataFreeLoop, folder: OwnedFolder) -> list[Tensor]:
@@ -77,28 +77,6 @@ def views_of(loop: DataFreeLoop, images: list[Tensor]) -> list[Tensor]:
     return views
 
 
-@torch.no_grad()
-def densities(loop: DataFreeLoop) -> list[dict]:
-    """Densities of patch similarities of the first images and of what they started from, in a few blocks."""
-    if loop.tap is None or not loop.starts:
-        return []
-    found = {}
-    for kind, images in (('starts', loop.starts[0][:4]), ('images', loop.images[0][:4])):
-        with loop.tap:
-            backbone_of(loop.teacher)(images)
-        found[kind], loop.tap.tokens = loop.tap.tokens, []
-    count = len(found['images'])
-    blocks = sorted({0, count // 2, count - 1})[:DENSITIES]
-    result = []
-    for block in blocks:
-        entry = dict(name=f'block {block + 1} of {count}')
-        for kind, tokens in found.items():
-            points, density = similarity_density(tokens[block], loop.quantization.synthesis.bandwidth)
-            entry['grid'], entry[kind] = points.numpy(), density.numpy()
-        result.append(entry)
-    return result
-
-
 def measure(runner, folder: OwnedFolder) -> dict:
     """Everything the report says that takes computing: on fresh images, or without those on the run's own.
 
@@ -108,7 +86,8 @@ def measure(runner, folder: OwnedFolder) -> dict:
 
     Returns:
         dict: ``fidelity`` (see :func:`psaq_mm.report.fidelity.fidelity`, and ``images``, how many were synthesised for
-        it; with ``problem`` alone where there is none), ``layers`` (see :meth:`LayerError.to_dict`), ``densities``.
+        it; with ``problem`` alone where there is none), ``layers`` (see :meth:`LayerError.to_dict`), ``stages`` (of
+        each in turn, title and plots for which there is something to draw, see :meth:`Stage.plots`).
     """
     loop = runner.train_loop
     problem = None
@@ -128,8 +107,10 @@ def measure(runner, folder: OwnedFolder) -> dict:
         for batch in batches:
             extract_features(loop.student, batch, loop.heads)
 
+    stages = {stage.title or stage.name.capitalize(): [plot for plot in stage.plots() if plot.figure]
+              for stage in loop.stages}
     return dict(fidelity=found, layers=[error.to_dict() for error in layer_errors(loop.student, run)],
-                densities=densities(loop))
+                stages={title: plots for title, plots in stages.items() if plots})
 
 
 def command() -> str:
@@ -153,22 +134,17 @@ def gallery(runner) -> list[dict]:
     return [dict(start=before, image=after) for before, after in zip(starts, images)][:SHOWN]
 
 
-def draw_figures(runner, measured: dict) -> dict:
+def draw_figures(measured: dict) -> dict:
     """Draw what the report shows besides pictures.
 
     Args:
-        runner (Runner): Its loop is done.
         measured (dict): From :func:`measure`.
 
     Returns:
         dict[str, Figure]: By name; without those for which there is nothing to draw.
     """
-    loop = runner.train_loop
     drawn = dict(
-        synthesis=figures.synthesis_curve(loop.history, loop.quantization.synthesis.steps),
-        densities=figures.similarity_densities(measured['densities']),
-        blocks=figures.block_errors(loop.summaries.get('reconstruction', {}).get('errors', {})),
-        game=figures.game_curve(loop.history, loop.summaries.get('game', {}).get('initial')),
+        {plot.name: plot.figure for plots in measured['stages'].values() for plot in plots},
         layers=figures.layer_bars(measured['layers']),
         weights=figures.range_bars(measured['layers'], 'weight'),
         activations=figures.range_bars(measured['layers'], 'activation'))
@@ -192,7 +168,7 @@ def write_report(runner, cfg: Config, folder: OwnedFolder, result: dict, measure
     loop = runner.train_loop
     content = dict(result=result, layers=measured['layers'], gallery=gallery(runner), figures={
         name: figures.svg(figure) for name, figure in drawn.items()}, stanza=loop.quantization.to_dict(),
-        game=loop.summaries.get('game'),
+        stages=measured['stages'],
         command=command(), config=str(cfg.filename or ''), title=Path(
             cfg.filename or folder.path).stem)
     return folder.write('report.html', page.render(content).encode())

@@ -244,6 +244,11 @@ class FakeQuantizer(nn.Module):
         rows = x.movedim(self.axis % x.dim(), 0).flatten(1) if self.per_channel else x.reshape(1, -1)
         self.observer.update(rows.float())
 
+    @property
+    def merged(self) -> bool:
+        """Whether one scale serves all channels where the settings ask for one each."""
+        return self.optional and self.config.granularity == 'per_channel' and not self.per_channel
+
     def keep_one_scale(self) -> None:
         """Go on with one scale for all channels."""
         self.per_channel = False

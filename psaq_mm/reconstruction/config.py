@@ -22,7 +22,10 @@ class ReconstructionConfig(FrozenConfig):
         'two integers')
     range_lr: float = Field(
         0.01, ge=0, description='peak learning rate of Adam for the logarithms of the ends of the ranges of what goes '
-        'into products and convolutions, after a search among shares of them; 0: ranges stay as they were calibrated')
+        'into products and convolutions; 0: ranges stay as they were calibrated, without a search')
+    search: bool = Field(
+        True, description='before a block learns, look for the share of each of these ranges with the least error of '
+        "the block's output; needs a `range_lr`")
     weights: Literal['rounding', 'free'] = Field(
         'rounding', description="'rounding': a weight stays between the two integers around it, learns which is "
         "better, and settles there; 'free': it goes where the error leads")

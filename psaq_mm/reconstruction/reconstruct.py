@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..quantization import hooked, quantized_layers
 from ..quantization.weights import nested_values
 from .nested import floats, mapped
-from .recording import given
+from .recording import attempt, given
 from .rounding import LearnedRounding
 
 SHARES = (0.85, 0.7, 0.55, 0.42, 0.3, 0.2, 0.12, 0.07, 0.04)  # of a calibrated range, that are tried; our choice
@@ -97,7 +97,7 @@ def unrelated(exact: Sequence, quantized: Sequence) -> bool:
 
 
 @torch.no_grad()
-def enough_images(unit: nn.Module, arguments: tuple, output) -> int:
+def enough_images(unit: nn.Module, arguments: tuple, output, tell: Callable[[str], None] = lambda message: None) -> int:
     """Return how many images of a batch give an update enough to learn from.
 
     Maps of large images have thousands of positions, and one image says as much as many small ones do.
@@ -106,6 +106,7 @@ def enough_images(unit: nn.Module, arguments: tuple, output) -> int:
         unit (nn.Module): In the quantized model.
         arguments (tuple): What it gets, (args, kwargs) as :func:`record` keeps them.
         output: What its original puts out; the first axis of the first tensor is that of the images.
+        tell (Callable): Is told if the unit fails with fewer images.
 
     Returns:
         int: As many as have :data:`POSITIONS` tokens or pixels behind the layer that makes most, at least 1; all of
@@ -127,11 +128,10 @@ def enough_images(unit: nn.Module, arguments: tuple, output) -> int:
     count = max(1, math.ceil(POSITIONS * total / max(1, seen[0])))
     if count >= total:
         return total
-    try:
+    part = []
+    with attempt(tell, 'each update takes all images of a batch'):
         part = run(*of_images(arguments, slice(count), total))
-    except Exception:  # whatever a module raises that finds too few images
-        return total
-    alone = all(value.shape == (count, *all_.shape[1:]) and len(all_) == total
+    alone = part and all(value.shape == (count, *all_.shape[1:]) and len(all_) == total
                 and (value - all_[:count]).float().abs().mean() <= 1e-2 * all_.float().abs().mean()
                 for value, all_ in zip(part, whole))
     return count if alone else total
@@ -154,16 +154,18 @@ class UnitReconstruction:
         precision (Callable): The context in which features are computed.
         average (Callable): Averages the gradients of a list of parameters over processes, in place.
         mean (Callable): Averages a float over processes.
+        tell (Callable): Is told if each update takes more images than it needs.
     """
 
     def __init__(self, unit: nn.Module, samples: list[tuple], parameters: list[Tensor], ranges: list[Tensor], lr: float,
                  range_lr: float, mix: float, final: float, rounding_lr: float = 0.02,
                  precision: Callable = nullcontext,
                  average: Callable[[list[Tensor]], None] = lambda parameters: None,
-                 mean: Callable[[float], float] = float):
+                 mean: Callable[[float], float] = float,
+                 tell: Callable[[str], None] = lambda message: None):
         self.unit, self.samples, self.parameters, self.ranges = unit, samples, parameters, ranges
         self.mix, self.final = mix, final
-        self.precision, self.average, self.mean = precision, average, mean
+        self.precision, self.average, self.mean, self.tell = precision, average, mean, tell
         self.lr, self.range_lr, self.rounding_lr = lr, range_lr, rounding_lr
         self.before = None  # copies of what the unit learns, and the error with them
         self.error = self.adam = None
@@ -206,7 +208,8 @@ class UnitReconstruction:
         first, total = floats(aims)[0], images_of(aims)
         if first.shape not in self.enough:
             with self.precision():
-                self.enough[first.shape] = enough_images(self.unit, quantized, aims) if total > 1 else 1
+                self.enough[first.shape] = enough_images(
+                    self.unit, quantized, aims, self.tell) if total > 1 else 1
         count = self.enough[first.shape]
         if count == total:
             return sample

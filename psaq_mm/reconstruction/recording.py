@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 import torch
 from torch import Tensor, nn
 
+from ..errors import is_out_of_memory
 from ..quantization import hooked
 from .nested import floats, mapped
 from .units import Unit
@@ -16,6 +17,22 @@ CLOSE = 1e-4  # mean difference over mean size, up to which two recordings are o
 
 class _Enough(BaseException):
     """Ends a pass of the model behind the unit. No model catches it."""
+
+
+@contextmanager
+def attempt(tell: Callable[[str], None], instead: str) -> Iterator[None]:
+    """Try what a model may refuse with any error, and say what is done instead; memory that has ended is an error.
+
+    Args:
+        tell (Callable): Is told.
+        instead (str): What is done then.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        tell(f'{instead} ({type(error).__name__}: {str(error).partition(chr(10))[0]})')
 
 
 def kept(value: Tensor) -> Tensor:
@@ -102,12 +119,14 @@ class Recorder:
         run (Callable): ``run(batch)`` runs the model.
         batches (Sequence[Tensor]): Of images (B, C, H, W).
         precision (Callable): The context in which ``run`` computes.
+        tell (Callable): Is told of each unit that is recorded from the pixels on since the model fails otherwise.
     """
 
     def __init__(self, model: nn.Module, units: Sequence[Unit], run: Callable[[Tensor], object],
-                 batches: Sequence[Tensor], precision: Callable[[], AbstractContextManager] = nullcontext):
+                 batches: Sequence[Tensor], precision: Callable[[], AbstractContextManager] = nullcontext,
+                 tell: Callable[[str], None] = lambda message: None):
         self.units, self.modules = list(units), [model.get_submodule(unit.name) for unit in units]
-        self.run, self.batches, self.precision = run, batches, precision
+        self.run, self.batches, self.precision, self.tell = run, batches, precision, tell
         self.recorded = 0  # units
         self.arguments: list = []  # of the last of them, for each batch
 
@@ -152,15 +171,17 @@ class Recorder:
     @torch.no_grad()
     def _short(self, number, batch, arguments, zeros):
         """Return a recording that starts behind the unit before; None where that does not work for this batch."""
-        before = self.modules[number - 1]
-        try:
+        before, found = self.modules[number - 1], []
+        with self._attempt(number):  # a model may call its units now and then
             with self.precision():
                 outputs = [before(*mapped(args, given), **mapped(kwargs, given)) for args, kwargs in arguments]
             with standing_in({**zeros, before: outputs}):
                 found = self._whole(number, batch)
-        except Exception:  # whatever a model raises that calls its units now and then
-            return None
         return found if len(found) == self.units[number].calls else None
+
+    def _attempt(self, number):
+        return attempt(self.tell, f'{self.units[number].name}: what it gets is computed from the pixels on, which '
+                       'takes longer')
 
     def _watched(self, number, batch):
         """Return a recording from the pixels on, and what earlier units put out: the one before, the others zeros."""
@@ -185,10 +206,7 @@ class Recorder:
         before = self.modules[number - 1]
         if not all(outputs.values()):
             return None
-        zeros = {module: values for module, values in others.items() if module is not before}
-        try:
-            with standing_in({**zeros, before: outputs[before]}):
-                again = self._whole(number, batch)
-        except Exception:  # whatever a model raises that cannot do without earlier units
-            return None
+        zeros, again = {module: values for module, values in others.items() if module is not before}, []
+        with self._attempt(number), standing_in({**zeros, before: outputs[before]}):  # it may need earlier units
+            again = self._whole(number, batch)
         return zeros if alike(again, found) else None

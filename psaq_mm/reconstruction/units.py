@@ -56,7 +56,8 @@ def find_units(model: nn.Module, targets: Iterable[str], blocks: Collection[nn.M
     """Find the units of a model, in the order in which it runs them.
 
     An attention block is a unit. Everything else inside the targets is one together with its siblings, as a neck, a
-    stem or a merging of patches, up to a dozen quantized layers. A layer that no module's call shows has no unit.
+    stem or a merging of patches, up to a dozen quantized layers. A layer that no module's call shows has no unit, see
+    :func:`without_unit`.
 
     Args:
         model (nn.Module): Converted.
@@ -91,3 +92,18 @@ def find_units(model: nn.Module, targets: Iterable[str], blocks: Collection[nn.M
         felt = felt_modules(found, run)
     return [replace(unit, felt=module in felt)
             for module, unit in sorted(found.items(), key=lambda item: places[item[0]])]
+
+
+def without_unit(model: nn.Module, targets: Iterable[str], units: Iterable[Unit]) -> list[str]:
+    """Return the names of the quantized layers and products in the targets that no unit holds.
+
+    Args:
+        model (nn.Module): Converted.
+        targets (Iterable[str]): Names of the submodules that are quantized.
+        units (Iterable[Unit]): From :func:`find_units`.
+    """
+    def inside(name, parents):
+        return any(name == parent or name.startswith(f'{parent}.') for parent in parents)
+
+    held = [unit.name for unit in units]
+    return [name for name in quantized_layers(model) if inside(name, targets) and not inside(name, held)]

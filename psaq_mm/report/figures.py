@@ -61,28 +61,46 @@ def pixels(figure, dpi: int = 100) -> np.ndarray:
 
 
 @styled
-def synthesis_curve(history: Sequence[dict], steps: int):
-    """Draw what synthesis raises over its steps, a line a batch: entropy of patch similarities, or diversity.
+def stage_curve(history: Sequence[dict], stage: str, number: str):
+    """Draw a number of a stage over its updates.
+
+    Args:
+        history (Sequence[dict]): Of :class:`DataFreeLoop`.
+        stage, number (str): Names.
+    """
+    points = [(update['index'] + 1, update[number]) for update in history
+              if update['stage'] == stage and number in update]
+    if not points:
+        return None
+    figure, (axes, ) = new_figure()
+    axes.plot(*zip(*points), color=BLUE, linewidth=1.4)
+    axes.set_xlabel(f'update of {stage}')
+    axes.set_ylabel(number)
+    return figure
+
+
+@styled
+def synthesis_curve(history: Sequence[dict], steps: int, raised: str):
+    """Draw what synthesis raises over its steps, a line a batch.
 
     Args:
         history (Sequence[dict]): Of :class:`DataFreeLoop`; ``index`` counts on from batch to batch.
         steps (int): Of a batch.
+        raised (str): The number that is drawn: 'entropy', 'diversity' or 'agreement'.
     """
-    updates = [update for update in history if update['stage'] == 'synthesis']
-    raised = next((name for name in ('entropy', 'diversity') if any(name in update for update in updates)), None)
-    if raised is None:
-        return None
     batches = {}
-    for update in updates:
-        if raised in update:
+    for update in history:
+        if update['stage'] == 'synthesis' and raised in update:
             batches.setdefault(update['index'] // steps, []).append((update['index'] % steps + 1, update[raised]))
+    if not batches:
+        return None
     figure, (axes, ) = new_figure()
     for number, (batch, points) in enumerate(sorted(batches.items())):
         axes.plot(*zip(*points), color=BLUE, alpha=0.35 + 0.65 * (number == 0), linewidth=1.4,
                   label=f'batch {batch + 1}' if len(batches) == 1 else ('first batch' if number == 0 else
                                                                          'the others' if number == 1 else None))
     axes.set_xlabel('step of synthesis')
-    axes.set_ylabel('entropy, nats a block' if raised == 'entropy' else 'diversity')
+    axes.set_ylabel('entropy, nats a block' if raised == 'entropy' else raised)
     axes.legend(loc='lower right')
     return figure
 

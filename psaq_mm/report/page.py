@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 
 import numpy as np
 from PIL import Image
@@ -100,12 +101,19 @@ def metric_rows(result: dict) -> list[list[str]]:
             for name in names]
 
 
+def marked(text: str):
+    """Return plain text as HTML in which what stands between backticks is code."""
+    from markupsafe import Markup, escape
+    return Markup(re.sub('`([^`]*)`', r'<code>\1</code>', str(escape(text))))
+
+
 def render(content: dict) -> str:
     """The page.
 
     Args:
         content (dict): ``result`` (what ``metrics.json`` holds), ``layers``, ``gallery`` (pairs of arrays), ``figures``
-            (``<svg>`` elements by name), ``stanza``, ``game``, ``command``, ``config``, ``title``.
+            (``<svg>`` elements by name), ``stages`` (lists of :class:`Plot` by title), ``stanza``, ``command``,
+            ``config``, ``title``.
 
     Returns:
         str: HTML.
@@ -113,6 +121,7 @@ def render(content: dict) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     environment = Environment(loader=PackageLoader('psaq_mm.report', ''), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
+    environment.filters['marked'] = marked
     pairs = [dict(start=None if pair['start'] is None else picture(pair['start']), image=picture(pair['image']))
              for pair in content['gallery']]
     layers = sorted(content['layers'], key=lambda layer: layer['sqnr'])

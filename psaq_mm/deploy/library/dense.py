@@ -14,9 +14,12 @@ def filter_scores_and_topk(scores, score_thr, topk, results=None):
     """``filter_scores_and_topk``: (scores, labels, indices, results) of the best pairs of place and class."""
     valid = above(scores, score_thr)
     places = valid.nonzero()
-    scores, order = scores[valid].sort(descending=True)
-    if topk > 0:
-        scores, order = scores[:topk], order[:topk]
+    scores = scores[valid]
+    if isinstance(scores.shape[0], torch.Tensor):  # traced: TensorRT wants to know the largest number
+        scores, order = best(scores, topk)
+    else:  # of equal scores the library takes those that its sort puts first
+        scores, order = scores.sort(descending=True)
+        scores, order = (scores[:topk], order[:topk]) if topk > 0 else (scores, order)
     kept, labels = places[order].unbind(1)
     if isinstance(results, dict):
         results = {key: value[kept] for key, value in results.items()}

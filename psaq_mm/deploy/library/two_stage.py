@@ -24,7 +24,9 @@ def extract(self, feats, rois, roi_scale_factor=None):
     for level, (layer, features) in enumerate(zip(self.roi_layers, feats)):
         places.append((levels == level).nonzero()[:, 0])
         found.append(layer(features, rois[places[-1]]))
-    return torch.cat(found)[torch.cat(places).sort()[1]]
+    places = torch.cat(places)
+    order = torch.zeros_like(places).scatter(0, places, torch.arange(places.shape[0]))  # without a sort
+    return torch.cat(found)[order]
 
 
 @replaces('mmdet.models.roi_heads.mask_heads.fcn_mask_head:FCNMaskHead._predict_by_feat_single')

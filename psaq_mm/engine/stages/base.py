@@ -2,18 +2,41 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from mmengine import dist
 from torch import Tensor
 
+from ...report import figures
+
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from ..loop import DataFreeLoop
 
 
 def counted(number: int, what: str) -> str:
     """Return '1 turn' or '2 turns'."""
     return f'{number} {what}' + 's' * (number != 1)
+
+
+def listed(names: Sequence[str], count: int = 5) -> str:
+    """Return the first few names in words."""
+    return ', '.join(names[:count]) + ', ...' * (len(names) > count)
+
+
+class Plot(NamedTuple):
+    """What the report shows of a stage.
+
+    Attributes:
+        name (str): Of the figure, for the Visualizer; no other plot has it.
+        text (str): What it says, in plain text; `names` of settings stand between backticks.
+        figure (Figure | None): None: there is nothing to draw.
+    """
+    name: str
+    text: str
+    figure: Figure | None
 
 
 class Stage:
@@ -25,18 +48,23 @@ class Stage:
 
     Attributes:
         name (str): In the log, the history, the bar and ``stages`` of ``metrics.json``.
+        title (str): In the report.
+        shown (tuple[str]): Which numbers of an update stand beside the bar.
+        curve (str): The number that the report draws over the updates, unless :meth:`plots` says otherwise; '': none.
         updates (int): How many mmengine iterations the stage takes at most. :meth:`start` may lower it.
         restored (dict | None): What :meth:`state_dict` gave in the run that was interrupted within this stage.
 
     Args:
         loop (DataFreeLoop): Holds what stages share: settings, teacher, student, images.
     """
-    name = ''
+    name = title = curve = ''
+    shown: tuple[str, ...] = ()
 
     def __init__(self, loop: DataFreeLoop):
         self.loop, self.quantization = loop, loop.quantization
         self.updates = 0
         self.restored = None
+        self.said = set()
 
     @classmethod
     def wanted(cls, loop: DataFreeLoop) -> bool:
@@ -88,6 +116,12 @@ class Stage:
         """Return what ``metrics.json``, checkpoint and report say of the finished stage; None: nothing."""
         return None
 
+    def plots(self) -> list[Plot]:
+        """Return what the report shows of the finished stage; the loop's history and summaries have all sessions of
+        the run.
+        """
+        return [Plot(self.name, '', figures.stage_curve(self.loop.history, self.name, self.curve))]
+
     def state_dict(self) -> dict:
         """Return what an interrupted run needs to go on within this stage."""
         return {}
@@ -96,3 +130,9 @@ class Stage:
         """Tell the log that the stage begins."""
         stages = self.loop.stages
         self.loop.runner.logger.info(f'Stage {stages.index(self) + 1}/{len(stages)}: {what}')
+
+    def say_once(self, what: str) -> None:
+        """Tell the log something that may come up again and again, the first time alone."""
+        if what not in self.said:
+            self.said.add(what)
+            self.loop.runner.logger.info(what)

@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 from ...models import extract_features
-from ...quantization import calibrate, reparameterize
-from .base import Stage, counted
+from ...quantization import calibrate, quantizers, reparameterize
+from .base import Stage, counted, listed
 from .learning import mean_over_processes, reduce_range
 
 
@@ -29,6 +29,7 @@ class CalibrationStage(Stage):
         if self.quantization.reparameterize:
             self.reparameterize(run)
         calibrate(loop.student, run, reduce_range)
+        self.tell_merged()
 
     def reparameterize(self, run):
         """Change the student's norms and the layers that read them; say what was left alone."""
@@ -42,8 +43,16 @@ class CalibrationStage(Stage):
                               for key in ('before', 'after')))
         for reason in dict.fromkeys(left.values()):
             names = [name for name, why in left.items() if why == reason]
-            shown = ', '.join(names[:3]) + ', ...' * (len(names) > 3)
-            log(f'{counted(len(names), "norm")} left alone ({shown}): {reason}')
+            log(f'{counted(len(names), "norm")} left alone ({listed(names)}): {reason}')
+
+    def tell_merged(self):
+        """Say where heads share one range, though the settings ask for one each."""
+        names = [name.rpartition('.')[0] for name, quantizer in quantizers(self.loop.student).items()
+                 if quantizer.merged]
+        if names:
+            self.loop.runner.logger.info(
+                f'{counted(len(names), "attention")} with one range for the weights of all heads, as there is one head '
+                f'or no axis for heads alone: {listed(names)}')
 
     def summary(self):
         """Return which norms that feed quantized layers were reparameterised, and why the others were left alone."""

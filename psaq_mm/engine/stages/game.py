@@ -9,9 +9,10 @@ import torch
 from ...errors import UserError
 from ...models import backbone_of, telling
 from ...quantization import FakeQuantizer, search_weight_ranges
+from ...report import figures
 from ...stanza import ROOT
 from ...synthesis import Game
-from .base import Stage, counted
+from .base import Plot, Stage, counted, listed
 from .learning import annealing, average_gradients, learnable_ranges, mean_over_processes, split, trainable
 
 
@@ -21,7 +22,8 @@ class GameStage(Stage):
     There is no game where nothing that is compared depends on what may change, as with the heads of two-stage
     detectors alone as targets.
     """
-    name = 'game'
+    name, title = 'game', 'The game'
+    shown = 'discrepancy', 'ratio'
 
     def __init__(self, loop):
         super().__init__(loop)
@@ -136,7 +138,7 @@ class GameStage(Stage):
         if left:
             self.loop.runner.logger.info(
                 f'{len(left)} parameters of the targets stay as they are, since neither features '
-                f"nor raw outputs depend on them: {', '.join(left[:3])}" + ', ...' * (len(left) > 3))
+                f'nor raw outputs depend on them: {listed(left)}')
         return found
 
     def learn_ranges(self):
@@ -225,6 +227,18 @@ class GameStage(Stage):
         game = self.game
         return game and dict(initial=game.initial, searched=self.searched, best=game.best, gained=game.gained,
                              turns=game.turns, student=game.student_updates, images=game.image_updates)
+
+    def plots(self):
+        found = self.loop.summaries.get(self.name)
+        if found is None:
+            return []
+        kept = 'the student with the lowest was kept.' if found['gained'] else \
+            'the student before the game was kept, as too little was gained (`game.gain`).'
+        text = (
+            'Student and images take turns: the student lowers its discrepancy from the teacher, images raise it. On '
+            f"held-back images it went from {found['initial']:.4f} to {found['best']:.4f} in {found['turns']} turns, "
+            f"{found['student']} updates of the student and {found['images']} of the images; {kept}")
+        return [Plot('game', text, figures.game_curve(self.loop.history, found['initial']))]
 
     def state_dict(self):
         return dict(game=self.game.state_dict(), searched=self.searched,

@@ -7,23 +7,35 @@ import random
 import torch
 from mmengine import dist
 
+from ...errors import UserError
 from ...models import attention_blocks, backbone_of
 from ...quantization import quantized_layers, search_weight_ranges
-from ...reconstruction import Recorder, UnitReconstruction, find_units, importance, settled_share, unrelated
+from ...reconstruction import (
+    Recorder,
+    UnitReconstruction,
+    find_units,
+    importance,
+    settled_share,
+    unrelated,
+    without_unit,
+)
+from ...report import figures
 from ...synthesis import lesson_view
-from .base import Stage
+from .base import Plot, Stage, counted, listed
 from .learning import annealing, average_gradients, learnable_ranges, mean_over_processes, split, trainable
 
 
 class ReconstructionStage(Stage):
     """Takes ``reconstruction.steps`` updates for each block, and for each group of layers between blocks."""
-    name = 'reconstruction'
+    name, title = 'reconstruction', 'Blocks'
+    shown = ('error', )
 
     def __init__(self, loop):
         super().__init__(loop)
         self.units, self.views, self.recorders, self.parameters, self.errors = [], [], (), {}, {}
         self.current = self.initial = None
         self.ranges = {}
+        self.unlearned, self.outside = [], []  # names of what stays as calibrated
 
     @classmethod
     def wanted(cls, loop):
@@ -33,9 +45,26 @@ class ReconstructionStage(Stage):
         loop = self.loop
         found = find_units(loop.student, loop.targets, attention_blocks(backbone_of(loop.student)), loop.first_features)
         self.parameters = trainable(loop.student, loop.targets)
-        self.units = [unit for unit in found if any(name.startswith(f'{unit.name}.') for name in self.parameters) or
-                      self.quantization.reconstruction.range_lr and learnable_ranges(loop.student, (f'{unit.name}.', ))]
+        self.units = [unit for unit in found if self.learns(unit)]
+        self.unlearned = [unit.name for unit in found if unit not in self.units]
+        self.outside = without_unit(loop.student, loop.targets, found)
         self.updates = len(self.units) * self.quantization.reconstruction.steps
+
+    def learns(self, unit):
+        """Return whether a unit has parameters that may change, or ranges."""
+        inside = f'{unit.name}.'
+        return any(name.startswith(inside) for name in self.parameters) or bool(
+            self.quantization.reconstruction.range_lr and learnable_ranges(self.loop.student, (inside, )))
+
+    def tell_left_out(self):
+        """Say what of the targets stays as calibrated."""
+        log = self.loop.runner.logger.info
+        if self.unlearned:
+            log(f'{counted(len(self.unlearned), "block")} not reconstructed, since nothing in it may change: '
+                f'{listed(self.unlearned)}')
+        if self.outside:
+            log(f'{counted(len(self.outside), "layer")} not reconstructed, since the model calls neither them nor a '
+                f'small module around them: {listed(self.outside)}')
 
     def start(self):
         loop, config = self.loop, self.quantization.reconstruction
@@ -45,10 +74,11 @@ class ReconstructionStage(Stage):
             return
         self.views = self.make_views(self.lessons(), config.views_of_each(
             sum(map(len, loop.images)) * dist.get_world_size()))
-        self.recorders = [Recorder(model, self.units, loop.features(model), self.views, loop.precision)
+        self.recorders = [Recorder(model, self.units, loop.features(model), self.views, loop.precision, self.say_once)
                           for model in (loop.teacher, loop.student)]
         if self.restored is None:
             self.announce(f'reconstruction of {len(self.units)} units from {sum(map(len, self.views))} views')
+            self.tell_left_out()
             return
         self.errors = dict(self.restored['errors'])
         if self.restored['current'] is not None:
@@ -81,6 +111,9 @@ class ReconstructionStage(Stage):
         Args:
             number (int): Of the unit.
             restored (dict, optional): Where an interrupted run left it.
+
+        Raises:
+            UserError: If the unit puts out no finite numbers.
         """
         loop, config, unit = self.loop, self.quantization.reconstruction, self.units[number]
         student, teacher = (model.get_submodule(unit.name) for model in (loop.student, loop.teacher))
@@ -92,11 +125,14 @@ class ReconstructionStage(Stage):
         for size, views in sizes.items():
             weights[size] = importance(teacher, [lambda view=view: run_teacher(view) for view in views[:config.probes]],
                                        generator) if config.final else [None] * unit.calls
-        step = loop.progress(f'recording {unit.name}', len(self.views))
+        step = loop.progress('recording', len(self.views), unit.name)
         for view, exact, found in zip(self.views, *(recorder.record(number) for recorder in self.recorders)):
             step()
             samples += [(a[0], b[0], a[1], w) for a, b, w in zip(exact, found, weights[view.shape[2:]])]
-        if not unit.felt or unrelated([sample[0] for sample in samples], [sample[1] for sample in samples]):
+        apart = not unit.felt or unrelated([sample[0] for sample in samples], [sample[1] for sample in samples])
+        if mean_over_processes(float(apart)):  # what one process finds is so for all: they share the student
+            self.say_once(f'{unit.name} learns from full-precision inputs alone: those of the quantized model may be '
+                          'of other things, as boxes or queries that each model chooses for itself')
             samples = [(exact, exact, aim, weight) for exact, _, aim, weight in samples]
         inside = (f'{unit.name}.', )
         parameters = {n: p for n, p in self.parameters.items() if n.startswith(inside)}
@@ -105,12 +141,15 @@ class ReconstructionStage(Stage):
         self.current = UnitReconstruction(
             student, samples, list(parameters.values()), stretches, self.quantization.reconstruction_lr,
             config.range_lr, config.mix, config.final, config.rounding_lr, loop.precision, average_gradients,
-            mean_over_processes)
+            mean_over_processes, lambda what: self.say_once(f'{unit.name}: {what}'))
         rounded = list(quantized_layers(student).values()) if config.weights == 'rounding' else []
         if restored is not None:
             self.current.load_state_dict(restored, rounded)
         else:
-            self.initial, error = self.current.search()
+            self.initial, error = self.current.search() if config.search else [self.current.measure()] * 2
+            if not math.isfinite(error):
+                raise UserError(f"'{unit.name}' puts out numbers that are not finite, in full precision or as "
+                                'calibrated: it cannot be reconstructed. Check the checkpoint; try without --amp')
             if config.weight_ranges == 'mse':
                 error = self.choose_weight_ranges(student, list(parameters.values()), error)
             self.current.start(rounded, error)
@@ -147,12 +186,9 @@ class ReconstructionStage(Stage):
             for quantizer in self.ranges.values():
                 quantizer.fix_range()
             self.current, self.ranges = None, {}
-            logger = self.loop.runner.logger
-            logger.info(f"{self.units[number].name}: error of its output, squared, over the output's power: "
-                        f'{self.initial:.4g} as calibrated, {started:.4g} with ranges searched, {now:.4g} learned')
-            if not math.isfinite(now):
-                logger.warning(f'{self.units[number].name} puts out no finite numbers: the quantized model is of no '
-                               'use. Check the checkpoint; try without --amp')
+            self.loop.runner.logger.info(
+                f"{self.units[number].name}: error of its output, squared, over the output's power: "
+                f'{self.initial:.4g} as calibrated, {started:.4g} as it began to learn, {now:.4g} learned')
         return log
 
     def finish(self):
@@ -160,6 +196,11 @@ class ReconstructionStage(Stage):
 
     def summary(self):
         return dict(errors={name: list(pair) for name, pair in self.errors.items()}) if self.errors else None
+
+    def plots(self):
+        return [Plot('blocks', 'Block after block learned to put out what it does in full precision. The error of the '
+                     'inputs, which come from the quantized blocks before, is part of each.',
+                     figures.block_errors(self.loop.summaries.get(self.name, {}).get('errors', {})))]
 
     def state_dict(self):
         return dict(errors=dict(self.errors), initial=self.initial, current=self.current and self.current.state_dict())

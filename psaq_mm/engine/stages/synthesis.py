@@ -4,17 +4,27 @@ from __future__ import annotations
 import math
 import statistics
 
+import torch
 from mmengine import dist
 
-from ...synthesis import ImageOptimizer, learning_rate, objective
-from .base import Stage
+from ...models import backbone_of
+from ...report import figures
+from ...synthesis import ImageOptimizer, learning_rate, objective, similarity_density
+from .base import Plot, Stage
 
+RAISED = dict(
+    entropy='the entropy of the similarities between patches',
+    diversity='the diversity of the images of a batch, as the full-precision model sees them: 0 is the most',
+    agreement='the agreement of attention heads: how alike their maps are for each query, 1 where all are the same',
+)  # numbers of an update, as far as the settings give them a weight
+DENSITIES = 3  # blocks whose densities are drawn: the first, one in the middle, the last
 PLATEAU = 0.01  # nats a block: a rise of the entropy that counts for synthesis.patience; our choice
 
 
 class SynthesisStage(Stage):
     """Takes ``synthesis.steps`` updates for each batch of images."""
-    name = 'synthesis'
+    name, title = 'synthesis', 'Synthesis'
+    shown = tuple(RAISED)
 
     def __init__(self, loop):
         super().__init__(loop)
@@ -74,7 +84,7 @@ class SynthesisStage(Stage):
             return loss
 
         self.optimizer.step(lowered, learning_rate(step, config))
-        self.follow(next((log[name] for name in ('entropy', 'diversity', 'agreement') if name in log), 0.0))
+        self.follow(next((log[name] for name in RAISED if name in log), 0.0))
         if self.has_plateaued() and dist.get_world_size() == 1:
             loop.skip(config.steps - 1 - step)
         if self.has_plateaued() or step == config.steps - 1:
@@ -102,6 +112,38 @@ class SynthesisStage(Stage):
                 last[update['index'] // steps] = update
         return {name: statistics.fmean(update[name] for update in last.values())
                 for name in ('entropy', 'agreement', 'diversity') if all(name in update for update in last.values())}
+
+    def plots(self):
+        raised = [name for name in RAISED if getattr(self.quantization.synthesis, name)]
+        text = f"Synthesis raises {', and '.join(RAISED[name] for name in raised)}. "
+        text += f'Drawn is the {raised[0]}. ' if len(raised) > 1 else ''
+        text += ('Curves that level out were given enough steps; ones that still rise ask for a larger '
+                 '`synthesis.steps`.')
+        curve = figures.synthesis_curve(
+            self.loop.history, self.quantization.synthesis.steps, raised[0]) if raised else None
+        spread = 'On noise all patches are alike; synthesis spreads them.' * ('entropy' in raised)
+        return [Plot('synthesis', text, curve),
+                Plot('densities', f'The density of the similarities between patches of an image. {spread}',
+                     figures.similarity_densities(self.densities()))]
+
+    @torch.no_grad()
+    def densities(self):
+        """Return densities of patch similarities of the first images and of what they started from, in a few blocks.
+        """
+        loop, found = self.loop, {}
+        for kind, images in (('starts', loop.starts[0][:4]), ('images', loop.images[0][:4])):
+            with loop.tap:
+                backbone_of(loop.teacher)(images)
+            found[kind], loop.tap.tokens = loop.tap.tokens, []
+        count = len(found['images'])
+        result = []
+        for block in sorted({0, count // 2, count - 1})[:DENSITIES]:
+            entry = dict(name=f'block {block + 1} of {count}')
+            for kind, tokens in found.items():
+                points, density = similarity_density(tokens[block], self.quantization.synthesis.bandwidth)
+                entry['grid'], entry[kind] = points.numpy(), density.numpy()
+            result.append(entry)
+        return result
 
     def images(self):
         batches = super().images()
