@@ -520,7 +520,7 @@ def test_detector_by_mmdets_own_tools(quantized_run, scenes, tmp_path):
     assert min(result['sqnr_db'].values()) > 20 and f"{result['int8']} of" in done.stdout
     whole = result['whole']
     assert whole['size'] is None and all(item['passed'] for item in whole['measured'])
-    assert {item['graph'] for item in whole['measured']} == {'replaced', 'float', 'int8'}
+    assert {item['graph'] for item in whole['measured']} == {'library', 'replaced', 'float', 'int8'}
     claimed = json.loads((work_dir / 'metrics.json').read_text())['size_mb']['quantized']
     assert whole['size_mb'] == pytest.approx(claimed, rel=0.05)
     batches = [(item['graph'], item['runtime']) for item in whole['measured'] if item['place'].startswith('3 images')]
@@ -781,3 +781,17 @@ def test_a_float_checkpoint_is_refused(quantized_run, tmp_path):
     torch.save(state, tmp_path / 'float.pth')
     done = run_tool(ROOT / 'tools' / 'export.py', work_dir / 'test_config.py', tmp_path / 'float.pth', check=False)
     assert done.returncode == 2 and 'no scale for' in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_a_model_that_cannot_be_one_graph_is_told_so_before_anything_is_traced(quantized_run, tmp_path, monkeypatch):
+    work_dir, _ = quantized_run
+    cfg, module, said = Config.fromfile(work_dir / 'test_config.py'), sys.modules[export.__module__], []
+    cfg.test_dataloader.dataset.pipeline[1] = dict(type='Mosaic')
+
+    def export_features(*args):
+        raise UserError(f'traced; said before: {said}')
+
+    monkeypatch.setattr(module, 'export_features', export_features)
+    monkeypatch.setattr(module, 'print_log', lambda text, *args: said.append(text))
+    with pytest.raises(UserError, match='traced; said before: .*no model.onnx.*Mosaic'):
+        export(cfg, str(work_dir / 'quantized.pth'), str(tmp_path / 'int8'))

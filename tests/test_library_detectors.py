@@ -122,8 +122,17 @@ def test_lists_of_traced_numbers_stay_traced():
     def scale(x):
         return x.new_tensor([x.shape[0], 2.]).repeat((1, 2))
 
+    def sides(x):  # of an image, as EmbeddingRPN asks for them; and as integers
+        height, width = x.shape
+        sides = x.new_tensor([[width, height, width, 1]], dtype=torch.int64)
+        return torch.cat([x.new_tensor([[width, height, width, height]]), sides // 2])
+
     for run in runs(scale, (torch.zeros(3, 2), ), [(0, )]):
         assert_close(run(torch.zeros(5, 2)), [torch.tensor([[5., 2., 5., 2.]])])
+    for run in runs(sides, (torch.zeros(3, 2), )):
+        assert_close(run(torch.zeros(5, 7)), [torch.tensor([[7., 5., 7., 5.], [3., 2., 3., 0.]])])
+    assert_close(adapted(sides, torch.zeros(5, 7)), sides(torch.zeros(5, 7)))
+    assert adapted(lambda x: x.new_tensor(x[0]), torch.ones(2, 2, dtype=torch.int64)).dtype == torch.int64
 
 
 @pytest.mark.parametrize('rows', [30, 1, 0])

@@ -1,10 +1,13 @@
 """Graphs that TensorRT's parser takes: the rules, what breaks them, and engines, as far as they go without a GPU."""
+import json
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from psaq_mm.deploy.engine import build_engine
+from psaq_mm.deploy.check import packed
+from psaq_mm.deploy.engine import build_engine, compared
 from psaq_mm.deploy.graph import Features, Form, export_graph
 from psaq_mm.deploy.predictor import predictor_of
 from psaq_mm.deploy.runtime import SESSIONS
@@ -219,6 +222,27 @@ def test_an_engine_is_held_against_its_graph(exported, tmp_path):
     with pytest.raises(UserError, match='computes .* wrongly'):
         build_engine(graph, target, Wrong)
     assert not target.exists()
+
+
+def test_an_engine_is_compared_on_what_the_export_was_checked_with(exported, tmp_path, monkeypatch):
+    graph = exported['detection'][0] / 'model.onnx'
+    shape = [axis.dim_value for axis in onnx.load(str(graph)).graph.input[0].type.tensor_type.shape.dim]
+    given = []
+
+    def run(inputs):
+        given.append(inputs['images'])
+        return Session(str(path)).run(inputs)
+
+    path = tmp_path / 'model.onnx'
+    path.write_bytes(graph.read_bytes())
+    assert 'to noise (model.json has no check image) agree' in compared(run, path)[0]
+    image = torch.randint(0, 255, (1, *shape[1:]), dtype=torch.uint8).numpy()
+    check = dict(size=shape[1:3], content=packed(dict(image=image[0])))
+    (tmp_path / 'model.json').write_text(json.dumps(dict(check=check)))
+    text, good = compared(run, path)
+    assert good and 'to the image of model.json' in text and np.array_equal(given[1], image)
+    monkeypatch.setattr('psaq_mm.deploy.engine.anything', lambda *args: False)
+    assert 'in which there is no object' in compared(run, path)[0]
 
 
 def test_errors_are_one_line(exported, tmp_path):

@@ -94,7 +94,8 @@ def exported(graphs):
     refused = sum(r['export'] == 'refused' for r in graphs)
     return [f'The last two columns: {good} of these {len(graphs)} are one graph of the whole model, {refused} are '
             'refused by name. Each graph computes the feature maps and the answers of the fake-quantized model in '
-            'OpenVINO and in ONNX Runtime, without the resizing of the test pipeline. '
+            'OpenVINO and in ONNX Runtime, without the resizing of the test pipeline. Detectors are made to find '
+            'objects: logits of classes are spread, or thresholds are 0. '
             "'any size' is one graph, measured at 128 x 128 and 128 x 192 pixels; 'one size' is a graph for 64 x 64 "
             'or 64 x 96, and the cell says why. SQNR is that of the feature maps, the lowest of all.', '']
 

@@ -26,6 +26,20 @@ def single(names, answers) -> list[list[np.ndarray]]:
     return found
 
 
+def anything(names, answers) -> bool:
+    """Whether answers to images tell of any object; in a panoptic map, of more than one area. Other answers always do.
+
+    Args:
+        names (Sequence[str]): What the answers are.
+        answers (Sequence[np.ndarray]): (B, ...) each.
+    """
+    values = dict(zip(names, answers))
+    found = [(values['labels'] >= 0).any()] if 'labels' in values else []
+    if 'panoptic_map' in values:
+        found.append(values['panoptic_map'].min() < values['panoptic_map'].max())
+    return bool(np.any(found)) if found else True
+
+
 def overlaps(boxes, others):
     """Return the intersection over union of each pair of boxes, (N, M); 1 where they lie in one place, area or not.
 
@@ -79,7 +93,7 @@ def same_masks(masks, others, weights) -> float:
     return float(np.average(np.where(all_ > 0, common / np.maximum(all_, 1), 1.0), weights=weights))
 
 
-def same_objects(ours: dict, theirs: dict) -> float:
+def same_objects(ours: dict, theirs: dict) -> dict[str, float]:
     """Return how well the objects of one image agree, from 0 to 1: the share that has counterparts, and their masks.
 
     Both sides count, and each object by its score. Nothing agrees with nothing.
@@ -90,11 +104,13 @@ def same_objects(ours: dict, theirs: dict) -> float:
     scores, others = ours['scores'], theirs['scores']
     total = scores.sum() + others.sum()
     if not len(scores) * len(others) or total <= 0:
-        return float(len(scores) == len(others))
+        return dict(boxes=float(len(scores) == len(others)))
     rows, columns = matches(*(side[key] for side in (ours, theirs) for key in ('boxes', 'scores', 'labels'))).T
     weights = scores[rows] + others[columns]
-    masks = same_masks(ours['masks'][rows], theirs['masks'][columns], weights) if 'masks' in ours else 1.0
-    return min(float(weights.sum() / total), masks)
+    found = dict(boxes=float(weights.sum() / total))
+    if 'masks' in ours:
+        found['masks'] = same_masks(ours['masks'][rows], theirs['masks'][columns], weights)
+    return found
 
 
 def same_areas(panoptic, other) -> float:
@@ -122,26 +138,39 @@ def same_values(values, others) -> float:
     return max(1 - float(np.abs(values - others).sum() / max(np.abs(values).sum(), 1e-12)), 0.0)
 
 
-def agreement(names, answers, others) -> float:
-    """Return how well two sets of answers agree, from 0 to 1: that of the answer and the image that agree worst.
+def agreements(names, answers, others) -> dict[str, float]:
+    """Return how well two sets of answers agree, each from 0 to 1 and for the image that agrees worst.
 
     Detections count by their scores: one at the threshold that comes or goes weighs little.
 
     Args:
         names (Sequence[str]): What the answers are, as a predictor names them.
         answers, others (Sequence[np.ndarray]): With an axis of images first.
+
+    Returns:
+        dict[str, float]: By name; 'boxes' stands for boxes, scores and labels.
     """
     ours, theirs = (dict(zip(names, (np.asarray(value) for value in values))) for values in (answers, others))
-    objects, found = [name for name in OBJECTS if name in ours and 'boxes' in ours], []
-    if objects:
-        found += [same_objects(*({name: side[name][i] for name in objects} for side in (ours, theirs)))
-                  for i in range(len(ours['boxes']))]
+    objects, found = [name for name in OBJECTS if name in ours and 'boxes' in ours], {}
+
+    def add(values):
+        found.update({name: min(value, found.get(name, 1.0)) for name, value in values.items()})
+
+    for i in range(len(ours['boxes']) if objects else 0):
+        add(same_objects(*({name: side[name][i] for name in objects} for side in (ours, theirs))))
     for name, value in ours.items():
         other = theirs[name]
         if name in objects:
             continue
         if value.shape != other.shape:
-            return 0.0
-        found += [same_areas(*pair) for pair in zip(value, other)] if name == 'panoptic_map' else [
-            same_values(value, other)]
-    return min(found)
+            add({name: 0.0})
+        elif name == 'panoptic_map':
+            add({name: min(map(same_areas, value, other))})
+        else:
+            add({name: same_values(value, other)})
+    return found
+
+
+def agreement(names, answers, others) -> float:
+    """Return how well two sets of answers agree: the lowest of :func:`agreements`."""
+    return min(agreements(names, answers, others).values())

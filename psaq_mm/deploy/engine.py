@@ -1,6 +1,7 @@
 """Builds TensorRT engines from exported graphs, and holds them against the graphs. Never run here: it needs a GPU."""
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import torch
 from ..errors import UserError
 from ..files import write_atomically
 from .agreement import first_line, unpacked
-from .answers import agreement, single
+from .answers import agreement, anything, single
 from .extras import need
 from .runtime import SESSIONS
+from .session import unpacked as check_of
 from .tensorrt import check_for_tensorrt
-from .whole import GOOD, INPUT, MARGIN
+from .whole import GOOD, INPUT, MARGIN, enlarged
 
 RUNTIME = 'tensorrt'
 
@@ -54,7 +56,8 @@ def compared(run: Callable, path: Path) -> tuple[str, bool]:
 
     Args:
         run (Callable): From inputs by name to outputs by name.
-        path (Path): The graph: of features with the probes that it holds, of a whole model against ONNX Runtime.
+        path (Path): The graph. A graph of features holds probes, which the engine must compute. A graph of a whole
+            model is compared with ONNX Runtime, on the image of the check in the ``model.json`` beside it.
 
     Returns:
         tuple[str, bool]: What was found, and whether that is good.
@@ -67,13 +70,18 @@ def compared(run: Callable, path: Path) -> tuple[str, bool]:
                  for probe in unpacked(notes['probes'])]
         return '; '.join(map(str, found)), all(item.passed for item in found)
     shape = [axis.dim_value or 1 for axis in graph.input[0].type.tensor_type.shape.dim]
-    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    card = path.with_suffix('.json')
+    check = json.loads(card.read_text(encoding='utf-8')).get('check') if card.is_file() else None
+    images = check_of(check)[1] if check else np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    images = enlarged(torch.from_numpy(images), shape[1:3]).expand(shape[0], -1, -1, -1).numpy()
     expected = SESSIONS['onnxruntime'](str(path)).run({INPUT: images})
     found = run({INPUT: images})
     value = min(agreement(names, *pair) for pair in zip(single(names, expected), single(
         names, [found[name] for name in names])))
-    return (f'the answers to noise agree with those in ONNX Runtime by {value:.3f}, and need {GOOD - MARGIN:.2f}',
-            value >= GOOD - MARGIN)
+    said = f'the image of {card.name}' if check else f'noise ({card.name} has no check image)'
+    nothing = '' if anything(names, expected) else ', in which there is no object, so that little is known'
+    return (f'the answers to {said}{nothing} agree with those in ONNX Runtime by {value:.3f}, and need '
+            f'{GOOD - MARGIN:.2f}', value >= GOOD - MARGIN)
 
 
 def build_engine(path: Path, target: Path, make: Callable = TensorRtSession) -> str:

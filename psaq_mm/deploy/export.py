@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
@@ -54,7 +56,7 @@ from .graph import (
 )
 from .heads import export_head, head_inputs, head_names
 from .pixels import missing_pipeline
-from .predictor import predictor_of
+from .predictor import Predictor, predictor_of
 from .runtime import RUNTIMES, Graph, HeadGraph, host
 from .whole import MODEL, Whole, export_whole, in_pixels
 
@@ -64,6 +66,7 @@ FOLDER = '<folder of this file>'
 RESULTS = ('features.onnx', 'int8_config.py', 'int8.pth', 'export.json', MODEL, CARD, *SCRIPTS)
 PROPOSALS = 16  # that a head's graph keeps to check itself with
 CHECK_SIDE = 256  # the check image is stored in this size at most, and enlarged
+TRIED = 16  # images, of which the first with an object checks the whole graph
 
 
 def quantized_config(cfg: Config) -> Config:
@@ -197,15 +200,15 @@ def synthetic_images(folder: Path, channels: int) -> list[Tensor]:
     return [image.float() for batch in batches if batch.shape[1] == channels for image in batch.split(1)]
 
 
-def check_image(images: list[Tensor], channels: int, size: tuple[int, int]) -> Tensor:
-    """Return the first image, or noise where there are none, (1, C, H, W), on an 8-bit grid."""
-    image = images[0] if images else None
-    if image is None:
-        image = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0))
-    scale = CHECK_SIDE / max(image.shape[-2:])
-    if scale < 1:
-        image = resized(image, [max(round(side * scale), 1) for side in image.shape[-2:]])
-    return eight_bits(image)
+def check_images(images: list[Tensor], channels: int, size: tuple[int, int]) -> list[Tensor]:
+    """Return the first of some images, or noise where there are none, (1, C, H, W) each, on 8-bit grids."""
+    found = []
+    for image in images[:TRIED] or [torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0))]:
+        scale = CHECK_SIDE / max(image.shape[-2:])
+        if scale < 1:
+            image = resized(image, [max(round(side * scale), 1) for side in image.shape[-2:]])
+        found.append(eight_bits(image))
+    return found
 
 
 def resized(image: Tensor, size) -> Tensor:
@@ -471,16 +474,38 @@ def check_delivery(model, folder: Path, image: Tensor, marks: list[float], runti
                         f'model: {finding}. Please report it')
 
 
-def deliver_whole(model, cfg: Config, meta: dict, folder: Path, image: Tensor, size: tuple[int, int], fixed: bool,
-                  runtimes: list[str], form: Form) -> dict:
-    """Write ``model.onnx``, ``model.json`` and ``predict.py``.
+def whole_predictor(model, cfg: Config, batch: bool) -> Predictor | str:
+    """Return the predictor of a model, or say at once why there will be no graph of the whole model.
 
     Args:
         model (nn.Module): Quantized.
         cfg (Config): Its config.
+        batch (bool): Whether the graph shall take any number of images at once.
+    """
+    try:
+        predictor = predictor_of(model, cfg).eval()
+        if batch and predictor.one_by_one:
+            predictor.limit()
+        return predictor
+    except UserError as error:
+        why = str(error)
+    except Exception as error:  # of what only the user's own code understands
+        why = ('test_dataloader.dataset.pipeline or model.test_cfg has settings that a graph does not know '
+               f'({first_line(error)})')
+    print_log(f'there will be no {MODEL}, only the parts: {why}', 'current', logging.WARNING)
+    return why
+
+
+def deliver_whole(predictor: Predictor, cfg: Config, meta: dict, folder: Path, images: list[Tensor],
+                  size: tuple[int, int], fixed: bool, runtimes: list[str], form: Form) -> dict:
+    """Write ``model.onnx``, ``model.json`` and ``predict.py``.
+
+    Args:
+        predictor (Predictor): Of a quantized model.
+        cfg (Config): The model's config.
         meta (dict): Of the checkpoint.
         folder (Path): Where to.
-        image (Tensor): To check with, (1, C, H, W).
+        images (list[Tensor]): To check with, as :func:`export_whole` chooses, (1, C, H, W) each.
         size (tuple[int, int]): (H, W) of the trace.
         fixed, runtimes: As of :func:`export_whole`.
         form (Form): What the graph is to be like; ``images`` are those of the model, (1, C, H, W).
@@ -489,22 +514,25 @@ def deliver_whole(model, cfg: Config, meta: dict, folder: Path, image: Tensor, s
         dict: ``size``, ``at_least``, ``size_mb``, ``reason`` and what was ``measured``; or ``refused``, why there is no
         such graph. With ``warnings``.
     """
+    form = form._replace(images=tuple(in_pixels(predictor, item) for item in form.images))
+    checks = torch.cat([in_pixels(predictor, resized(image, size)) for image in images])
     try:
-        predictor = predictor_of(model, cfg).eval()
-        form = form._replace(images=tuple(in_pixels(predictor, item) for item in form.images))
-        pixels = in_pixels(predictor, resized(image, size))
-        found = export_whole(predictor, folder, pixels, fixed, runtimes, form)
+        found = export_whole(predictor, folder, checks, fixed, runtimes, form)
     except UserError as error:
         (folder / MODEL).unlink(missing_ok=True)
         return dict(refused=str(error), warnings=[])
     measured = [dict(item._asdict(), passed=item.passed) for item in (*found.differences, *found.findings)]
     right = [runtime for runtime in runtimes if not found.failures(runtime)]
-    card = describe(predictor, cfg, dataset_meta(cfg, meta), found.file, found.answers, right, pixels)
+    card = describe(predictor, cfg, dataset_meta(cfg, meta), found.file, found.answers, right, found.image)
     deliver(card, folder)
+    warnings = [*filter(None, [missing_pipeline(cfg)]), *warnings_of({MODEL: found}, runtimes, found.reason)]
+    if not found.anything:
+        warnings.append(f'{MODEL}: the model finds no object in the images that check the graph, so answers were '
+                        'compared on none')
+    elif card['check'] is None:
+        warnings.append(UNCHECKED)
     return dict(size=found.size, at_least=card['sizes']['at_least'], reason=found.reason,
-                size_mb=round(found.file.stat().st_size / 1e6, 2), measured=measured,
-                warnings=[*filter(None, [missing_pipeline(cfg)]), *warnings_of({MODEL: found}, runtimes, found.reason),
-                          *[UNCHECKED] * (card['check'] is None)])
+                size_mb=round(found.file.stat().st_size / 1e6, 2), measured=measured, warnings=warnings)
 
 
 def export(cfg: Config, checkpoint: str, work_dir: str, size: tuple[int, int] | None = None,
@@ -562,9 +590,11 @@ def _export(cfg, checkpoint, target, size, runtimes, preset, whole, batch):
     if owner:
         raise UserError(f"{type(model).__name__} holds its backbone in '{owner}', and only models that hold it "
                         f"themselves can be exported: quantize and export with the config of the model in '{owner}'")
+    predictor = whole_predictor(model, cfg, batch) if whole else None
     used = resolved(QuantizationConfig.parse(cfg.model.quantization), model).synthesis.size[0]
     synthetic = synthetic_images(Path(checkpoint).parent, image_channels(model))
-    image = check_image(synthetic, image_channels(model), used)
+    checks = check_images(synthetic, image_channels(model), used)
+    image = checks[0]
     own = own_size(model)
     traced = size or (own if own and refusal(model, resized(image, used)) else tuple(used))
     form = Form(preset, batch, tuple(resized(item, traced) for item in synthetic[:IMAGES])
@@ -610,8 +640,8 @@ def _export(cfg, checkpoint, target, size, runtimes, preset, whole, batch):
             int8=sum(products.values()), float=[name for name, integer in products.items() if not integer],
             kept_float=float_layers(model))
         if whole:
-            result['whole'] = deliver_whole(model, cfg, content.get('meta', {}), work, image, traced, bool(size),
-                                            runtimes, form)
+            result['whole'] = dict(refused=predictor, warnings=[]) if isinstance(predictor, str) else deliver_whole(
+                predictor, cfg, content.get('meta', {}), work, checks, traced, bool(size), runtimes, form)
             result['warnings'] += result['whole'].pop('warnings')
         write_json(result, work / 'export.json')
         for name in (MODEL, CARD, *SCRIPTS):  # of an earlier export

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .adapters import pad_to
+from .agreement import first_line
 
 LOADERS = 'LoadImageFromFile', 'LoadImageFromNDArray', 'InferencerLoader'
 FILTERS = 'bilinear', 'bicubic'  # of Pillow
@@ -48,6 +49,11 @@ def kind_of(step: dict) -> str:
     """Return the name of a transform's class, without scope."""
     kind = step['type'] if isinstance(step['type'], str) else step['type'].__name__
     return kind.rpartition('.')[2]
+
+
+def is_for_annotations(step: dict) -> bool:
+    """Whether a transform loads what is known of an image, not the image."""
+    return kind_of(step).startswith('Load') and 'Annotation' in kind_of(step)
 
 
 def loader_of(cfg: Config) -> dict:
@@ -301,11 +307,16 @@ class Pixels(nn.Module):
         kind = kind_of(step)
         if kind in LOADERS:
             self.integers = not step.get('to_float32', False)
-        elif kind.startswith('Load') and 'Annotation' in kind or kind.startswith('Pack') and 'Track' not in kind or \
+        elif is_for_annotations(step) or kind.startswith('Pack') and 'Track' not in kind or \
                 kind == 'RandomFlip' and not step.get('prob'):
             return
         elif kind in MAKERS:
-            made = MAKERS[kind](step, self)
+            try:
+                made = MAKERS[kind](step, self)
+            except UserError:
+                raise
+            except Exception as error:  # it may be a user's own of the same name
+                refuse(kind, f'its settings are not those that a graph knows ({first_line(error)})')
             self.done.append(f'{kind}({", ".join(f"{k}={v!r}" for k, v in step.items() if k != "type")})')
             self.steps.append(made)
         else:

@@ -15,6 +15,9 @@ from .library import Traced, refuse
 from .pixels import Pixels, test_dataset
 from .windows import slide
 
+# What a segmentor does with what it computes for each pixel; the predictors of this module do the same.
+OWN = ('predict', 'inference', 'whole_inference', 'slide_inference', 'postprocess_result')
+
 
 class Predictor(nn.Module):
     """Computes what a model predicts for images, as tensors. ``names`` says which; see the subclasses.
@@ -24,12 +27,15 @@ class Predictor(nn.Module):
         cfg (Config): Its config, with the test pipeline.
     """
     names: tuple[str, ...] = ()
+    pack = 'mmdet.PackDetInputs'  # the last transform of its library's pipelines
+    prompt: dict = {}  # what data samples tell a model besides sizes
     mask_form: str | None = None
     one_by_one = False  # whether the library answers for one image at a time
     unlike_the_library: tuple[str, ...] = ()  # answers that the library gives in another form
 
     def __init__(self, model: nn.Module, cfg: Config):
         super().__init__()
+        self.cfg = cfg
         self.model, self.pixels = model, Pixels(cfg, model.data_preprocessor, image_channels(model))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -45,6 +51,10 @@ class Predictor(nn.Module):
         return self.answers(inputs, {key: Traced(value) for key, value in meta.items()})
 
     def answers(self, inputs, meta):
+        raise NotImplementedError
+
+    def of_sample(self, sample) -> tuple[Tensor, ...]:
+        """Return the answers that are in a data sample of the library's, for one image."""
         raise NotImplementedError
 
     def limit(self) -> int:
@@ -104,9 +114,11 @@ class DetectionPredictor(Predictor):
         sample = DetDataSample(metainfo=dict(meta, **self.prompt))
         with untraced(getattr(self.model, 'language_model', None)):
             found, = self.model.predict(inputs, [sample], rescale=True)
-        found = found.pred_instances
+        return self.of_sample(found)
+
+    def of_sample(self, sample):
         keys = dict(boxes='bboxes', scores='scores', labels='labels', masks='masks')
-        return tuple(found[keys[name]][None] for name in self.names)
+        return tuple(sample.pred_instances[keys[name]][None] for name in self.names)
 
 
 class MaskClassificationPredictor(Predictor):
@@ -133,14 +145,18 @@ class MaskClassificationPredictor(Predictor):
     def answers(self, inputs, meta):
         from mmdet.structures import DetDataSample
         found, = self.model.predict(inputs, [DetDataSample(metainfo=meta)], rescale=True)
-        answers = (found.pred_panoptic_seg.sem_seg, ) if self.panoptic else ()
+        return self.of_sample(found)
+
+    def of_sample(self, sample):
+        answers = (sample.pred_panoptic_seg.sem_seg, ) if self.panoptic else ()
         if self.instances:
-            answers += tuple(found.pred_instances[key][None] for key in ('bboxes', 'scores', 'labels', 'masks'))
+            answers += tuple(sample.pred_instances[key][None] for key in ('bboxes', 'scores', 'labels', 'masks'))
         return answers
 
 
 class DensePredictor(Predictor):
     """Of a model that says something of each pixel, for any number of images of one size."""
+    pack = 'mmseg.PackSegInputs'
     modes = 'whole', 'slide'
 
     def axes(self, name):
@@ -148,6 +164,11 @@ class DensePredictor(Predictor):
 
     def __init__(self, model, cfg):
         super().__init__(model, cfg)
+        for name in OWN:
+            owner = next((kind for kind in type(model).__mro__ if name in vars(kind)), None)
+            if owner is not None and not owner.__module__.startswith('mmseg.'):
+                raise UserError(f'{type(model).__name__}: {owner.__name__} has a {name} of its own, which cannot be a '
+                                "part of the graph; mmseg's can")
         self.mode = model.test_cfg.get('mode', 'whole')
         if self.mode not in self.modes:
             raise UserError(f"model.test_cfg.mode = '{self.mode}' of {type(model).__name__}: only "
@@ -186,6 +207,10 @@ class SegmentationPredictor(DensePredictor):
             return (logits.argmax(1).to(torch.uint8 if logits.shape[1] <= 256 else torch.int32), )
         return ((logits[:, 0].sigmoid() > self.model.decode_head.threshold).to(torch.uint8), )
 
+    def of_sample(self, sample):
+        found = sample.pred_sem_seg.data
+        return (found.to(torch.uint8 if sample.seg_logits.data.shape[0] <= 256 else torch.int32), )
+
 
 class DepthPredictor(DensePredictor):
     """Of a depth estimator: metres from the camera for each pixel of the image, (B, H, W)."""
@@ -195,16 +220,23 @@ class DepthPredictor(DensePredictor):
     def answers(self, inputs, meta):
         return (self.values(inputs, meta)[:, 0], )
 
+    def of_sample(self, sample):
+        return (sample.pred_depth_map.data, )
+
 
 class ClassificationPredictor(Predictor):
     """Of a classifier: probabilities (B, classes), for any number of images of one size."""
     names = ('probabilities', )
+    pack = 'psaq_mm.PackClassificationInputs'
 
     def axes(self, name):
         return {}
 
     def answers(self, inputs, meta):
         return (self.model.logits(inputs).softmax(-1), )
+
+    def of_sample(self, sample):
+        return (sample.pred_score[None], )
 
 
 def limits(model: nn.Module) -> dict:

@@ -1,7 +1,8 @@
 """A whole model as one graph: written, and held against the model before it is delivered.
 
-Three comparisons, in every runtime that is installed and at sizes that stand for all:
+Four comparisons, in every runtime that is installed and at sizes that stand for all:
 
+- the library's own test step behind the config's own pipeline, once: the same as :class:`Predictor` computes;
 - what the library predicts and what :class:`Predictor` computes with the library's functions replaced: the same;
 - a float graph from the same trace: the same feature maps within rounding, and the same answers;
 - the int8 graph: feature maps as close to the fake-quantized model's as :mod:`psaq_mm.deploy.agreement` demands of a
@@ -24,8 +25,9 @@ from ..models.features import tensors
 from ..quantization import Mode, quantizer_mode
 from .adapters import traceable
 from .agreement import LIMIT_DB, SAME_DB, Finding, compare, disturbed, first_line, marks
-from .answers import agreement, single
+from .answers import agreement, agreements, anything, single
 from .batches import loop_over_images
+from .by_library import library_answers
 from .compact import compact
 from .extras import need
 from .graph import ASYMMETRIC, Form, exportable, write
@@ -106,11 +108,13 @@ class Difference(NamedTuple):
 
     Args:
         place (str): Size of the image, e.g. '480 x 640'.
-        graph (str): 'int8', 'float' or 'replaced' (no graph yet).
+        graph (str): 'int8', 'float', 'replaced' (no graph yet) or 'library' (neither that: the library's own test step
+            behind the config's pipeline).
         runtime (str): The runtime, or 'PyTorch'.
         agreement (float): From 0 to 1, see :func:`psaq_mm.deploy.answers.agreement`.
         required (float): What it must reach.
         error (str): Why there is nothing to compare, or ''.
+        answer (str): Which answer agrees worst, or ''.
     """
     place: str
     graph: str
@@ -118,6 +122,7 @@ class Difference(NamedTuple):
     agreement: float
     required: float
     error: str = ''
+    answer: str = ''
 
     @property
     def passed(self) -> bool:
@@ -125,11 +130,16 @@ class Difference(NamedTuple):
         return not self.error and self.agreement >= self.required
 
     def __str__(self):
+        if self.graph == 'library' and self.error:
+            return f"the library's own test step does not run for {self.place} ({self.error})"
         if self.error:
             return f'{self.runtime} does not compute the {self.graph} graph for {self.place} ({self.error})'
+        if self.graph == 'library':
+            return (f"the library's own test step, behind the config's pipeline, gives other {self.answer} than the "
+                    f'predictor for {self.place}: they agree by {self.agreement:.3f}, and need {self.required:.3f}')
         other = 'fake-quantized' if self.graph == 'int8' else 'float'
         return (f'in {self.runtime} the answers of the {self.graph} graph agree with those of the {other} model by '
-                f'{self.agreement:.3f} for {self.place}, and need {self.required:.3f}')
+                f'{self.agreement:.3f} for {self.place}, and need {self.required:.3f}: {self.answer} the least')
 
 
 @torch.no_grad()
@@ -205,10 +215,22 @@ def hold(run, images: Tensor, aims, names, **where) -> Difference:
     """
     try:
         aims = aims() if callable(aims) else aims
-        found = [agreement(names, aim, answers) for aim, answers in zip(aims, run(images), strict=True)]
+        pairs = list(zip(aims, run(images), strict=True))
+        return differing(names, pairs, **where)
     except Exception as error:  # whatever a runtime raises
         return Difference(agreement=0.0, error=first_line(error), **where)
-    return Difference(agreement=min(found), **where)
+
+
+def differing(names, pairs, **where) -> Difference:
+    """Return the difference of two sets of answers to each of some images.
+
+    Args:
+        names (Sequence[str]): Of the answers.
+        pairs (list[tuple]): Two sets of answers each.
+        **where: As of :func:`hold`.
+    """
+    value, answer = min((value, name) for pair in pairs for name, value in agreements(names, *pair).items())
+    return Difference(agreement=value, answer=answer, **where)
 
 
 class Whole(NamedTuple):
@@ -220,6 +242,8 @@ class Whole(NamedTuple):
         differences (list[Difference]): Of answers.
         findings (list[Finding]): Of feature maps.
         answers (list[dict]): ``size`` of each image that was measured, and the shapes of its ``answers`` by name.
+        image (Tensor): The first of them, (1, H, W, C) uint8.
+        anything (bool): Whether the model finds an object in any of them. Otherwise answers were compared on none.
         reason (str | None): Why it takes one size though every size was wanted.
     """
     file: Path
@@ -227,6 +251,8 @@ class Whole(NamedTuple):
     differences: list[Difference]
     findings: list[Finding]
     answers: list[dict]
+    image: Tensor
+    anything: bool
     reason: str | None
 
     def failures(self, runtime: str) -> list:
@@ -252,6 +278,20 @@ def enlarged(images: Tensor, size) -> Tensor:
     return found.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
+@torch.no_grad()
+def with_objects(predictor: Predictor, images: Tensor) -> Tensor:
+    """Return the first image in which a model finds an object, (1, H, W, C) uint8, otherwise the first of all.
+
+    Args:
+        predictor (Predictor): Of the model.
+        images (Tensor): (N, H, W, C) uint8.
+    """
+    for image in images.split(1):
+        if anything(predictor.names, [value.numpy() for value in predictor(image)]):
+            return image
+    return images[:1]
+
+
 def sizes_of(size: tuple[int, int]) -> list[tuple[int, int]]:
     """Return sizes that stand for all: the one of the trace, a flat one, a tall one, of odd sides."""
     height, width = size
@@ -266,7 +306,8 @@ def export_whole(predictor: Predictor, folder: Path, images: Tensor, fixed: bool
     Args:
         predictor (Predictor): Of a quantized model, on CPU.
         folder (Path): Where to.
-        images (Tensor): To check with, (1, H, W, C) uint8; its size is that of the trace.
+        images (Tensor): To check with the first in which the model finds an object, (N, H, W, C) uint8; their size is
+            that of the trace.
         fixed (bool): Whether a graph for this one size is wanted.
         runtimes (list[str]): To measure in, the chosen one first.
         form (Form): What the graph is to be like.
@@ -277,8 +318,9 @@ def export_whole(predictor: Predictor, folder: Path, images: Tensor, fixed: bool
     reason = None
     for dynamic in (False, ) if fixed else (True, False):
         sizes = sizes_of(tuple(images.shape[1:3])) if dynamic else [tuple(images.shape[1:3])]
-        examples = {f'{h} x {w}': enlarged(images, (h, w)) for h, w in sizes}
         try:
+            image = with_objects(predictor, images)
+            examples = {f'{h} x {w}': enlarged(image, (h, w)) for h, w in sizes}
             found = Trial(predictor, examples, dynamic, form, runtimes).run(Path(folder) / MODEL)
         except Exception as error:  # the model's own at a size that it does not take, or the exporter's
             if isinstance(error, UserError) and not dynamic:
@@ -333,15 +375,26 @@ class Trial:
                 target.unlink()
         measured = [dict(size=list(image.shape[1:3]), answers={name: list(value.shape) for name, value in zip(
             self.names, self.quantized[place].answers)}) for place, image in self.examples.items()]
-        return Whole(path, None if self.dynamic else tuple(first.shape[1:3]), differences, findings, measured, None)
+        found = any(anything(self.names, item.answers) for item in self.quantized.values())
+        return Whole(path, None if self.dynamic else tuple(first.shape[1:3]), differences, findings, measured, first,
+                     found, None)
 
     def replaced(self) -> list[Difference]:
-        """Hold the answers with the library's functions replaced against the library's own."""
+        """Hold the answers with the library's functions replaced against the library's own, and once these against
+        those of its own test step.
+        """
         chosen = [i for i, name in enumerate(self.names) if name not in self.predictor.unlike_the_library]
-        names = [self.names[i] for i in chosen]
-        return [Difference(place, 'replaced', PYTORCH, agreement(
-            names, [self.library[place].answers[i] for i in chosen], [self.full[place].answers[i] for i in chosen]),
-            SAME) for place in self.examples]
+        found = [differing([self.names[i] for i in chosen], [tuple(
+            [side[place].answers[i] for i in chosen] for side in (self.library, self.full))], place=place,
+            graph='replaced', runtime=PYTORCH, required=SAME) for place in self.examples]
+        place, image = next(iter(self.examples.items()))
+
+        def test_step(image):
+            with quantizer_mode(self.predictor.model, Mode.FLOAT):
+                return [library_answers(self.predictor, image)]
+
+        return [hold(test_step, image, [self.library[place].answers], self.names, place=place, graph='library',
+                     runtime=PYTORCH, required=SAME), *found]
 
     def aims(self, graph: str) -> dict[str, Expected]:
         """Return what a graph shall compute, by place."""

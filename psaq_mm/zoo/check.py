@@ -25,12 +25,15 @@ from ..engine.pipeline import build_float, check
 from ..errors import UserError
 from ..files import OwnedFolder
 from ..models import FEATURE_PARTS, extract_features, image_channels, scope
-from ..quantization import SCORES, QuantizedMatMul, quantized_layers
+from ..quantization import SCORES, QuantizedMatMul, hooked, quantized_layers
 from .standins import without_language
 
 ZOOS = ('mmdet', 'mmseg')
 SIZE = 64  # pixels of a side: enough for every stage of every backbone
 QUERIES = 30  # at most, of a DETR
+LIKELY = 1.0  # deviation of the class logits of a model whose graph is checked: of random weights they hardly differ
+CLASSES = re.compile(r'cls\w*(\.\d+)*$')  # layers that put out logits of classes
+THRESHOLDS = 'score_thr', 'object_mask_thr'  # in test settings: below which there are no objects
 # Types of which a config has one if its backbone, neck or encoder is a transformer.
 TRANSFORMER = re.compile(r'Swin|Vision?Transformer|Former|ViT|BEiT|MAE|PCPVT|SVT|DETR|DINO|MSDeform|CLIP|GLIP|VPD')
 # What is quantized of a config: those of these that its model has.
@@ -90,8 +93,9 @@ def shrink(model: dict, size: int = SIZE) -> dict:
             part['depths'] = [2] + [1] * (len(depths) - 1)  # one stage with shifted windows
         if isinstance(layers, (list, tuple)):
             part['num_layers'] = [1] * len(layers)
-        if isinstance(part.get('max_per_img'), int):
-            part['max_per_img'] = min(part['max_per_img'], QUERIES)
+        for key in ('max_per_img', 'num_proposals'):  # of QueryInst as many of one as of the other
+            if isinstance(part.get(key), int):
+                part[key] = min(part[key], QUERIES)
         if 'panoptic_on' in part and importlib.util.find_spec('panopticapi') is None:  # their masks need it
             part['panoptic_on'], part['instance_on'] = False, True
         part.pop('num_cp', None)  # layers that compute their activations again: needs fairscale, and there is no need
@@ -196,11 +200,43 @@ def without_resizing(pipeline: list[dict]) -> list[dict]:
     return [step for step, kind in zip(pipeline, kinds) if not ('Resize' in kind or kind in ('Pad', 'CenterCrop'))]
 
 
+@torch.no_grad()
+def find_objects(predictor, image: Tensor) -> None:
+    """Let a model of random weights find objects, in place: by classes that differ, otherwise without thresholds.
+
+    Args:
+        predictor (Predictor): Of the model.
+        image (Tensor): (1, H, W, C) uint8.
+    """
+    from ..deploy.answers import anything
+    from ..deploy.library.refused import dicts
+    model, known = predictor.model, set()
+    quantized = set(quantized_layers(model).values())
+
+    def spread(layer, args, output):
+        deviation = float(output.std())
+        if layer not in known and deviation > 0:
+            layer.weight *= LIKELY / deviation
+        known.add(layer)  # levels share it
+        return layer.forward(*args)
+
+    layers = [layer for name, layer in model.named_modules() if CLASSES.search(name) and layer not in quantized
+              and isinstance(layer, (nn.Linear, nn.Conv2d))]
+    with hooked([layer.register_forward_hook(spread) for layer in layers]):
+        predictor(image)
+    if not anything(predictor.names, [value.numpy() for value in predictor(image)]):
+        for settings in (part for module in model.modules() for part in dicts(vars(module).get('test_cfg'))):
+            settings.update(dict.fromkeys(set(THRESHOLDS) & set(settings), 0.0))
+
+
 def check_export(model: nn.Module, cfg: Config, work_dir, size: int = SIZE) -> dict:
     """Write a quantized model as one graph, and hold it against the model at two sizes in both runtimes.
 
+    The model finds objects, see :func:`find_objects`: where there are none, nothing is known of decoding, suppression
+    and masks.
+
     Args:
-        model (nn.Module): Quantized, on CPU.
+        model (nn.Module): Quantized, on CPU; its copy is exported.
         cfg (Config): Its config.
         work_dir (str | Path): For the graph.
         size (int): Pixels of a side that the model is made for. A graph for any size is held against the model at twice
@@ -220,12 +256,15 @@ def check_export(model: nn.Module, cfg: Config, work_dir, size: int = SIZE) -> d
     cfg = copy.deepcopy(cfg)
     dataset = test_dataset(cfg)
     dataset.pipeline = without_resizing(dataset.pipeline)
-    try:
-        predictor = predictor_of(model, cfg).eval()
-    except UserError as error:
-        return dict(export='refused', export_reason=str(error))
     image = torch.randint(0, 256, (1, size, size, image_channels(model)), dtype=torch.uint8,
                           generator=torch.Generator().manual_seed(0))
+    try:
+        predictor = predictor_of(copy.deepcopy(model), cfg).eval()
+        find_objects(predictor, image)
+    except UserError as error:
+        return dict(export='refused', export_reason=str(error))
+    except Exception as error:  # the model's own
+        return dict(export='failed', export_reason=first_line(error))
     reason = None
     for dynamic, sizes in ((True, [(2 * size, 2 * size), (2 * size, 3 * size)]), (False, [(size, size)]),
                            (False, [(size, size * 3 // 2)])):
@@ -233,6 +272,7 @@ def check_export(model: nn.Module, cfg: Config, work_dir, size: int = SIZE) -> d
             examples = {f'{height} x {width}': enlarged(image, (height, width)) for height, width in sizes}
             found = Trial(predictor, examples, dynamic, Form(), list(RUNTIMES)).run(Path(work_dir) / MODEL)
             failed = [str(item) for runtime in RUNTIMES for item in found.failures(runtime)]
+            failed += [] if found.anything else ['no object was found: the answers were compared on none']
         except UserError as error:
             return dict(export='refused', export_reason=str(error))
         except Exception as error:  # the exporter's, the library's or a runtime's

@@ -98,10 +98,17 @@ def _split(x, size, dim=0):
 
 
 def _new_tensor(like, data, **settings):
-    """``new_tensor`` that keeps traced numbers in a list as they are: they would become constants."""
-    if isinstance(data, (tuple, list)) and any(isinstance(value, Tensor) for value in data):
-        return torch.stack([number(value, like) for value in data])
+    """``new_tensor`` that keeps traced numbers in nested lists as they are: they would become constants."""
+    if isinstance(data, (tuple, list)) and _holds_tensors(data):
+        return torch.stack([_new_tensor(like, part, **settings) for part in data])
+    if isinstance(data, Tensor):
+        return data.to(settings.get('dtype') or like.dtype)
     return _NEW_TENSOR(like, data, **settings)
+
+
+def _holds_tensors(data):
+    """Whether there is a tensor in nested lists."""
+    return isinstance(data, Tensor) or isinstance(data, (tuple, list)) and any(map(_holds_tensors, data))
 
 
 class Traced(tuple):
