@@ -25,7 +25,7 @@ from .pixels import loader_of, pipeline_of, test_dataset
 from .predictor import Predictor, limits
 
 CARD, SCRIPTS = 'model.json', ('predict.py', 'session.py')
-RUNTIMES = 'onnx', 'onnxruntime', 'openvino'
+PACKAGES = 'onnx', 'onnxruntime', 'openvino'  # whose versions a card names
 UNNAMED = re.compile(r'dim_\d+$|^$')  # what the exporter calls lengths that have no name
 ORDERS = {1: 'L', 3: 'RGB', 4: 'BGRA'}  # of channels; OpenCV and Pillow load four like that if nothing is to be changed
 UPRIGHT = 'cv2', 'pillow'  # what turns images as their EXIF orientation says when it decodes them
@@ -189,7 +189,7 @@ def describe(predictor: Predictor, cfg: Config, meta: dict, graph: Path, measure
     return dict(card, classes=list(meta.get('classes') or ()) or None,
                 palette=[list(map(int, colour)) for colour in palette] if isinstance(palette, (list, tuple)) else None,
                 quantized=quantization_of(model),
-                versions=dict(versions(), **{name: metadata.version(name) for name in RUNTIMES if installed(name)}))
+                versions=dict(versions(), **{name: metadata.version(name) for name in PACKAGES if is_installed(name)}))
 
 
 def padding_of(pixels) -> list[str]:
@@ -207,7 +207,7 @@ def windows_of(predictor) -> list[str]:
     return [f'windows of {sizes[0]} in steps of {sizes[1]}, their values averaged']
 
 
-def installed(name: str) -> bool:
+def is_installed(name: str) -> bool:
     """Whether a package is there."""
     try:
         return bool(metadata.version(name))

@@ -13,10 +13,11 @@ from ..files import write_atomically
 from .agreement import first_line, unpacked
 from .answers import agreement, anything, single
 from .extras import need
+from .graph import INPUT
 from .runtime import SESSIONS
 from .session import unpacked as check_of
 from .tensorrt import check_for_tensorrt
-from .whole import GOOD, INPUT, MARGIN, enlarged
+from .whole import GOOD, MARGIN, enlarged
 
 RUNTIME = 'tensorrt'
 

@@ -30,14 +30,14 @@ from .batches import loop_over_images
 from .by_library import library_answers
 from .compact import compact
 from .extras import need
-from .graph import ASYMMETRIC, Form, exportable, write
+from .graph import ASYMMETRIC, INPUT, Form, exportable, write
 from .library import traceable_library
 from .packing import pack_weights
 from .predictor import Predictor
 from .runtime import SESSIONS
 from .tensorrt import check_for_tensorrt
 
-MODEL, INPUT = 'model.onnx', 'images'
+MODEL = 'model.onnx'
 PYTORCH = 'PyTorch'
 SAME = 0.98  # agreement of answers that only rounding tells apart: two equal scores may swap at the limit
 MARGIN = 0.1  # by which an int8 graph may agree less with the fake-quantized model than that does with the float one
