@@ -205,6 +205,13 @@ def test_one_mean_for_three_channels():
         assert torch.equal(pixels([], made)(image(SIZES[0])[None])[0], expected)
 
 
+@pytest.mark.parametrize('padding', [dict(), dict(pad_size_divisor=32)], ids=['none', 'padded'])
+def test_what_the_model_sees_is_contiguous(padding):
+    """As mmcv's deformable convolution demands."""
+    x, meta = pixels([], preprocessor(**padding))(image(SIZES[0])[None])
+    assert x.is_contiguous() and tuple(x.shape[2:]) == meta['pad_shape']
+
+
 def test_images_in_float_are_not_rounded():
     steps = [dict(type='Resize', scale=(80, 50), keep_ratio=True)]
     for loader, integers in ((LOAD, True), (dict(LOAD, to_float32=True), False)):

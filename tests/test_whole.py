@@ -7,12 +7,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 
 from psaq_mm.deploy.answers import anything
 from psaq_mm.deploy.export import TRIED, check_images, deliver_whole, whole_predictor
 from psaq_mm.deploy.graph import ASYMMETRIC
 from psaq_mm.deploy.predictor import predictor_of
-from psaq_mm.deploy.whole import Whole, with_objects
+from psaq_mm.deploy.whole import Whole, check_answers_repeat, with_objects
+from psaq_mm.engine.config import default_scope
+from psaq_mm.errors import UserError
 from psaq_mm.zoo import check
 
 from .small_models import pictures, small_model
@@ -45,6 +48,25 @@ def test_the_first_image_with_an_object_is_taken():
     images[2:] = torch.tensor([150, 200])[:, None, None, None]
     assert torch.equal(with_objects(predictor, images), images[2:3])
     assert torch.equal(with_objects(predictor, images[:2]), images[:1])
+
+
+@pytest.mark.parametrize('random', [True, False])
+def test_a_model_that_draws_random_numbers_is_refused(random):
+    """As SegNeXt's decode head does."""
+    from mmseg.registry import MODELS
+    head = dict(type='LightHamHead', in_channels=[8, 16], in_index=[0, 1], channels=16, ham_channels=16, num_classes=19,
+                norm_cfg=dict(type='GN', num_groups=4), ham_kwargs=dict(MD_R=4, rand_init=random))
+    cfg = Config(dict(default_scope='mmseg', model=dict(type='EncoderDecoder', backbone=dict(
+        type='MSCAN', embed_dims=[8, 16], depths=[1, 1], num_stages=2, mlp_ratios=[2, 2], norm_cfg=dict(type='BN')),
+        decode_head=head, train_cfg=dict(), test_cfg=dict(mode='whole'))))
+    default_scope(cfg)
+    model = MODELS.build(cfg.model).eval()
+    model.data_preprocessor = MODELS.build(dict(type='SegDataPreProcessor'))
+    predictor = predictor_of(model, cfg)
+    if not random:
+        return check_answers_repeat(predictor, pictures(1, 64, 96))
+    with pytest.raises(UserError, match='answers the same image differently .* draws random'):
+        check_answers_repeat(predictor, pictures(1, 64, 96))
 
 
 def test_check_images_are_small_and_of_8_bits():

@@ -325,7 +325,7 @@ class Pixels(nn.Module):
     def forward(self, images):
         height, width = images.shape[1:3]
         # In this order: TensorRT casts 8-bit inputs, and does nothing else with them.
-        x = images.to(torch.float32).permute(0, 3, 1, 2).contiguous()  # some of mmcv's operators take it for granted
+        x = images.to(torch.float32).permute(0, 3, 1, 2)
         if self.reverse:
             x = x.flip(1)
         factors = 1.0, 1.0
@@ -343,8 +343,9 @@ class Pixels(nn.Module):
         elif self.size_divisor > 1:
             x = pad_to(x.permute(0, 2, 3, 1), *size, (self.size_divisor, ) * 2, self.pad_value).permute(0, 3, 1, 2)
         padded = tuple(x.shape[2:]) if self.size or self.size_divisor > 1 else size
-        return x, dict(ori_shape=(height, width), img_shape=size, scale_factor=factors, pad_shape=padded,
-                       batch_input_shape=padded)
+        # Some of mmcv's operators take contiguous maps for granted.
+        return x.contiguous(), dict(ori_shape=(height, width), img_shape=size, scale_factor=factors, pad_shape=padded,
+                                    batch_input_shape=padded)
 
 
 def refuse(kind: str, why: str):

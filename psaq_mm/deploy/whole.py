@@ -299,6 +299,23 @@ def sizes_of(size: tuple[int, int]) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
+@torch.no_grad()
+def check_answers_repeat(predictor: Predictor, image: Tensor) -> None:
+    """Raise a UserError if a model answers one image differently each time: no graph can be held against that.
+
+    Args:
+        predictor (Predictor): Of the model.
+        image (Tensor): (1, H, W, C) uint8.
+    """
+    first, second = ([value.numpy() for value in predictor(image)] for _ in range(2))
+    alike = agreement(predictor.names, first, second)
+    if alike < SAME:
+        raise UserError(f'{type(predictor.model).__name__} answers the same image differently each time (two answers '
+                        f'agree by {alike:.3f}): it draws random numbers when it predicts, and no graph can be '
+                        'compared with that. Switch that off in the config, for SegNeXt with '
+                        'model.decode_head.ham_kwargs.rand_init=False')
+
+
 def export_whole(predictor: Predictor, folder: Path, images: Tensor, fixed: bool, runtimes: list[str],
                  form: Form = ASYMMETRIC) -> Whole:
     """Write ``model.onnx``: for images of every size if that is right in the chosen runtime, otherwise for one size.
@@ -315,6 +332,7 @@ def export_whole(predictor: Predictor, folder: Path, images: Tensor, fixed: bool
     Raises:
         UserError: If no graph is right in the chosen runtime.
     """
+    check_answers_repeat(predictor, images[:1])
     reason = None
     for dynamic in (False, ) if fixed else (True, False):
         sizes = sizes_of(tuple(images.shape[1:3])) if dynamic else [tuple(images.shape[1:3])]
