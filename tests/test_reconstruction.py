@@ -34,6 +34,7 @@ from psaq_mm.reconstruction import (
     LearnedRounding,
     ReconstructionConfig,
     Recorder,
+    Sample,
     Unit,
     UnitReconstruction,
     enough_images,
@@ -338,15 +339,16 @@ def samples_of(players, name):
     for batch in images.split(2):
         exact, = record(teacher.get_submodule(name), 1, lambda b=batch: extract_features(teacher, b))
         found, = record(student.get_submodule(name), 1, lambda b=batch: extract_features(student, b))
-        samples.append((exact[0], found[0], exact[1], None))
+        samples.append(Sample(exact[0], found[0], exact[1]))
     return samples
 
 
 def reconstruction(players, name, **changes):
     unit = copy.deepcopy(players[0].get_submodule(name))
     ranges = [q.learn_range() for n, q in quantizers(unit).items() if not n.endswith('weight_quantizer')]
-    settings = dict(lr=1e-3, range_lr=0.01, mix=0.5, final=0.0) | changes
-    return UnitReconstruction(unit, samples_of(players, name), list(unit.parameters()), ranges, **settings)
+    settings = ReconstructionConfig(**(dict(range_lr=0.01, mix=0.5, final=0.0) | changes))
+    return UnitReconstruction(unit, samples_of(players, name), list(unit.parameters()), ranges, settings.lr or 1e-3,
+                              settings)
 
 
 class Pooled(nn.Module):
@@ -370,8 +372,8 @@ def test_an_update_takes_as_many_images_as_it_needs(side, expected):
     arguments = (images, size), dict(scale=torch.tensor(2.0))
     output = unit(*arguments[0], **arguments[1]).detach()
     assert enough_images(unit, arguments, output) == expected
-    sample = arguments, arguments, output, None
-    current = UnitReconstruction(unit, [sample], [], [], 0.1, 0.1, 0.5, 0.0)
+    sample = Sample(arguments, arguments, output)
+    current = UnitReconstruction(unit, [sample], [], [], 0.1, ReconstructionConfig())
     (args, kwargs), _, aims, _ = current.part(sample, random.Random(0))
     assert len(args[0]) == expected == len(aims)
     assert torch.equal(args[1], size)
@@ -486,9 +488,9 @@ def test_bad_ranges_are_found(players):
 def test_the_search_sees_each_shape(players):
     current = reconstruction(players, 'backbone.blocks.1')
     large, seen = current.samples[0], []
-    small = tuple(of_images(part, slice(1), 2) for part in large[:3])
-    current.samples = [large] * 6 + [(*small, None)] * 2
-    current.loss = lambda sample: seen.append(len(sample[2])) or (torch.ones(()), torch.ones(()))
+    small = Sample(*(of_images(part, slice(1), 2) for part in large[:3]))
+    current.samples = [large] * 6 + [small] * 2
+    current.loss = lambda sample: seen.append(len(sample.aims)) or (torch.ones(()), torch.ones(()))
     current.search()
     assert set(seen) == {1, 2}
 
@@ -496,8 +498,8 @@ def test_the_search_sees_each_shape(players):
 def test_ranges_stay_where_the_searched_part_misleads(players, monkeypatch):
     current = reconstruction(players, 'backbone.blocks.1')
     ranges, error = [stretch.clone() for stretch in current.ranges], current.measure()
-    monkeypatch.setattr(current, 'part', lambda sample, rng: (
-        *sample[:2], sample[2] * 0, sample[3]))  # the less a block puts out, the better
+    monkeypatch.setattr(current, 'part', lambda sample, rng: sample._replace(
+        aims=sample.aims * 0))  # the less a block puts out, the better
     assert current.search() == (error, error)
     assert all(map(torch.equal, ranges, current.ranges))
 

@@ -11,12 +11,14 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..quantization import hooked, quantized_layers
 from ..quantization.weights import nested_values
+from .config import ReconstructionConfig
 from .nested import floats, mapped
 from .recording import attempt, given
 from .rounding import LearnedRounding
@@ -26,6 +28,21 @@ PATIENCE = 2  # shares in a row without a gain, after which smaller ones are not
 SEARCHED = 32  # images that they are tried on, or about as many; our choice
 POSITIONS = 8192  # tokens or pixels that an update learns from, and each batch of the search has, where an image can do
 # without the others of its batch; our choice
+
+
+class Sample(NamedTuple):
+    """What a unit learns from: one call of it on a batch.
+
+    Args:
+        exact: Its arguments in the full-precision model, (args, kwargs) as :func:`record` keeps them.
+        quantized: Its arguments in the quantized model.
+        aims: What its full-precision original puts out.
+        weights (list[Tensor], optional): :func:`importance` of each tensor of ``aims``.
+    """
+    exact: Any
+    quantized: Any
+    aims: Any
+    weights: list[Tensor] | None = None
 
 
 def importance(unit: nn.Module, runs: Sequence[Callable[[], Sequence[Tensor]]], generator) -> list[list[Tensor]]:
@@ -142,79 +159,71 @@ class UnitReconstruction:
 
     Args:
         unit (nn.Module): In the quantized model.
-        samples (list[tuple]): For each batch and call: arguments in the full-precision model, in the quantized model,
-            the full-precision output, and its :func:`importance` or None.
+        samples (list[Sample]): Of each batch and call.
         parameters (list[Tensor]): What the unit learns with ``lr``, or where a weight learns its rounding, with
-            ``rounding_lr``.
-        ranges (list[Tensor]): What it learns with ``range_lr``.
-        lr, range_lr (float): Peak learning rates.
-        mix (float): Share of full-precision elements in the inputs.
-        final (float): Weight of the error of the final features.
-        rounding_lr (float): Peak learning rate of weights that learn their rounding, in steps between two integers.
+            ``config.rounding_lr``.
+        ranges (list[Tensor]): What it learns with ``config.range_lr``.
+        lr (float): Peak learning rate of ``parameters``.
+        config (ReconstructionConfig): How it learns.
         precision (Callable): The context in which features are computed.
         average (Callable): Averages the gradients of a list of parameters over processes, in place.
         mean (Callable): Averages a float over processes.
         tell (Callable): Is told if each update takes more images than it needs.
     """
 
-    def __init__(self, unit: nn.Module, samples: list[tuple], parameters: list[Tensor], ranges: list[Tensor], lr: float,
-                 range_lr: float, mix: float, final: float, rounding_lr: float = 0.02,
-                 precision: Callable = nullcontext,
+    def __init__(self, unit: nn.Module, samples: list[Sample], parameters: list[Tensor], ranges: list[Tensor],
+                 lr: float, config: ReconstructionConfig, precision: Callable = nullcontext,
                  average: Callable[[list[Tensor]], None] = lambda parameters: None,
                  mean: Callable[[float], float] = float,
                  tell: Callable[[str], None] = lambda message: None):
         self.unit, self.samples, self.parameters, self.ranges = unit, samples, parameters, ranges
-        self.mix, self.final = mix, final
+        self.lr, self.config = lr, config
         self.precision, self.average, self.mean, self.tell = precision, average, mean, tell
-        self.lr, self.range_lr, self.rounding_lr = lr, range_lr, rounding_lr
         self.before = None  # copies of what the unit learns, and the error with them
         self.error = self.adam = None
         self.roundings: dict[int, LearnedRounding] = {}  # by id of the weight
         self.enough: dict[tuple, int] = {}  # by shape of the output: images of a batch that an update learns from
 
-    def loss(self, sample: tuple, generator=None) -> tuple[Tensor, Tensor]:
+    def loss(self, sample: Sample, generator=None) -> tuple[Tensor, Tensor]:
         """Return the squared errors of the unit's output over its power, plain and by importance.
 
         Args:
-            sample (tuple): Of ``samples``.
+            sample (Sample): Of ``samples``.
             generator (torch.Generator, optional): Draws the mix; without it inputs are those of the quantized model.
         """
-        exact, quantized, aims, weights = sample
-
         def mixed(a, b):
             a, b = given(a), given(b)
             if generator is None or not b.is_floating_point() or a.shape != b.shape:
                 return b
-            return torch.where(torch.rand(b.shape, generator=generator, device=b.device) < self.mix, a, b)
+            return torch.where(torch.rand(b.shape, generator=generator, device=b.device) < self.config.mix, a, b)
 
-        sources = (value for value in nested_values(exact) if isinstance(value, Tensor))
-        args, kwargs = mapped(quantized, lambda value: mixed(next(sources), value))
+        sources = (value for value in nested_values(sample.exact) if isinstance(value, Tensor))
+        args, kwargs = mapped(sample.quantized, lambda value: mixed(next(sources), value))
         with self.precision():
             outputs = floats(self.unit(*args, **kwargs))
         plain, weighted = [], []
-        for number, (found, aim) in enumerate(zip(outputs, floats(aims))):
+        for number, (found, aim) in enumerate(zip(outputs, floats(sample.aims))):
             aim = given(aim).float()
             error = (found.float() - aim).square()
             plain.append(error.mean() / aim.square().mean().clamp(min=1e-12))
-            if weights is not None:
-                weight = weights[number]
+            if sample.weights is not None:
+                weight = sample.weights[number]
                 weighted.append((error * weight).mean() / (aim.square() * weight).mean().clamp(min=1e-12))
         plain = torch.stack(plain).mean()
         return plain, torch.stack(weighted).mean() if weighted else plain.detach()
 
-    def part(self, sample: tuple, rng: random.Random) -> tuple:
+    def part(self, sample: Sample, rng: random.Random) -> Sample:
         """Return what an update learns from: as many images of a sample as it needs, drawn at random."""
-        exact, quantized, aims, weights = sample
-        first, total = floats(aims)[0], images_of(aims)
+        first, total = floats(sample.aims)[0], images_of(sample.aims)
         if first.shape not in self.enough:
             with self.precision():
                 self.enough[first.shape] = enough_images(
-                    self.unit, quantized, aims, self.tell) if total > 1 else 1
+                    self.unit, sample.quantized, sample.aims, self.tell) if total > 1 else 1
         count = self.enough[first.shape]
         if count == total:
             return sample
         chosen = torch.tensor(rng.sample(range(total), count), device=first.device)
-        return *(of_images(nested, chosen, total) for nested in (exact, quantized, aims)), weights
+        return Sample(*(of_images(nested, chosen, total) for nested in sample[:3]), sample.weights)
 
     @torch.no_grad()
     def measure(self) -> float:
@@ -224,7 +233,7 @@ class UnitReconstruction:
 
     def combined(self, plain: Tensor, weighted: Tensor) -> Tensor:
         """Return what the unit minimises."""
-        return (plain + self.final * weighted) / (1 + self.final)
+        return (plain + self.config.final * weighted) / (1 + self.config.final)
 
     def learned(self) -> list[Tensor]:
         """Return all that the unit learns."""
@@ -250,9 +259,9 @@ class UnitReconstruction:
                 self.roundings.setdefault(id(weight), LearnedRounding(layer, starts[id(weight)]))
         free = [value for value in self.parameters if id(value) not in self.roundings]
         places = [rounding.place for rounding in self.roundings.values()]
-        self.adam = torch.optim.Adam([
-            dict(params=values, lr=rate, peak=rate) for values, rate in (
-                (free, self.lr), (places, self.rounding_lr), (self.ranges, self.range_lr)) if values], fused=True)
+        rates = (free, self.lr), (places, self.config.rounding_lr), (self.ranges, self.config.range_lr)
+        self.adam = torch.optim.Adam([dict(params=values, lr=rate, peak=rate) for values, rate in rates if values],
+                                     fused=True)
 
     @torch.no_grad()
     def search(self) -> tuple[float, float]:
@@ -268,10 +277,10 @@ class UnitReconstruction:
         """
         rng, kinds = random.Random(0), {}
         for sample in self.samples:  # levels of a pyramid, sizes of images: of each some
-            kinds.setdefault(tuple(value.shape[1:] for value in floats(sample[2])), []).append(sample)
+            kinds.setdefault(tuple(value.shape[1:] for value in floats(sample.aims)), []).append(sample)
         seen = []
         for kind in kinds.values():
-            parts = max(1, round(SEARCHED / len(kinds) / images_of(self.part(kind[0], rng)[2])))
+            parts = max(1, round(SEARCHED / len(kinds) / images_of(self.part(kind[0], rng).aims)))
             seen += [self.part(sample, rng) for sample in kind[::max(1, len(kind) // parts)][:parts]]
 
         def error():

@@ -12,6 +12,7 @@ from ...models import attention_blocks, backbone_of
 from ...quantization import quantized_layers, search_weight_ranges
 from ...reconstruction import (
     Recorder,
+    Sample,
     UnitReconstruction,
     find_units,
     importance,
@@ -128,20 +129,19 @@ class ReconstructionStage(Stage):
         step = loop.progress('recording', len(self.views), unit.name)
         for view, exact, found in zip(self.views, *(recorder.record(number) for recorder in self.recorders)):
             step()
-            samples += [(a[0], b[0], a[1], w) for a, b, w in zip(exact, found, weights[view.shape[2:]])]
-        apart = not unit.felt or unrelated([sample[0] for sample in samples], [sample[1] for sample in samples])
+            samples += [Sample(a[0], b[0], a[1], w) for a, b, w in zip(exact, found, weights[view.shape[2:]])]
+        apart = not unit.felt or unrelated([s.exact for s in samples], [s.quantized for s in samples])
         if mean_over_processes(float(apart)):  # what one process finds is so for all: they share the student
             self.say_once(f'{unit.name} learns from full-precision inputs alone: those of the quantized model may be '
                           'of other things, as boxes or queries that each model chooses for itself')
-            samples = [(exact, exact, aim, weight) for exact, _, aim, weight in samples]
+            samples = [sample._replace(quantized=sample.exact) for sample in samples]
         inside = (f'{unit.name}.', )
         parameters = {n: p for n, p in self.parameters.items() if n.startswith(inside)}
         self.ranges = learnable_ranges(loop.student, inside) if config.range_lr else {}
         stretches = [quantizer.learn_range() for quantizer in self.ranges.values()]
         self.current = UnitReconstruction(
-            student, samples, list(parameters.values()), stretches, self.quantization.reconstruction_lr,
-            config.range_lr, config.mix, config.final, config.rounding_lr, loop.precision, average_gradients,
-            mean_over_processes, lambda what: self.say_once(f'{unit.name}: {what}'))
+            student, samples, list(parameters.values()), stretches, self.quantization.reconstruction_lr, config,
+            loop.precision, average_gradients, mean_over_processes, lambda what: self.say_once(f'{unit.name}: {what}'))
         rounded = list(quantized_layers(student).values()) if config.weights == 'rounding' else []
         if restored is not None:
             self.current.load_state_dict(restored, rounded)
