@@ -1,11 +1,13 @@
 """What each part of recipe 'low_bit' brings: alone beside the paper's recipe, and left out of the whole.
 
-    python benchmarks/low_bit.py --bench ../shared/bench --bits W4A4 W4A8 --out work_dirs/low_bit
+    python benchmarks/low_bit.py --bench PATH --bits W4A4 W4A8 --out work_dirs/low_bit
+    python benchmarks/low_bit.py --bench PATH --tasks nuclei --cfg-options quantization.reconstruction.steps=100
 
 The game comes last and takes long, so the rows that leave a part out have no game: compare them with the row 'low_bit
 without the game'. The command writes a Markdown table and JSON, and skips finished parts. Variants whose images are
 made in the same way share them, and the time of making them counts for each. Calibration sees synthetic images alone,
-but for the row 'on real images', which takes the 32 images that the benchmark has for that.
+but for the row 'on real images', which takes the 32 images that the benchmark has for that. Options of --cfg-options
+hold in each row, as for an ablation that takes less time, and the table says them.
 """
 import argparse
 import runpy
@@ -18,6 +20,7 @@ import nuclei
 from common import ROOT
 
 bits = runpy.run_path(str(ROOT / 'tools' / 'grid.py'))['bits']
+parse_options = runpy.run_path(str(ROOT / 'tools' / 'common.py'))['parse_options']
 TASKS = dict(deit_tiny=deit_tiny, nuclei=nuclei)
 PARTS = dict(images=('synthesis', ), norms=('reparameterize', ), ranges=('activation', 'observer'),
              heads=('activation', 'softmax'), blocks=('reconstruction', ))  # where the stanza says each
@@ -71,6 +74,8 @@ def main():
     parser.add_argument('--bits', nargs='+', type=bits, default=[(4, 4), (4, 8)], metavar='WxAy')
     parser.add_argument('--only', nargs='+', metavar='WORD', default=[''], help='rows whose label has one of the words')
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', default=[],
+                        help='as of tools/dfq.py, in each row')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/low_bit'))
     args = parser.parse_args()
     labels = [label for label, *_ in variants()]
@@ -83,7 +88,8 @@ def main():
     from psaq_mm.engine.config import calibration_gap
     from psaq_mm.report.tables import metric_names, percent, title_of
     from psaq_mm.stanza import QuantizationConfig
-    results = {}
+    results, options = {}, parse_options(args.cfg_options)
+    said = ''.join(f', {word}' for word in args.cfg_options)
     for task in args.tasks:
         cfg = Config.fromfile(TASKS[task].write_config(args.bench, args.out / task)[0])
         cfg.randomness = dict(seed=args.seed)
@@ -99,6 +105,7 @@ def main():
                 if full.exists() and not (folder / 'full_precision').exists():  # it is the same for all
                     shutil.copytree(full, folder / 'full_precision')
                 changed = with_stanza(cfg, **dict(changes, report=dict(images=0)))
+                changed.merge_from_dict(options)
                 made = str(QuantizationConfig.parse(with_stanza(changed, weight=dict(bits=pair[0]), activation=dict(
                     bits=pair[1])).quantization).synthesis)
                 reused = images.get(made) if method != 'real' else None
@@ -114,7 +121,7 @@ def main():
                 results.setdefault(title, {})[label] = dict(drops=drops, minutes=run['minutes'])
                 rows.append([label, *(f'{drop:+.1f}' for drop in drops.values()), f"{run['minutes']:.1f}"])
                 print(title, *rows[-1], sep=' | ', flush=True)
-                text = f'{title}\n\n' + markdown(
+                text = f'{title}{said}\n\n' + markdown(
                     [f'drop against full precision, seed {args.seed}', *map(title_of, names), 'minutes'], rows)
                 (args.out / f'{title.replace(", ", "_")}_seed_{args.seed}.md').write_text(text)
                 write_json(results, args.out / f'results_seed_{args.seed}.json')

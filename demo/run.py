@@ -4,7 +4,7 @@
     python demo/run.py segmentation --bits W4A8
 
 Renders the evaluation images, then full precision, noise, V1, V2 and real-data calibration side by side. Pictures and
-tables go to work_dirs/demo. Parts that are finished are not done again: delete that folder to start over.
+tables go to work_dirs/demo. The command skips finished parts: delete that folder to start over.
 """
 import argparse
 import os

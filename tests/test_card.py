@@ -572,10 +572,12 @@ def test_an_export_warns_of_what_is_missing(monkeypatch, tmp_path):
     cfg, model = model_of('classification')
     cfg.pop('test_dataloader')
     (tmp_path / 'model.onnx').write_bytes(b'')
-    monkeypatch.setattr(export, 'export_whole', lambda *unused: Whole(tmp_path / 'model.onnx', None, [], [], [], None))
+    found = Whole(tmp_path / 'model.onnx', None, [], [], [], None, True, None)
+    monkeypatch.setattr(export, 'export_whole', lambda *unused: found)
     monkeypatch.setattr(export, 'describe', lambda *unused: dict(check=None, sizes=dict(at_least=64)))
     monkeypatch.setattr(export, 'deliver', lambda *unused: None)
-    found = export.deliver_whole(model, cfg, {}, tmp_path, torch.zeros(1, 3, 96, 96), (96, 96), True, [], Form())
-    first, second = found['warnings']
+    result = export.deliver_whole(predictor_of(model, cfg), cfg, {}, tmp_path, [torch.zeros(1, 3, 96, 96)], (96, 96),
+                                  True, [], Form())
+    first, second = result['warnings']
     assert 'no test_dataloader: model.onnx takes images as they are' in first and 'no check' in second
-    assert found['at_least'] == 64
+    assert result['at_least'] == 64
