@@ -56,8 +56,9 @@ def float_graph(config, run, folder):
     import onnx
     from mmengine.config import Config
 
-    from psaq_mm.deploy.export import resized, synthetic_images
+    from psaq_mm.deploy.export import synthetic_images
     from psaq_mm.deploy.graph import Form
+    from psaq_mm.deploy.parts import resized
     from psaq_mm.deploy.predictor import predictor_of
     from psaq_mm.deploy.whole import complete, in_pixels, write_graph
     from psaq_mm.engine.pipeline import build_float, check

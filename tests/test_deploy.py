@@ -17,16 +17,11 @@ from torch import nn
 from psaq_mm.deploy import RUNTIMES, Graph, HeadGraph, export, export_graph, export_head, head_inputs, head_names
 from psaq_mm.deploy.adapters import ADAPTERS, shifted_window_mask, traceable
 from psaq_mm.deploy.agreement import eight_bits, packed, reference, required, sqnr, unpacked
-from psaq_mm.deploy.export import (
-    check_delivery,
-    config_text,
-    export_features,
-    export_heads,
-    exported_config,
-    quantized_config,
-)
+from psaq_mm.deploy.delivery import check_delivery, config_text, exported_config
+from psaq_mm.deploy.export import quantized_config
 from psaq_mm.deploy.extras import need
 from psaq_mm.deploy.graph import Features, Form, nesting
+from psaq_mm.deploy.parts import export_features, export_heads
 from psaq_mm.engine.config import default_scope
 from psaq_mm.errors import UserError
 from psaq_mm.models import extract_features, quantize_model, quantize_model_config
@@ -696,7 +691,7 @@ def test_a_head_that_cannot_be_exported_stays_fake_quantized(with_heads, tmp_pat
             raise ValueError('')
         return export_head(model, name, inputs, path, *args)
 
-    monkeypatch.setattr(sys.modules['psaq_mm.deploy.export'], 'export_head', fails)
+    monkeypatch.setattr(sys.modules['psaq_mm.deploy.parts'], 'export_head', fails)
     heads, failed = export_heads(model, tmp_path, {'64 x 96': images}, ['openvino'], True)
     assert failed == {names[-1]: 'ValueError'} and list(heads) == names[:-1]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f'{name}.onnx' for name in names[:-1])

@@ -462,10 +462,9 @@ def test_real_weights_of_deit_tiny_keep_their_accuracy(tmp_path):
                  *options, 'quantization.report.images=0', timeout=2700)
         return json.loads((tmp_path / 'j.json').read_text())
 
-    eight = benchmark('--methods', 'psaq_v1', '--bits', 'W8A8', 'W4A8', '--cfg-options', 'quantization.recipe=paper')
-    assert eight['full_precision']['accuracy/top1'] == pytest.approx(77.8, abs=0.21)
-    assert top1(eight, 'W8A8 psaq_v1') >= 77.8 - 1
-    four = benchmark('--methods', 'psaq_v1', 'psaq_v2', '--bits', 'W4A8', '--cfg-options', 'quantization.recipe=paper')
+    four = benchmark('--methods', 'psaq_v1', 'psaq_v2', '--bits', 'W4A8', '--cfg-options', 'quantization.recipe=paper',
+                     'quantization.game.steps=100')
+    assert four['full_precision']['accuracy/top1'] == pytest.approx(77.8, abs=0.21)
     assert top1(four, 'W4A8 psaq_v2') >= max(77.8 - 4, top1(four, 'W4A8 psaq_v1') - 0.5 + 0.01)  # a photograph is 0.2
     run_tool('benchmarks/agreement.py', '--grid', tmp_path)
     fidelity = json.loads((tmp_path / 'agreement.json').read_text())
@@ -475,6 +474,9 @@ def test_real_weights_of_deit_tiny_keep_their_accuracy(tmp_path):
     assert fidelity['W4A8 psaq_v2']['agreement'] > fidelity['W4A8 psaq_v1']['agreement']
     game = json.loads((tmp_path / 'W4A8_psaq_v2' / 'metrics.json').read_text())['stages']['game']
     assert game['best'] < 0.9 * game['searched']  # what the game itself adds to the ranges it starts from
+    eight = benchmark('--methods', 'psaq_v1', '--bits', 'W8A8', '--cfg-options', 'quantization.recipe=paper',
+                      f'quantization.synthesis.reuse={tmp_path}/W4A8_psaq_v1/synthetic.pt')
+    assert top1(eight, 'W8A8 psaq_v1') >= 77.8 - 1
     # A third of the steps of ours below 8 bits; the paper's recipe is at 23.
     low = benchmark('--methods', 'psaq_v1', '--bits', 'W4A4', '--cfg-options', 'quantization.reconstruction.steps=100')
     assert low['runs']['W4A4 psaq_v1']['recipe'] == 'low_bit' and top1(low, 'W4A4 psaq_v1') > 55

@@ -2,69 +2,41 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
-import re
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..classification import Classifier
 from ..engine.checkpoint import read_checkpoint
 from ..engine.config import dataset_meta, default_scope, test_config
-from ..engine.config_file import config_text as plain_text
 from ..engine.images import read_images
 from ..errors import UserError
 from ..files import OwnedFolder, write_atomically, write_json
-from ..models import BACKBONES, backbone_name, backbone_of, image_channels, own_size, quantize_model_config, resolved
-from ..models.features import FEATURE_PARTS, image_features, tensors
-from ..quantization import Mode, quantizer_mode
+from ..models import backbone_name, image_channels, own_size, resolved
+from ..models.features import FEATURE_PARTS
 from ..stanza import QuantizationConfig
-from .agreement import (
-    SAME_DB,
-    Finding,
-    Reference,
-    compare,
-    eight_bits,
-    first_line,
-    packed,
-    probes,
-    reference,
-)
+from .agreement import eight_bits, first_line, reference
 from .card import CARD, SCRIPTS, deliver, describe
 from .check import UNCHECKED
 from .convolutions import IMAGES
+from .delivery import check_delivery, config_text, exported_config
 from .extras import need
-from .graph import (
-    ASYMMETRIC,
-    Features,
-    Form,
-    annotate,
-    check_calibrated,
-    check_form,
-    export_graph,
-    float_layers,
-    nesting,
-)
-from .heads import export_head, head_inputs, head_names
+from .graph import Features, Form, check_calibrated, check_form, float_layers
+from .parts import Part, export_features, export_heads, place_of, refusal, resized
 from .pixels import missing_pipeline
 from .predictor import Predictor, predictor_of
-from .runtime import RUNTIMES, Graph, HeadGraph, host
+from .runtime import RUNTIMES
 from .whole import MODEL, Whole, export_whole, in_pixels
 
 QUANTIZED = 'psaq_mm.QuantizedModel'
-FOLDER = '<folder of this file>'
 # And a graph for each quantized head.
 RESULTS = ('features.onnx', 'int8_config.py', 'int8.pth', 'export.json', MODEL, CARD, *SCRIPTS)
-PROPOSALS = 16  # that a head's graph keeps to check itself with
 CHECK_SIDE = 256  # the check image is stored in this size at most, and enlarged
 TRIED = 16  # images, of which the first with an object checks the whole graph
 
@@ -108,39 +80,6 @@ def build(cfg: Config, state: dict, checkpoint: str):
     return model.eval()
 
 
-# -- what is measured --------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Part:
-    """A graph that was written.
-
-    Args:
-        file (Path): The graph.
-        findings (list[Finding]): All comparisons that were made.
-        products (dict[str, bool]): Products in the chosen runtime, and whether they run in int8.
-    """
-    file: Path
-    findings: list[Finding]
-    products: dict[str, bool] = field(default_factory=dict)
-
-    def failures(self, runtime: str) -> list[Finding]:
-        """Return what did not pass in a runtime, the worst first."""
-        failed = [item for item in self.findings if item.runtime == runtime and not item.passed]
-        return sorted(failed, key=lambda item: (item.graph == 'int8', item.sqnr - item.required))
-
-    def passed(self, runtime: str) -> bool:
-        """Whether the graph was measured in a runtime and found right."""
-        return any(item.runtime == runtime for item in self.findings) and not self.failures(runtime)
-
-    def note(self, references: dict[str, Reference], **claims: str) -> None:
-        """Write into the graph what was measured, and what to repeat that with."""
-        runtimes = {item.runtime for item in self.findings}
-        annotate(self.file, dict(claims, probes=packed(probes(references)), measured=json.dumps({
-            name: dict(host=host(name), wrong=str(self.failures(name)[0]) if self.failures(name) else None)
-            for name in runtimes})))
-
-
 def installed(runtime: str) -> list[str]:
     """Return the runtimes to measure in: the chosen one, and the other where it is there.
 
@@ -159,40 +98,6 @@ def installed(runtime: str) -> list[str]:
     return found
 
 
-@torch.no_grad()
-def write_part(file: Path, write: Callable, kind: type[Graph], references: dict[str, Reference],
-               runtimes: list[str]) -> Part:
-    """Write a graph in int8 and in float, hold both against the model, and keep the one in int8.
-
-    Args:
-        file (Path): The graph.
-        write (Callable): Takes a path and ``integers``, as :func:`export_graph` does.
-        kind (type[Graph]): What runs it.
-        references (dict[str, Reference]): By place, e.g. '64 x 96'.
-        runtimes (list[str]): To measure in; the first one is the chosen.
-    """
-    part = Part(file, [])
-    for graph, path in (('float', file.with_suffix('.float.onnx')), ('int8', file)):
-        write(path, integers=graph == 'int8')
-        for runtime in runtimes:
-            try:
-                session = kind(str(path), runtime)
-            except UserError as error:
-                part.findings.append(Finding(next(iter(references)), graph, runtime, 0.0, SAME_DB, str(error)))
-                continue
-            for place, item in references.items():
-                expected, marks = (item.full, [SAME_DB] * len(item.full)) if graph == 'float' else (
-                    item.quantized, item.required)
-                part.findings.append(compare(session.compute, tuple(tensors(item.inputs)), expected, marks, place=place,
-                                             graph=graph, runtime=runtime))
-            if path == file and runtime == runtimes[0]:
-                part.products = session.session.products()
-            del session
-        if path != file:
-            path.unlink()
-    return part
-
-
 def synthetic_images(folder: Path, channels: int) -> list[Tensor]:
     """Return the synthetic images of a run, (1, C, H, W) each; none where its folder holds none for the model."""
     source = folder / 'synthetic.pt'
@@ -209,269 +114,6 @@ def check_images(images: list[Tensor], channels: int, size: tuple[int, int]) -> 
             image = resized(image, [max(round(side * scale), 1) for side in image.shape[-2:]])
         found.append(eight_bits(image))
     return found
-
-
-def resized(image: Tensor, size) -> Tensor:
-    """Return an image in another size, (1, C, H, W)."""
-    return eight_bits(nn.functional.interpolate(image, tuple(size), mode='bilinear', align_corners=False))
-
-
-def place_of(size) -> str:
-    """Name a size."""
-    return f'{size[0]} x {size[1]}'
-
-
-@torch.no_grad()
-def refusal(model: nn.Module, image: Tensor) -> str | None:
-    """Return why a model itself cannot take an image, or None."""
-    try:
-        with quantizer_mode(model, Mode.FLOAT):
-            Features(model)(image)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a forward raises at a size that it was not made for
-        return first_line(error)
-    return None
-
-
-def sizes_to_measure(model: nn.Module, image: Tensor, traced: tuple[int, int]) -> tuple[list, int, str | None]:
-    """Choose sizes that stand for all: small with narrow maps, large, flat and tall, not of even strides.
-
-    Args:
-        model (nn.Module): Quantized.
-        image (Tensor): To be enlarged and reduced.
-        traced (tuple[int, int]): (H, W) of the trace.
-
-    Returns:
-        tuple[list[tuple[int, int]], int, str | None]: The sizes, the traced one first; what the model wants sides to be
-        multiples of; if it takes no other size, why.
-    """
-    height, width = traced
-    kinds = (((130, 70), (height // 2 + 1, width // 2 + 3), (height - 7, width - 9)),  # the first that it takes counts
-             ((height + 24, width + 72), ), ((height * 5 // 4, width), ), ((height + 104, width - width // 4), ))
-    reason = None
-    for unit in (1, 2, 4, 8, 16, 32, 64, 128):
-        found = [traced]
-        if any(side % unit for side in traced):
-            break
-        for choices in kinds:
-            for size in choices:
-                size = tuple(max(side // unit, 1) // 2 * 2 * unit + unit for side in size)  # odd multiples
-                why = None if size in found else refusal(model, resized(image, size))
-                reason = reason or why
-                if why is None:
-                    found.append(size)
-                    break
-            else:
-                break
-        else:
-            return list(dict.fromkeys(found)), unit, None
-    return [traced], 1, reason
-
-
-def export_features(model, folder: Path, image: Tensor, traced: tuple[int, int], fixed: bool, runtimes: list[str],
-                    form: Form = ASYMMETRIC) -> dict:
-    """Write ``features.onnx``: for every size if that is right in the chosen runtime, otherwise for the traced one.
-
-    Args:
-        model (nn.Module): Quantized.
-        folder (Path): Where to.
-        image (Tensor): To check with, (1, C, H, W).
-        traced (tuple[int, int]): (H, W).
-        fixed (bool): Whether a graph for the traced size is wanted.
-        runtimes (list[str]): To measure in, the chosen one first.
-        form (Form): As of :func:`export_graph`.
-
-    Returns:
-        dict: ``part``, ``sizes``, ``size`` (None for every size), ``multiple_of``, ``at_least``, and ``reason``: why
-        the graph is for one size though every size was wanted, or None.
-
-    Raises:
-        UserError: If no graph is right in the chosen runtime.
-    """
-    why = refusal(model, resized(image, traced))
-    if why is not None:
-        raise UserError(f'{type(backbone_of(model)).__name__} cannot take images of {place_of(traced)} ({why}): give '
-                        'a size that it takes with --size H W')
-    sizes, unit, reason = ([traced], 1, None) if fixed else sizes_to_measure(model, image, traced)
-    reason = reason and f'the model itself takes no other size ({reason})'
-    for dynamic in (True, False):
-        if dynamic and len(sizes) == 1:
-            continue
-        sizes = sizes if dynamic else [traced]
-        inputs = {place_of(size): resized(image, size) for size in sizes}
-        if form.batch:
-            one = inputs[place_of(traced)]
-            inputs[f'3 images of {place_of(traced)}'] = torch.cat([one, one.flip(3), eight_bits(-one)])
-        references = {place: reference(model, Features(model), (value, ), form.same_roundings)
-                      for place, value in inputs.items()}
-        try:
-            part = write_part(folder / 'features.onnx', lambda path, integers, dynamic=dynamic: export_graph(
-                model, path, traced, dynamic, form, integers), Graph, references, runtimes)
-        except Exception as error:  # the exporter's or the model's, which traces what it never did
-            if isinstance(error, UserError) and not dynamic:
-                raise
-            failure = f'it cannot be traced ({first_line(error)})'
-        else:
-            failed = part.failures(runtimes[0])
-            failure = str(failed[0]) if failed else None
-        if failure is None:
-            least = min(min(size) for size in sizes)
-            part.note(references, multiple_of=str(unit), at_least=str(least))
-            return dict(part=part, sizes=sizes, size=None if dynamic else traced, multiple_of=unit, at_least=least,
-                        reason=reason)
-        if dynamic:
-            reason = f'no graph for every size is right: {failure}'
-    hint = ''.join(f'; {name} computes it rightly, use --runtime {name}' for name in runtimes[1:]
-                   if 'cannot be traced' not in failure and part.passed(name))
-    raise UserError(f'{type(backbone_of(model)).__name__} cannot be exported for images of {place_of(traced)}: '
-                    f'{failure}{hint or ". Try another --size H W"}')
-
-
-@torch.no_grad()
-def export_heads(model, folder: Path, images: dict[str, Tensor], runtimes: list[str], dynamic: bool,
-                 form: Form = ASYMMETRIC):
-    """Write the heads whose graphs are right in the chosen runtime.
-
-    Args:
-        model (nn.Module): Quantized.
-        folder (Path): Where to.
-        images (dict[str, Tensor]): By place, that of the trace first, (1, C, H, W).
-        runtimes (list[str]): To measure in, the chosen one first.
-        dynamic (bool): Whether heads shall take maps of every size.
-        form (Form): What their graphs are to be like; ``images`` are those of the model, (1, C, H, W).
-
-    Returns:
-        tuple[dict[str, Part], dict[str, str]]: By name of the head; of those that stay fake-quantized, why.
-    """
-    done, failed = {}, {}
-    names = head_names(model)
-    seen = {place: head_inputs(model, names, image) for place, image in images.items()} if names else {}
-    more = [head_inputs(model, names, image) for image in form.images] if names else []
-    for name in names:
-        inputs = {place: tuple_of_bytes(found[name]) for place, found in seen.items() if name in found}
-        if not inputs:
-            failed[name] = 'is not run in prediction, or not by positional arguments'
-            continue
-        path = folder / f'{name}.onnx'
-        try:
-            references = {f'{name}, {place}': reference(
-                model, model.get_submodule(name), value, form.same_roundings)
-                          for place, value in inputs.items() if all(x.numel() for x in tensors(value))}
-            traced = next(iter(references.values())).inputs
-            own = form._replace(images=tuple(found[name] for found in more if name in found))
-            part = write_part(path, lambda file, integers, name=name, traced=traced, own=own: export_head(
-                model, name, traced, file, dynamic, own, integers), HeadGraph, references, runtimes)
-            if part.failures(runtimes[0]):
-                raise UserError(str(part.failures(runtimes[0])[0]))
-            if '.' in name:  # any number of proposals: a few are enough to repeat the measurement with
-                references = {place: reference(model, model.get_submodule(name), tuple_of_bytes(
-                    item.inputs, PROPOSALS), form.same_roundings) for place, item in references.items()}
-            part.note(references)
-            done[name] = part
-        except Exception as error:  # the exporter's, the runtime's or the head's own: there is a way on without it
-            path.unlink(missing_ok=True)
-            path.with_suffix('.float.onnx').unlink(missing_ok=True)
-            failed[name] = str(error) if isinstance(error, UserError) else first_line(error)
-    return done, failed
-
-
-def tuple_of_bytes(nested, count: int | None = None):
-    """Return nested tensors, or the first so many rows of each, on 8-bit grids, so that they can be stored."""
-    if isinstance(nested, Tensor):
-        return eight_bits(nested[:count]) if nested.numel() else nested
-    return type(nested)(tuple_of_bytes(item, count) for item in nested)
-
-
-# -- what is delivered -------------------------------------------------------------------------------------------------
-
-
-def exported_config(cfg: Config, model, runtime: str, graph: str, heads: dict[str, str] | None = None) -> Config:
-    """Return the config with which the ecosystem's tools build the exported model.
-
-    Args:
-        cfg (Config): Of the quantized model.
-        model (nn.Module): Built from it.
-        runtime (str): Of RUNTIMES.
-        graph (str): File name of the graph, in the folder of the config.
-        heads (dict[str, str], optional): File names of those of heads, by name of the head.
-    """
-    cfg = copy.deepcopy(cfg)
-    old = cfg.model
-    stanza = resolved(QuantizationConfig.parse(old.pop('quantization')), model)
-    old.type = old.pop('float_type')
-    exported = dict(graph=f'{FOLDER}/{graph}', runtime=runtime)
-    if isinstance(model, Classifier):
-        own = model.data_preprocessor
-        preprocessor = dict(
-            type='mmengine.ImgDataPreprocessor' if image_channels(model) in (1, 3) else 'psaq_mm.ChannelPreprocessor',
-            bgr_to_rgb=getattr(own, '_channel_conversion', True),
-            **{key: getattr(own, key).flatten().tolist() for key in ('mean', 'std')})
-        cfg.model = ConfigDict(type='psaq_mm.ExportedClassifier', data_preprocessor=old.get(
-            'data_preprocessor') or preprocessor, **exported)
-        return cfg
-    old[next(name for name in BACKBONES if old.get(name))] = ConfigDict(type='psaq_mm.ExportedFeatures', **exported)
-    if old.get('neck'):
-        old.neck = ConfigDict(type='psaq_mm.ExportedNeck')
-    left = [name for name in head_names(model) if name not in (heads or {})]
-    if left:  # they stay fake-quantized
-        targets = []
-        for name in left:
-            whole = f'{name}.'.startswith(tuple(f'{target}.' for target in stanza.targets))
-            targets += [name] if whole else [t for t in stanza.targets if t.startswith(f'{name}.')]
-        prefixes = tuple(f'{target}.' for target in targets)  # also of layers in float, which keep_float names
-        names = [n for n, _ in model.named_modules() if f'{n}.'.startswith(prefixes)]
-        changed = dict(stanza.to_dict(), targets=targets, placement='operands')
-        for key, pattern in (('keep_float', lambda p: p), ('overrides', lambda o: o['pattern'])):
-            changed[key] = [item for item in changed[key] if any(fnmatchcase(n, pattern(item)) for n in names)]
-        cfg.model = old = ConfigDict(quantize_model_config(old, QuantizationConfig.parse(changed)))
-    if heads:
-        old.exported_type, old.type, old.runtime = old.type, 'psaq_mm.ExportedModel', runtime
-        old.heads = ConfigDict({name: f'{FOLDER}/{file}' for name, file in heads.items()})
-    return cfg
-
-
-def config_text(cfg: Config) -> str:
-    """Return a config as Python, in which mmengine puts the config's own folder in place of :data:`FOLDER`.
-
-    The name of the folder may hold quotes.
-    """
-    return re.sub(rf"'{FOLDER}/([^'\n]*)'", r'r"""{{ fileDirname }}/\1"""', plain_text(cfg))
-
-
-@torch.no_grad()
-def check_delivery(model, folder: Path, image: Tensor, marks: list[float], runtime: str) -> None:
-    """Build what was written as the ecosystem's tools will, run it once, and hold it against the quantized model.
-
-    Args:
-        model (nn.Module): Quantized.
-        folder (Path): With ``int8_config.py`` and ``int8.pth``.
-        image (Tensor): (1, C, H, W).
-        marks (list[float]): What each feature map must reach, dB.
-        runtime (str): For errors.
-
-    Raises:
-        UserError: If it cannot be built or loaded, or computes something else.
-    """
-    try:
-        cfg = Config.fromfile(folder / 'int8_config.py')
-        delivered = MODELS.build(copy.deepcopy(cfg.model)).eval()
-        lost = delivered.load_state_dict(torch.load(folder / 'int8.pth', weights_only=True)['state_dict'], strict=False)
-        run = delivered.logits if isinstance(model, Classifier) else lambda images: image_features(delivered, images)
-        ours = model.logits(image) if isinstance(model, Classifier) else image_features(model, image)
-        found = run(image)
-    except Exception as error:
-        raise UserError(f'{type(model).__name__} cannot be built around an exported graph ({first_line(error)}): '
-                        'please report it. The graph alone is what export_graph of psaq_mm.deploy writes') from error
-    if any(lost):
-        names = [name for keys in lost for name in keys]
-        raise UserError(f"{type(model).__name__} around an exported graph has other weights than int8.pth "
-                        f"('{names[0]}' and {len(names) - 1} more): please report it")
-    finding = compare(lambda _: found, (image, ), list(tensors(ours)), marks, place=place_of(image.shape[-2:]),
-                      graph='int8', runtime=runtime)
-    if nesting(found) != nesting(ours) or not finding.passed:
-        raise UserError(f'{type(model).__name__} around an exported graph computes other features than the quantized '
-                        f'model: {finding}. Please report it')
 
 
 def whole_predictor(model, cfg: Config, batch: bool) -> Predictor | str:

@@ -299,7 +299,6 @@ def sizes_of(size: tuple[int, int]) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-@torch.no_grad()
 def check_answers_repeat(predictor: Predictor, image: Tensor) -> None:
     """Raise a UserError if a model answers one image differently each time: no graph can be held against that.
 
@@ -316,6 +315,7 @@ def check_answers_repeat(predictor: Predictor, image: Tensor) -> None:
                         'model.decode_head.ham_kwargs.rand_init=False')
 
 
+@torch.no_grad()
 def export_whole(predictor: Predictor, folder: Path, images: Tensor, fixed: bool, runtimes: list[str],
                  form: Form = ASYMMETRIC) -> Whole:
     """Write ``model.onnx``: for images of every size if that is right in the chosen runtime, otherwise for one size.
