@@ -463,7 +463,7 @@ def test_real_weights_of_deit_tiny_keep_their_accuracy(tmp_path):
         return json.loads((tmp_path / 'j.json').read_text())
 
     four = benchmark('--methods', 'psaq_v1', 'psaq_v2', '--bits', 'W4A8', '--cfg-options', 'quantization.recipe=paper',
-                     'quantization.game.steps=100')
+                     'quantization.game.steps=150')
     assert four['full_precision']['accuracy/top1'] == pytest.approx(77.8, abs=0.21)
     assert top1(four, 'W4A8 psaq_v2') >= max(77.8 - 4, top1(four, 'W4A8 psaq_v1') - 0.5 + 0.01)  # a photograph is 0.2
     run_tool('benchmarks/agreement.py', '--grid', tmp_path)
