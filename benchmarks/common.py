@@ -1,5 +1,6 @@
 """What the benchmarks on real models share: the material beside the repository, and tools/grid.py on it."""
 import argparse
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,15 @@ def material(bench, name, needed):
         print(f'error: {folder} does not exist: --bench names the folder that holds {name}/', file=sys.stderr)
         raise SystemExit(2)
     return folder
+
+
+def cfg_options(parser, words):
+    """Return the words behind --cfg-options as tools/dfq.py reads them; a wrong one ends in the parser's error."""
+    from psaq_mm.errors import UserError
+    try:
+        return runpy.run_path(str(ROOT / 'tools' / 'common.py'))['parse_options'](words)
+    except UserError as error:
+        parser.error(str(error))
 
 
 def run_grid(description, name, write_config):

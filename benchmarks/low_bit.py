@@ -17,10 +17,9 @@ from pathlib import Path
 
 import deit_tiny
 import nuclei
-from common import ROOT
+from common import ROOT, cfg_options
 
 bits = runpy.run_path(str(ROOT / 'tools' / 'grid.py'))['bits']
-parse_options = runpy.run_path(str(ROOT / 'tools' / 'common.py'))['parse_options']
 TASKS = dict(deit_tiny=deit_tiny, nuclei=nuclei)
 PARTS = dict(images=('synthesis', ), norms=('reparameterize', ), ranges=('activation', 'observer'),
              heads=('activation', 'softmax'), blocks=('reconstruction', ))  # where the stanza says each
@@ -82,20 +81,21 @@ def main():
     for word in args.only:
         if not any(word in label for label in labels):
             parser.error(f"--only {word}: no row has it in its label; these are {'; '.join(labels)}")
+    options = cfg_options(parser, args.cfg_options)
     from mmengine.config import Config
 
     from psaq_mm.engine import compare, markdown, with_stanza, write_json
     from psaq_mm.engine.config import calibration_gap
     from psaq_mm.report.tables import metric_names, percent, title_of
     from psaq_mm.stanza import QuantizationConfig
-    results, options = {}, parse_options(args.cfg_options)
+    results = {}
     said = ''.join(f', {word}' for word in args.cfg_options)
     for task in args.tasks:
         cfg = Config.fromfile(TASKS[task].write_config(args.bench, args.out / task)[0])
         cfg.randomness = dict(seed=args.seed)
         images = {}  # path and minutes, by the settings that they were made with
         for pair in args.bits:
-            title, rows, full = f'{task}, W{pair[0]}A{pair[1]}', [], None
+            title, rows, full = f'{task}, W{pair[0]}A{pair[1]}{said}', [], None
             for label, method, changes in variants():
                 if not any(word in label for word in args.only) or method == 'real' and calibration_gap(cfg):
                     continue
@@ -121,9 +121,9 @@ def main():
                 results.setdefault(title, {})[label] = dict(drops=drops, minutes=run['minutes'])
                 rows.append([label, *(f'{drop:+.1f}' for drop in drops.values()), f"{run['minutes']:.1f}"])
                 print(title, *rows[-1], sep=' | ', flush=True)
-                text = f'{title}{said}\n\n' + markdown(
+                text = f'{title}\n\n' + markdown(
                     [f'drop against full precision, seed {args.seed}', *map(title_of, names), 'minutes'], rows)
-                (args.out / f'{title.replace(", ", "_")}_seed_{args.seed}.md').write_text(text)
+                (args.out / f'{task}_W{pair[0]}A{pair[1]}_seed_{args.seed}.md').write_text(text)
                 write_json(results, args.out / f'results_seed_{args.seed}.json')
     return 0
 
